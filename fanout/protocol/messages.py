@@ -1,0 +1,916 @@
+"""Every message that travels between fanout's processes: kinds, fields, limits, who may send it.
+
+A message is the decoded form of one frame (`frames.py`). Its header is the msgpack array
+``[kind, field, field, ...]`` in the order in which the class lists its fields; a field named
+`payload` is the frame's payload and stays bytes. `decode` checks the type and the bounds of every
+field, so whatever is past this module can rely on them, and a peer that sends nonsense is told
+which field was wrong.
+
+Names follow one rule: an imperative when the message orders something (`StartContainer`), a noun
+or a participle when it informs (`Outputs`, `ContainerExited`).
+
+Conversations, in the order of a call's life::
+
+    client -> scheduler   OpenApp, DefineFunction, OpenCall, Inputs..., SealCall
+    scheduler -> client   CallOpened
+    scheduler -> worker   DefineFunction, StartContainer, Lease...
+    worker -> scheduler   ContainerStarted, LeaseOutputs...     (generators: LeaseItems...)
+    scheduler -> worker   OutputsAck
+    scheduler -> client   Outputs...                            (generators: Items...)
+    client -> scheduler   Ack, ItemCredit, at last CloseApp
+
+Numbers that identify: an *index* is the position of an input in its call, an *item number* the
+position of an item in its generator's stream; both start at 0. A lease id is
+``epoch << 40 | counter``, so the leases of an earlier life of the scheduler are recognised.
+
+This module is sans-IO and knows nothing of sockets, clocks or processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+import msgpack
+
+from fanout.exceptions import ProtocolError
+from fanout.protocol import frames
+
+#: Grows whenever a frame changes; two sides with different numbers refuse each other by name.
+PROTOCOL_VERSION = 1
+
+#: Inputs in one `Inputs` frame, and so in one chunk. A no-op map is fastest at a few hundred.
+CHUNK_INPUTS_MAX = 4096
+TEXT_SIZE_MAX = 64 << 10
+LIST_LENGTH_MAX = 4096
+INDEX_MAX = 1 << 40
+ID_MAX = (1 << 63) - 1
+BLOB_PART_SIZE_BYTES = 64 << 10
+BLOB_SIZE_BYTES_MAX = 1 << 40
+EPOCH_SHIFT = 40
+
+
+class Status(IntEnum):
+    """What kind of output an input gave; one byte for each output of a frame."""
+
+    #: The pickled value that the function returned.
+    VALUE = 0
+    #: The pickled exception that it raised (see `fanout.serialization`).
+    ERROR = 1
+    #: A generator has ended; the payload is the msgpack integer of how many items it gave.
+    DONE = 2
+    #: fanout ended the input: msgpack ``[code, text, details]``; see `FAILURE_CODES`.
+    FAILURE = 3
+
+
+#: The first element of a `Status.FAILURE` payload, and what the client raises for it.
+FAILURE_CODES = (
+    "timeout",  # FunctionTimeoutError: the input ran longer than timeout=
+    "crash",  # ContainerCrashedError: its container died under it
+    "cancelled",  # InputCancelledError: somebody cancelled the call
+    "start",  # ContainerStartError: no container of the function could start
+    "deadlock",  # DeadlockError: only the call's own ancestors stand in its way
+    "unplaceable",  # ResourceExhaustedError: no worker can ever run it
+    "serialization",  # SerializationError: the value could not be pickled or unpickled
+    "store",  # StorageError: the scheduler could not write it down (disk full)
+    "internal",  # InternalError: a bug in fanout
+)
+
+
+class Source(IntEnum):
+    """Where the bytes of a log line were written."""
+
+    STDOUT = 1
+    STDERR = 2
+    SYSTEM = 3
+
+
+# --- field types -------------------------------------------------------------------------------
+
+Check = Callable[[Any], bool]
+
+
+class Between:
+    """An integer from `low` to `high`, both included; a bool is not an integer here."""
+
+    def __init__(self, low: int, high: int) -> None:
+        self.low, self.high = low, high
+
+    def __call__(self, value: Any) -> bool:
+        return type(value) is int and self.low <= value <= self.high
+
+
+class Sized:
+    """A `kind` of at least `low` and at most `high` elements."""
+
+    def __init__(self, kind: type, low: int, high: int) -> None:
+        self.kind, self.low, self.high = kind, low, high
+
+    def __call__(self, value: Any) -> bool:
+        return type(value) is self.kind and self.low <= len(value) <= self.high
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and value == value and abs(value) < 1e15
+
+
+def _is_pairs(value: Any) -> bool:
+    return (
+        type(value) is list
+        and len(value) <= LIST_LENGTH_MAX
+        and all(
+            type(pair) is list
+            and len(pair) == 2
+            and all(type(n) is int and 0 <= n <= ID_MAX for n in pair)
+            for pair in value
+        )
+    )
+
+
+def _is_blob_refs(value: Any) -> bool:
+    """``[[index in this frame, [blob id, ...]], ...]``"""
+    return (
+        type(value) is list
+        and len(value) <= LIST_LENGTH_MAX
+        and all(
+            type(ref) is list
+            and len(ref) == 2
+            and type(ref[0]) is int
+            and 0 <= ref[0] < CHUNK_INPUTS_MAX
+            and _is_blob_ids(ref[1])
+            for ref in value
+        )
+    )
+
+
+def _is_blob_ids(value: Any) -> bool:
+    return (
+        type(value) is list
+        and len(value) <= LIST_LENGTH_MAX
+        and all(type(blob_id) is bytes and len(blob_id) == 32 for blob_id in value)
+    )
+
+
+def _is_lengths(value: Any) -> bool:
+    return type(value) is bytes and len(value) % 4 == 0 and len(value) <= 4 * CHUNK_INPUTS_MAX
+
+
+def _is_pair_or_none(value: Any) -> bool:
+    return value is None or (_is_pairs([value]))
+
+
+CallId = Annotated[bytes, Sized(bytes, 16, 16)]
+AppId = Annotated[bytes, Sized(bytes, 16, 16)]
+FunctionId = Annotated[bytes, Sized(bytes, 16, 16)]
+SessionId = Annotated[bytes, Sized(bytes, 16, 16)]
+WorkerId = Annotated[bytes, Sized(bytes, 16, 16)]
+BlobId = Annotated[bytes, Sized(bytes, 32, 32)]
+ContainerId = Annotated[int, Between(0, ID_MAX)]
+LeaseId = Annotated[int, Between(0, ID_MAX)]
+Index = Annotated[int, Between(0, INDEX_MAX)]
+Count = Annotated[int, Between(0, INDEX_MAX)]
+RequestId = Annotated[int, Between(0, ID_MAX)]
+SmallInt = Annotated[int, Between(0, 255)]
+Flag = Annotated[bool, lambda value: type(value) is bool]
+Number = Annotated[float, _is_number]
+Text = Annotated[str, Sized(str, 0, TEXT_SIZE_MAX)]
+Map = Annotated[dict[str, Any], Sized(dict, 0, LIST_LENGTH_MAX)]
+Lengths = Annotated[bytes, _is_lengths]
+Statuses = Annotated[bytes, Sized(bytes, 0, CHUNK_INPUTS_MAX)]
+BlobRefs = Annotated[list[tuple[int, list[bytes]]], _is_blob_refs]
+BlobIds = Annotated[list[bytes], _is_blob_ids]
+Pairs = Annotated[list[tuple[int, int]], _is_pairs]
+MaybePair = Annotated[tuple[int, int] | None, _is_pair_or_none]
+Records = Annotated[list[Any], Sized(list, 0, 1 << 20)]
+InnerHeader = Annotated[bytes, Sized(bytes, 1, frames.HEADER_SIZE_BYTES_MAX)]
+
+#: Bytes on the way in; on the way out also a memoryview, so that a slice costs no copy.
+Payload = bytes | memoryview
+
+
+class Message:
+    """Base of all messages: `KIND` and how to check a field."""
+
+    __slots__ = ()
+    KIND: ClassVar[int]
+    CHECKS: ClassVar[tuple[tuple[str, Check], ...]]
+    HAS_PAYLOAD: ClassVar[bool]
+
+
+#: Which class a kind is.
+KINDS: dict[int, type[Message]] = {}
+
+M = TypeVar("M")
+
+
+def _message(kind: int) -> Callable[[type[M]], type[M]]:
+    """Register a dataclass as the message of this kind and derive its field checks."""
+
+    def register(cls: type[M]) -> type[M]:
+        made = dataclass(slots=True)(cls)
+        hints = get_type_hints(made, include_extras=True)
+        names = [f.name for f in fields(made)]
+        checks = []
+        for name in names:
+            if name == "payload":
+                continue
+            hint = hints[name]
+            assert get_origin(hint) is Annotated, f"{cls.__name__}.{name} has no check"
+            checks.append((name, get_args(hint)[1]))
+        assert kind not in KINDS
+        assert "payload" not in names[:-1], "the payload is the last field"
+        made.KIND = kind  # type: ignore[attr-defined]
+        made.CHECKS = tuple(checks)  # type: ignore[attr-defined]
+        made.HAS_PAYLOAD = "payload" in names  # type: ignore[attr-defined]
+        KINDS[kind] = made  # type: ignore[assignment]
+        return made
+
+    return register
+
+
+# --- handshake (see handshake.py for the proof) --------------------------------------------------
+
+
+@_message(1)
+class Hello(Message):
+    """Dialler's first frame. `info` is plain data about it: hostname, pid, Python and fanout
+    versions."""
+
+    protocol: Count
+    role: Text
+    token_id: Text
+    session_id: SessionId
+    nonce: Annotated[bytes, Sized(bytes, 32, 32)]
+    info: Map
+
+
+@_message(2)
+class Challenge(Message):
+    """The scheduler's answer: its nonce, and the proof that it too holds the secret."""
+
+    protocol: Count
+    nonce: Annotated[bytes, Sized(bytes, 32, 32)]
+    proof: Annotated[bytes, Sized(bytes, 32, 32)]
+
+
+@_message(3)
+class Proof(Message):
+    proof: Annotated[bytes, Sized(bytes, 32, 32)]
+
+
+@_message(4)
+class Welcome(Message):
+    """The connection is open. `epoch` is the scheduler's life number, `info` its versions."""
+
+    epoch: Count
+    info: Map
+
+
+@_message(5)
+class Goodbye(Message):
+    """Why the sender closes the connection: a code for programs and a sentence for people."""
+
+    code: Text
+    text: Text
+
+
+@_message(6)
+class Heartbeat(Message):
+    """A worker is alive. Any byte counts as life; this is for when there is nothing to say."""
+
+    sequence: Count
+
+
+# --- client to scheduler -------------------------------------------------------------------------
+
+
+@_message(20)
+class OpenApp(Message):
+    """An app run begins. Sending it again after a reconnect is harmless."""
+
+    app_id: AppId
+    name: Text
+
+
+@_message(21)
+class CloseApp(Message):
+    """The run is over: its attached calls are cancelled, its containers leave when its spawned
+    calls have ended."""
+
+    app_id: AppId
+
+
+@_message(22)
+class DefineFunction(Message):
+    """What to run and how. Also sent by the scheduler to each worker before first use.
+
+    `options` is plain data: `timeout` (s), `retries` ([max_retries, initial_delay,
+    backoff_coefficient, max_delay] or None), `max_containers` (int or None), `cpu` (cores, float
+    or None for the default), `memory` (MiB, 0 for none), `is_generator`, `is_async`,
+    `scaledown_window` (s), `environment` (hex fingerprint: functions with the same one share
+    templates), `python` (interpreter of the client, with its version, for messages).
+    `blobs` must be present before a container starts. `payload` is what only containers read.
+    """
+
+    function_id: FunctionId
+    app_id: AppId
+    name: Text
+    options: Map
+    blobs: BlobIds
+    payload: Payload
+
+
+@_message(23)
+class OpenCall(Message):
+    """A call begins. Sent again under the same id after a reconnect; the answer, `CallOpened`,
+    says which inputs the scheduler still has.
+
+    `is_durable`: a spawned call; it outlives the client and is acknowledged only when stored.
+    `parent`: (lease id, index) of the input that makes this nested call, None at top level.
+    """
+
+    call_id: CallId
+    function_id: FunctionId
+    is_durable: Flag
+    is_ordered: Flag
+    parent: MaybePair
+
+
+@_message(24)
+class Inputs(Message):
+    """A chunk: consecutive inputs from `start`. `lengths` holds the size of each as u32 little
+    endian; the payload is their bytes end to end. `blobs` names the large buffers that stand
+    beside some of them, counted from the frame's first input."""
+
+    call_id: CallId
+    start: Index
+    lengths: Lengths
+    blobs: BlobRefs
+    payload: Payload
+
+
+@_message(25)
+class SealCall(Message):
+    """No input follows; the call has `count`."""
+
+    call_id: CallId
+    count: Count
+
+
+@_message(26)
+class Ack(Message):
+    """Outputs that the client now has, as (start, count) ranges, and how far its user is:
+    outputs and bytes of outputs consumed, counted from the call's beginning. The scheduler
+    forgets what was received, and what was consumed makes room for more."""
+
+    call_id: CallId
+    received: Pairs
+    consumed_count: Count
+    consumed_bytes: Count
+
+
+@_message(27)
+class ItemCredit(Message):
+    """Items of input `index` with numbers below `upto` may be sent. From the client, and passed
+    on to the worker with the lease that runs the input."""
+
+    call_id: CallId
+    index: Index
+    upto: Count
+
+
+@_message(28)
+class CancelCall(Message):
+    call_id: CallId
+
+
+@_message(29)
+class FetchOutputs(Message):
+    """Send the outputs of inputs `start` to `stop` of a durable call, each as soon as it is
+    there. The answer is `Outputs` frames, or `FetchFailed`."""
+
+    request_id: RequestId
+    call_id: CallId
+    start: Index
+    stop: Index
+
+
+@_message(30)
+class StopFetch(Message):
+    request_id: RequestId
+
+
+@_message(31)
+class AskCall(Message):
+    """Answered by `CallInfo`."""
+
+    request_id: RequestId
+    call_id: CallId
+
+
+@_message(32)
+class AskStatus(Message):
+    """Answered by `StatusInfo`."""
+
+    request_id: RequestId
+
+
+@_message(33)
+class SessionWaits(Message):
+    """From a client inside a container: all that its running inputs do is wait for their calls.
+    `seen` counts the frames this session has received, so that a wait which an output on the
+    wire has already ended is not taken for one."""
+
+    seen: Count
+
+
+@_message(34)
+class AskShutdown(Message):
+    """`fanout stop`: leave now (`force`), or only when nothing is running or queued."""
+
+    request_id: RequestId
+    force: Flag
+
+
+# --- scheduler to client -------------------------------------------------------------------------
+
+
+@_message(40)
+class CallOpened(Message):
+    """The call exists. `window_count` and `window_bytes` are the credit: so many inputs, and so
+    many bytes of them, may be sent beyond what the user has consumed. `present` lists the inputs
+    that the scheduler holds or has an output of, as (start, count). For a durable call all this
+    is true on disk."""
+
+    call_id: CallId
+    window_count: Count
+    window_bytes: Count
+    present: Pairs
+
+
+@_message(41)
+class Window(Message):
+    """The credit of a call has changed."""
+
+    call_id: CallId
+    window_count: Count
+    window_bytes: Count
+
+
+@_message(42)
+class Outputs(Message):
+    """Outputs of consecutive inputs from `start`, one status byte and one u32 length each."""
+
+    call_id: CallId
+    start: Index
+    lengths: Lengths
+    statuses: Statuses
+    blobs: BlobRefs
+    payload: Payload
+
+
+@_message(43)
+class Items(Message):
+    """Items of one generator, numbered from `number`."""
+
+    call_id: CallId
+    index: Index
+    number: Count
+    lengths: Lengths
+    blobs: BlobRefs
+    payload: Payload
+
+
+@_message(44)
+class CallFailed(Message):
+    """Every input of the call that has no output yet ends like this. `status` is ERROR (a pickled
+    exception, when a container could not start) or FAILURE."""
+
+    call_id: CallId
+    status: SmallInt
+    payload: Payload
+
+
+@_message(45)
+class InputsStored(Message):
+    """Inputs of a durable call that are on disk, as (start, count); `is_sealed` too when so."""
+
+    call_id: CallId
+    stored: Pairs
+    is_sealed: Flag
+
+
+@_message(46)
+class CallInfo(Message):
+    """`state` is one of unknown, open, sealed, finished, cancelled, failed."""
+
+    request_id: RequestId
+    call_id: CallId
+    state: Text
+    input_count: Count
+    output_count: Count
+    function_name: Text
+    is_generator: Flag
+
+
+@_message(47)
+class StatusInfo(Message):
+    request_id: RequestId
+    status: Map
+
+
+@_message(48)
+class Log(Message):
+    """Text that a container wrote, for the client whose call it ran."""
+
+    call_id: CallId
+    index: Index
+    container_id: ContainerId
+    source: SmallInt
+    payload: Payload
+
+
+@_message(49)
+class Notice(Message):
+    """A sentence for the person at the client, once: why nothing runs, what would be faster."""
+
+    code: Text
+    text: Text
+
+
+@_message(50)
+class ShutdownInfo(Message):
+    """Answer to `AskShutdown`: whether the scheduler leaves, and what still runs if not."""
+
+    request_id: RequestId
+    is_leaving: Flag
+    text: Text
+
+
+# --- scheduler to worker -------------------------------------------------------------------------
+
+
+@_message(60)
+class WorkerAccepted(Message):
+    """Answer to `WorkerReady`: containers to keep; all others of the list are stopped."""
+
+    keep: Pairs
+
+
+@_message(61)
+class StartContainer(Message):
+    container_id: ContainerId
+    function_id: FunctionId
+
+
+@_message(62)
+class StopContainer(Message):
+    """Leave when idle (`kill` false), or now."""
+
+    container_id: ContainerId
+    kill: Flag
+
+
+@_message(63)
+class Lease(Message):
+    """Run inputs `start`, `start` + 1, ... (one for each length) of a call, one after another.
+
+    `credit` and `skip` matter to generators: items below `credit` may be sent, and the first
+    `skip` items are made and thrown away because somebody has them already.
+    """
+
+    container_id: ContainerId
+    lease_id: LeaseId
+    call_id: CallId
+    start: Index
+    lengths: Lengths
+    blobs: BlobRefs
+    skip: Count
+    credit: Count
+    payload: Payload
+
+
+@_message(64)
+class Reclaim(Message):
+    """Give back the tail of a lease: keep at most `keep` of the inputs that have not begun.
+    Answered by `Reclaimed`."""
+
+    lease_id: LeaseId
+    keep: Count
+
+
+@_message(65)
+class CancelLease(Message):
+    """Begin no further input of the lease, and stop the one that runs. Answered by `Reclaimed`;
+    the input that ran gives an output."""
+
+    lease_id: LeaseId
+
+
+@_message(66)
+class LeaseCredit(Message):
+    """`ItemCredit`, addressed to the lease that runs the generator."""
+
+    lease_id: LeaseId
+    upto: Count
+
+
+@_message(67)
+class OutputsAck(Message):
+    """All reports with a sequence number up to this one are safe; the worker forgets them."""
+
+    sequence: Count
+
+
+@_message(68)
+class DropFunction(Message):
+    function_id: FunctionId
+
+
+@_message(69)
+class Relay(Message):
+    """One frame of a nested client: its header, and its payload untouched. Both ways."""
+
+    session_id: SessionId
+    header: InnerHeader
+    payload: Payload
+
+
+# --- worker to scheduler -------------------------------------------------------------------------
+
+
+@_message(80)
+class WorkerReady(Message):
+    """First message of a worker, after each connect.
+
+    `containers` are those still alive, as (container id, idle 0/1); `functions` maps the hex of
+    each one's function id to its container ids. `leases` are the leases it still holds. Outputs
+    that were not acknowledged follow.
+    """
+
+    worker_id: WorkerId
+    name: Text
+    cpu: Number
+    memory: Count
+    is_embedded: Flag
+    containers: Pairs
+    leases: Records
+
+
+@_message(81)
+class ContainerStarted(Message):
+    """The user's code is imported and the container takes leases."""
+
+    container_id: ContainerId
+    pid: Count
+    start_time_s: Number
+
+
+@_message(82)
+class ContainerExited(Message):
+    """A container is gone. All that it finished has been reported before this.
+
+    `reason`: stopped (as ordered), start (it never became ready), timeout, cancelled, crash.
+    `running`: (lease id, index) of the input that was running. `details` is plain data: exit
+    code, signal, peak memory in MiB, text. The payload is the pickled exception for `start`.
+    """
+
+    container_id: ContainerId
+    reason: Text
+    running: MaybePair
+    details: Map
+    payload: Payload
+
+
+@_message(83)
+class LeaseOutputs(Message):
+    """Outputs of consecutive inputs of a lease. `busy_us` is the time that running them took,
+    in the container."""
+
+    sequence: Count
+    lease_id: LeaseId
+    call_id: CallId
+    start: Index
+    busy_us: Count
+    lengths: Lengths
+    statuses: Statuses
+    blobs: BlobRefs
+    payload: Payload
+
+
+@_message(84)
+class LeaseItems(Message):
+    sequence: Count
+    lease_id: LeaseId
+    call_id: CallId
+    index: Index
+    number: Count
+    lengths: Lengths
+    blobs: BlobRefs
+    payload: Payload
+
+
+@_message(85)
+class Reclaimed(Message):
+    """Answer to `Reclaim` and `CancelLease`: the lease now ends before index `stop`."""
+
+    lease_id: LeaseId
+    stop: Index
+
+
+@_message(86)
+class LeaseWaits(Message):
+    """The generator that runs under this lease has used its credit and waits for items from
+    `upto` on to be allowed."""
+
+    lease_id: LeaseId
+    upto: Count
+
+
+@_message(87)
+class ContainerLog(Message):
+    container_id: ContainerId
+    call_id: Annotated[bytes, Sized(bytes, 0, 16)]
+    index: Index
+    source: SmallInt
+    payload: Payload
+
+
+@_message(88)
+class SessionOpened(Message):
+    """A container begins to make nested calls; frames of its client follow as `Relay`."""
+
+    session_id: SessionId
+    container_id: ContainerId
+
+
+@_message(89)
+class SessionClosed(Message):
+    """The nested client is gone (worker to scheduler), or not welcome (scheduler to worker)."""
+
+    session_id: SessionId
+
+
+# --- blobs, on any connection and both ways -------------------------------------------------------
+
+
+@_message(100)
+class BlobOffer(Message):
+    """The sender refers to this blob in a later frame. Answered by `BlobWanted` or `BlobHeld`."""
+
+    blob_id: BlobId
+    size: Annotated[int, Between(0, BLOB_SIZE_BYTES_MAX)]
+
+
+@_message(101)
+class BlobWanted(Message):
+    blob_id: BlobId
+
+
+@_message(102)
+class BlobHeld(Message):
+    blob_id: BlobId
+
+
+@_message(103)
+class BlobPart(Message):
+    """Bytes of a blob at `offset`, in order; the last part completes it."""
+
+    blob_id: BlobId
+    offset: Annotated[int, Between(0, BLOB_SIZE_BYTES_MAX)]
+    payload: Payload
+
+
+@_message(104)
+class BlobDrop(Message):
+    """The scheduler needs this blob no longer at this worker."""
+
+    blob_id: BlobId
+
+
+# --- who may send what ----------------------------------------------------------------------------
+
+_BLOBS = frozenset({BlobOffer, BlobWanted, BlobHeld, BlobPart})
+
+#: A worker's token cannot submit calls: these sets are checked against the role that was proved.
+FROM_CLIENT: frozenset[type[Message]] = _BLOBS | {
+    Goodbye, Heartbeat, OpenApp, CloseApp, DefineFunction, OpenCall, Inputs, SealCall, Ack,
+    ItemCredit, CancelCall, FetchOutputs, StopFetch, AskCall, AskStatus, AskShutdown,
+}  # fmt: skip
+FROM_NESTED_CLIENT: frozenset[type[Message]] = (FROM_CLIENT | {SessionWaits}) - {
+    AskShutdown, OpenApp, CloseApp,
+}  # fmt: skip
+FROM_WORKER: frozenset[type[Message]] = _BLOBS | {
+    Goodbye, Heartbeat, WorkerReady, ContainerStarted, ContainerExited, LeaseOutputs, LeaseItems,
+    Reclaimed, LeaseWaits, ContainerLog, SessionOpened, SessionClosed, Relay,
+}  # fmt: skip
+TO_CLIENT: frozenset[type[Message]] = _BLOBS | {
+    Goodbye, Heartbeat, CallOpened, Window, Outputs, Items, CallFailed, InputsStored, CallInfo,
+    StatusInfo, Log, Notice, ShutdownInfo,
+}  # fmt: skip
+TO_WORKER: frozenset[type[Message]] = _BLOBS | {
+    Goodbye, Heartbeat, WorkerAccepted, DefineFunction, DropFunction, StartContainer,
+    StopContainer, Lease, Reclaim, CancelLease, LeaseCredit, OutputsAck, Relay, SessionClosed,
+    BlobDrop,
+}  # fmt: skip
+
+# --- codec ----------------------------------------------------------------------------------------
+
+_pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+
+
+def encode_header(message: Message) -> bytes:
+    """The header of a message's frame, without the payload."""
+    values: list[Any] = [message.KIND]
+    values += [getattr(message, name) for name, _ in message.CHECKS]
+    header: bytes = _pack(values)
+    return header
+
+
+def encode(message: Message) -> list[Payload]:
+    """The buffers of a message's frame, to be written in this order.
+
+    Raises:
+        ProtocolError: the frame would be over a limit of `frames.py`.
+    """
+    header = encode_header(message)
+    if not message.HAS_PAYLOAD:
+        return [frames.prefix(header, 0) + header]
+    payload: Payload = message.payload  # type: ignore[attr-defined]
+    return [frames.prefix(header, len(payload)) + header, payload]
+
+
+def decode(header: bytes, payload: bytes) -> Message:
+    """The message of a frame, every field checked.
+
+    Raises:
+        ProtocolError: not msgpack, not a known kind, a field missing, ill-typed or out of bounds.
+            Nothing else is raised, whatever the bytes are.
+    """
+    try:
+        values = msgpack.unpackb(
+            header, use_list=True, raw=False, strict_map_key=True, max_ext_len=0
+        )
+    except Exception as error:
+        raise ProtocolError(f"frame header is not msgpack: {error}") from error
+    if type(values) is not list or not values or type(values[0]) is not int:
+        raise ProtocolError("frame header is not an array that begins with a kind")
+    cls = KINDS.get(values[0])
+    if cls is None:
+        raise ProtocolError(f"unknown message kind {values[0]}")
+    checks = cls.CHECKS
+    if len(values) != len(checks) + 1:
+        raise ProtocolError(
+            f"{cls.__name__} has {len(checks)} fields, the frame gave {len(values) - 1}"
+        )
+    for position, (name, is_valid) in enumerate(checks, 1):
+        if not is_valid(values[position]):
+            raise ProtocolError(f"{cls.__name__}.{name} is not valid: {_shown(values[position])}")
+    if cls.HAS_PAYLOAD:
+        values.append(payload)
+    elif payload:
+        raise ProtocolError(f"{cls.__name__} carries no payload, the frame gave {len(payload)}")
+    message = cls(*values[1:])
+    _check_table(message)
+    return message
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_table(message: Message) -> None:
+    """The length table must describe the payload exactly; status bytes must fit it."""
+    table = getattr(message, "lengths", None)
+    if table is None:
+        return
+    name = type(message).__name__
+    payload: bytes = message.payload  # type: ignore[attr-defined]
+    total = sum(memoryview(table).cast("I"))
+    if total != len(payload):
+        raise ProtocolError(f"{name}.lengths add up to {total}, the payload has {len(payload)}")
+    statuses = getattr(message, "statuses", None)
+    if statuses is None:
+        return
+    if 4 * len(statuses) != len(table):
+        raise ProtocolError(f"{name} has {len(statuses)} statuses for {len(table) // 4} outputs")
+    if statuses and max(statuses) > max(Status):
+        raise ProtocolError(f"{name}.statuses holds the unknown status {max(statuses)}")
+
+
+def failure_payload(code: str, text: str, details: dict[str, Any] | None = None) -> bytes:
+    """The payload of a `Status.FAILURE` output."""
+    assert code in FAILURE_CODES, code
+    packed: bytes = msgpack.packb([code, text, details or {}])
+    return packed
+
+
+__all__ = [name for name, value in list(globals().items()) if isinstance(value, type)] + [
+    "decode",
+    "encode",
+    "encode_header",
+    "failure_payload",
+]

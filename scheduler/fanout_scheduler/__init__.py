@@ -1,0 +1,1 @@
+"""fanout's scheduler: the one process that decides. It never runs or unpickles user code."""
