@@ -34,6 +34,9 @@ WINDOW_BYTES = 32 << 20
 WINDOW_COUNT_MIN = 1024
 WINDOW_COUNT_MAX = 64 << 10
 
+#: Items a generator may send before its consumer has said anything.
+ITEM_CREDIT_INITIAL = 4
+
 #: Buffers of at least this size leave the pickle and travel as blobs.
 BLOB_SIZE_BYTES_MIN = 1 << 20
 

@@ -31,7 +31,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import msgpack
 
@@ -45,6 +54,8 @@ PROTOCOL_VERSION = 1
 CHUNK_INPUTS_MAX = 4096
 TEXT_SIZE_MAX = 64 << 10
 LIST_LENGTH_MAX = 4096
+#: Lists and maps within each other; msgpack alone would give us a thousand.
+NESTING_MAX = 32
 INDEX_MAX = 1 << 40
 ID_MAX = (1 << 63) - 1
 BLOB_PART_SIZE_BYTES = 64 << 10
@@ -109,7 +120,24 @@ class Sized:
         self.kind, self.low, self.high = kind, low, high
 
     def __call__(self, value: Any) -> bool:
-        return type(value) is self.kind and self.low <= len(value) <= self.high
+        is_kind = type(value) is self.kind
+        return is_kind and self.low <= len(value) <= self.high
+
+
+class Plain(Sized):
+    """A `kind` of plain data, not nested deeper than code can walk through it."""
+
+    def __call__(self, value: Any) -> bool:
+        return super().__call__(value) and _is_plain(value, NESTING_MAX)
+
+
+def _is_plain(value: Any, levels: int) -> bool:
+    kind = type(value)
+    if kind is list:
+        return levels > 0 and all(_is_plain(element, levels - 1) for element in value)
+    if kind is dict:
+        return levels > 0 and all(_is_plain(element, levels - 1) for element in value.values())
+    return value is None or kind in (bool, int, float, str, bytes)
 
 
 def _is_number(value: Any) -> bool:
@@ -176,14 +204,14 @@ SmallInt = Annotated[int, Between(0, 255)]
 Flag = Annotated[bool, lambda value: type(value) is bool]
 Number = Annotated[float, _is_number]
 Text = Annotated[str, Sized(str, 0, TEXT_SIZE_MAX)]
-Map = Annotated[dict[str, Any], Sized(dict, 0, LIST_LENGTH_MAX)]
+Map = Annotated[dict[str, Any], Plain(dict, 0, LIST_LENGTH_MAX)]
 Lengths = Annotated[bytes, _is_lengths]
 Statuses = Annotated[bytes, Sized(bytes, 0, CHUNK_INPUTS_MAX)]
 BlobRefs = Annotated[list[tuple[int, list[bytes]]], _is_blob_refs]
 BlobIds = Annotated[list[bytes], _is_blob_ids]
 Pairs = Annotated[list[tuple[int, int]], _is_pairs]
 MaybePair = Annotated[tuple[int, int] | None, _is_pair_or_none]
-Records = Annotated[list[Any], Sized(list, 0, 1 << 20)]
+Records = Annotated[list[Any], Plain(list, 0, 1 << 20)]
 InnerHeader = Annotated[bytes, Sized(bytes, 1, frames.HEADER_SIZE_BYTES_MAX)]
 
 #: Bytes on the way in; on the way out also a memoryview, so that a slice costs no copy.
@@ -205,13 +233,14 @@ KINDS: dict[int, type[Message]] = {}
 M = TypeVar("M")
 
 
+@dataclass_transform()
 def _message(kind: int) -> Callable[[type[M]], type[M]]:
     """Register a dataclass as the message of this kind and derive its field checks."""
 
     def register(cls: type[M]) -> type[M]:
         made = dataclass(slots=True)(cls)
         hints = get_type_hints(made, include_extras=True)
-        names = [f.name for f in fields(made)]
+        names = [f.name for f in fields(made)]  # type: ignore[arg-type]
         checks = []
         for name in names:
             if name == "payload":
@@ -373,12 +402,14 @@ class Ack(Message):
 
 @_message(27)
 class ItemCredit(Message):
-    """Items of input `index` with numbers below `upto` may be sent. From the client, and passed
-    on to the worker with the lease that runs the input."""
+    """Items of input `index` with numbers below `upto` may be sent, and those below `received`
+    are safe with the client: the scheduler forgets them, and a generator that must run again
+    skips them."""
 
     call_id: CallId
     index: Index
     upto: Count
+    received: Count = 0
 
 
 @_message(28)
@@ -420,8 +451,9 @@ class AskStatus(Message):
 @_message(33)
 class SessionWaits(Message):
     """From a client inside a container: all that its running inputs do is wait for their calls.
-    `seen` counts the frames this session has received, so that a wait which an output on the
-    wire has already ended is not taken for one."""
+    `seen` counts the frames of the kinds in `ENDS_WAIT` that this session has received, so that a
+    wait which one on the wire may already have ended is not taken for one. Sent when a wait
+    begins, and again after each such frame that did not end it."""
 
     seen: Count
 
@@ -554,9 +586,9 @@ class ShutdownInfo(Message):
 
 @_message(60)
 class WorkerAccepted(Message):
-    """Answer to `WorkerReady`: containers to keep; all others of the list are stopped."""
+    """Answer to `WorkerReady`: ids of the containers to keep; all others are killed."""
 
-    keep: Pairs
+    keep: Records
 
 
 @_message(61)
@@ -645,9 +677,8 @@ class Relay(Message):
 class WorkerReady(Message):
     """First message of a worker, after each connect.
 
-    `containers` are those still alive, as (container id, idle 0/1); `functions` maps the hex of
-    each one's function id to its container ids. `leases` are the leases it still holds. Outputs
-    that were not acknowledged follow.
+    `containers` are those still alive, as [container id, function id]; `leases` the ids of the
+    leases it still holds. Reports that were not acknowledged follow.
     """
 
     worker_id: WorkerId
@@ -655,7 +686,7 @@ class WorkerReady(Message):
     cpu: Number
     memory: Count
     is_embedded: Flag
-    containers: Pairs
+    containers: Records
     leases: Records
 
 
@@ -816,6 +847,12 @@ TO_WORKER: frozenset[type[Message]] = _BLOBS | {
     BlobDrop,
 }  # fmt: skip
 
+#: Frames that can end a client's wait. While a container waits, the scheduler holds them back until
+#: the container has its core again.
+ENDS_WAIT: frozenset[type[Message]] = frozenset(
+    {Outputs, Items, CallFailed, InputsStored, CallInfo, StatusInfo}
+)
+
 # --- codec ----------------------------------------------------------------------------------------
 
 _pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
@@ -878,7 +915,10 @@ def decode(header: bytes, payload: bytes) -> Message:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deep"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

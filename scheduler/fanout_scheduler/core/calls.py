@@ -1,0 +1,449 @@
+"""What clients ask for: apps, functions, calls; and what becomes of them when a client is lost."""
+
+from __future__ import annotations
+
+from fanout.config import CLIENT_GRACE_S, WINDOW_BYTES, WINDOW_COUNT_MAX, WINDOW_COUNT_MIN
+from fanout.protocol import messages as m
+from fanout_scheduler.core import blobs, durable, outputs
+from fanout_scheduler.core.events import Disconnect, Exit
+from fanout_scheduler.core.leasing import cancel_lease
+from fanout_scheduler.core.snapshot import describe_busy, snapshot
+from fanout_scheduler.core.state import (
+    App,
+    Call,
+    Container,
+    Function,
+    Peer,
+    Session,
+    State,
+    make_function,
+)
+
+#: Inputs in flight for each one that containers hold, so that quick functions never run dry.
+WINDOW_PER_LEASED = 8
+
+
+# --- sessions -------------------------------------------------------------------------------------
+
+
+def on_client_connected(state: State, peer: Peer, container: Container | None) -> None:
+    """A client is here, or is here again: its calls go on."""
+    session = state.sessions.get(peer.session_id)
+    if session is None:
+        session = Session(peer.session_id, peer.peer_id, container=container)
+        state.sessions[peer.session_id] = session
+    elif session.peer_id is not None:
+        old = session.peer_id
+        state.commands.append(Disconnect(old, "replaced", "the session has a newer connection"))
+        state.peers.pop(old, None)
+    session.peer_id = peer.peer_id
+    peer.session = session
+    if container is not None:
+        container.nested_peers[peer.peer_id] = peer
+
+
+def on_client_lost(state: State, peer: Peer) -> None:
+    session = peer.session
+    if session is None or session.peer_id != peer.peer_id:
+        return
+    session.peer_id = None
+    session.lost_at = state.now
+    for call in state.calls.values():
+        for key in [key for key in call.fetches if key[0] == peer.peer_id]:
+            del call.fetches[key]
+    if session.container is not None:
+        session.container.nested_peers.pop(peer.peer_id, None)
+        end_session(state, session)
+    elif session.calls or session.apps:
+        state.at(state.now + CLIENT_GRACE_S, "session", session)
+    else:
+        end_session(state, session)
+
+
+def on_session_deadline(state: State, session: Session) -> None:
+    """The grace of a lost client is over, unless it came back meanwhile."""
+    if session.peer_id is None and session.lost_at + CLIENT_GRACE_S <= state.now:
+        end_session(state, session)
+
+
+def end_session(state: State, session: Session) -> None:
+    state.sessions.pop(session.session_id, None)
+    for call in list(session.calls.values()):
+        if not (call.is_durable and call.sealed_count is not None):
+            cancel_call(state, call)
+    for app in list(session.apps.values()):
+        close_app(state, app)
+
+
+# --- apps and functions ---------------------------------------------------------------------------
+
+
+def on_open_app(state: State, peer: Peer, message: m.OpenApp) -> None:
+    assert peer.session is not None
+    app = state.apps.get(message.app_id)
+    if app is None:
+        app = state.apps[message.app_id] = App(message.app_id, message.name, None)
+    app.is_closing = False
+    app.session = peer.session
+    peer.session.apps[app.app_id] = app
+
+
+def on_close_app(state: State, peer: Peer, message: m.CloseApp) -> None:
+    app = state.apps.get(message.app_id)
+    if app is not None and app.session is peer.session:
+        close_app(state, app)
+
+
+def close_app(state: State, app: App) -> None:
+    """The run is over: attached calls end, spawned calls go on, then the app goes."""
+    if app.session is not None:
+        app.session.apps.pop(app.app_id, None)
+        app.session = None
+    app.is_closing = True
+    for call in list(app.calls.values()):
+        if not call.is_durable:
+            cancel_call(state, call)
+    close_app_if_done(state, app)
+
+
+def close_app_if_done(state: State, app: App) -> None:
+    if not app.is_closing or any(not call.is_over for call in app.calls.values()):
+        return
+    for function in app.functions.values():
+        for container in list(function.containers.values()):
+            stop_container(state, container)
+    if app.calls:
+        return  # results of spawned calls are kept; their functions are what they belong to
+    durable.forget_app(state, app)
+    state.apps.pop(app.app_id, None)
+    for function_id in app.functions:
+        state.functions.pop(function_id, None)
+        state.ready_functions.pop(function_id, None)
+        for worker in state.workers.values():
+            if function_id in worker.functions:
+                worker.functions.discard(function_id)
+                state.send(worker.peer_id, m.DropFunction(function_id))
+
+
+def stop_container(state: State, container: Container) -> None:
+    if container.state != "stopping":
+        container.state = "stopping"
+        kill = bool(container.leases)
+        state.send(container.worker.peer_id, m.StopContainer(container.container_id, kill))
+
+
+def on_define_function(state: State, peer: Peer, message: m.DefineFunction) -> None:
+    if message.function_id in state.functions:
+        return
+    app = state.apps.get(message.app_id)
+    if app is None or not may_use(peer, app):
+        state.note("definition for an unknown app")
+        return
+    function = make_function(message, app, state.next_number())
+    state.functions[message.function_id] = app.functions[message.function_id] = function
+    blobs.keep(state, message.blobs)
+    blobs.await_for_function(state, function)
+
+
+def may_use(peer: Peer, app: App) -> bool:
+    """A nested client acts only for the app of its container."""
+    container = peer.session.container if peer.session is not None else None
+    return container is None or container.function.app is app
+
+
+# --- calls ----------------------------------------------------------------------------------------
+
+
+def on_open_call(state: State, peer: Peer, message: m.OpenCall) -> None:
+    session = peer.session
+    assert session is not None
+    known = state.calls.get(message.call_id)
+    if known is not None:
+        _resume_call(state, session, known)
+        return
+    function = state.functions.get(message.function_id)
+    ancestors: tuple[Container, ...] = ()
+    depth = 0
+    if function is None or not may_use(peer, function.app):
+        _refuse_call(state, peer, message, "internal", "its function is not defined")
+        return
+    if message.parent is not None:
+        lease = state.leases.get(message.parent[0])
+        if lease is None or lease.container is not session.container:
+            _refuse_call(state, peer, message, "cancelled", "the input that made it has ended")
+            return
+        ancestors = (lease.container, *lease.call.ancestors)
+        depth = lease.call.depth + 1
+    call = Call(
+        call_id=message.call_id,
+        function=function,
+        number=state.next_number(),
+        session=session,
+        is_durable=message.is_durable,
+        is_ordered=message.is_ordered,
+        parent=message.parent,
+        depth=depth,
+        ancestors=ancestors,
+        window_count=WINDOW_COUNT_MIN,
+        service_s=state.service_clock_s,
+        opened_at=state.now,
+    )
+    state.calls[call.call_id] = call
+    session.calls[call.call_id] = function.app.calls[call.call_id] = call
+    if message.is_durable:
+        durable.store_open(state, call, message)
+    else:
+        send_opened(state, call)
+
+
+def _refuse_call(state: State, peer: Peer, message: m.OpenCall, code: str, why: str) -> None:
+    text = f"the scheduler did not take the call: {why}"
+    payload = m.failure_payload(code, text)
+    state.send(peer.peer_id, m.CallFailed(message.call_id, m.Status.FAILURE, payload))
+
+
+def _resume_call(state: State, session: Session, call: Call) -> None:
+    """The client submits a call again after a reconnect: what it may have missed is repeated."""
+    if call.session is not None and call.session is not session:
+        call.session.calls.pop(call.call_id, None)
+    call.session = session
+    if not call.is_over:
+        session.calls[call.call_id] = call
+    send_opened(state, call)
+    if session.peer_id is None:
+        return
+    if call.is_durable:
+        durable.tell_stored(state, call, list(call.received)[: m.LIST_LENGTH_MAX])
+    else:
+        for kept in call.outputs:
+            outputs.send_outputs(state, session.peer_id, kept)
+        for generator in call.generators.values():
+            for items in generator.unconfirmed:
+                outputs.send_items(state, session.peer_id, items)
+    if call.failure is not None:
+        state.send(session.peer_id, call.failure)
+
+
+def send_opened(state: State, call: Call) -> None:
+    session = call.session
+    if session is not None and session.peer_id is not None:
+        present = [(start, stop - start) for start, stop in call.received][: m.LIST_LENGTH_MAX]
+        state.send(
+            session.peer_id,
+            m.CallOpened(call.call_id, call.window_count, WINDOW_BYTES, present),
+        )
+
+
+def update_window(state: State, call: Call) -> None:
+    """Quick functions hold many inputs at a time and need more behind them; slow ones do not."""
+    wanted = min(WINDOW_COUNT_MAX, WINDOW_COUNT_MIN + WINDOW_PER_LEASED * call.leased_count)
+    if wanted > call.window_count * 5 // 4:
+        call.window_count = wanted
+        if call.session is not None and call.session.peer_id is not None:
+            state.send(
+                call.session.peer_id, m.Window(call.call_id, call.window_count, WINDOW_BYTES)
+            )
+
+
+def on_inputs(state: State, peer: Peer, call: Call, message: m.Inputs) -> None:
+    count = len(message.lengths) // 4
+    stop = message.start + count
+    in_flight = call.received.count - call.consumed_count + count
+    if in_flight > 2 * WINDOW_COUNT_MAX + m.CHUNK_INPUTS_MAX and not call.is_durable:
+        text = f"call {call.call_id.hex()} has more inputs in flight than its credit allows"
+        state.commands.append(Disconnect(peer.peer_id, "credit", text))
+        return
+    if call.received.covers(message.start, stop):
+        state.note("duplicate inputs")
+        if call.is_durable:
+            durable.tell_stored(state, call, [(message.start, count)])
+        return
+    if call.is_durable:
+        durable.store_inputs(state, call, message)
+        return
+    blobs.keep(state, blobs.ids(message.blobs))
+    durable.queue_inputs(state, call, message)
+
+
+def on_seal_call(state: State, call: Call, message: m.SealCall) -> None:
+    if call.is_durable:
+        if call.sealed_count is None:
+            durable.store_seal(state, call, message)
+        else:
+            durable.tell_stored(state, call, [])
+        return
+    call.sealed_count = message.count
+    end_call_if_done(state, call)
+
+
+def on_ack(state: State, call: Call, message: m.Ack) -> None:
+    outputs.on_ack(state, call, message)
+    end_call_if_done(state, call)
+
+
+def end_call_if_done(state: State, call: Call) -> None:
+    """An attached call is over when its client has acknowledged every output."""
+    if call.is_done and not call.outputs and not call.is_durable:
+        drop_call(state, call)
+
+
+def drop_call(state: State, call: Call) -> None:
+    """Forget everything of a call. Leases that still run it report to nobody."""
+    call.is_over = True
+    call.queued = type(call.queued)()
+    call.parked = type(call.queued)()
+    call.backing_off.clear()
+    for lease in list(call.leases.values()):
+        cancel_lease(state, lease)
+    for chunk in call.chunks.values():
+        blobs.release(state, blobs.ids(chunk.blobs))
+    for kept in call.outputs:
+        blobs.release(state, blobs.ids(kept.blobs))
+    for generator in call.generators.values():
+        for items in generator.unconfirmed:
+            blobs.release(state, blobs.ids(items.blobs))
+    call.chunks.clear()
+    call.chunk_starts.clear()
+    call.outputs.clear()
+    call.generators.clear()
+    state.calls.pop(call.call_id, None)
+    if call.session is not None:
+        call.session.calls.pop(call.call_id, None)
+    app = call.function.app
+    app.calls.pop(call.call_id, None)
+    close_app_if_done(state, app)
+
+
+def cancel_call(state: State, call: Call) -> None:
+    """Somebody does not want it any more. A spawned call keeps what it has, and says so."""
+    if not call.is_durable:
+        drop_call(state, call)
+    elif not call.is_over:
+        text = "the call was cancelled"
+        payload = m.failure_payload("cancelled", text)
+        fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+
+
+def fail_call(state: State, call: Call, failure: m.CallFailed) -> None:
+    """Every input without an output ends like this."""
+    if call.failure is not None or call.is_over:
+        return
+    call.failure = failure
+    call.waits_for = ""
+    if call.session is not None and call.session.peer_id is not None:
+        state.send(call.session.peer_id, failure)
+    call.queued = type(call.queued)()
+    call.parked = type(call.queued)()
+    call.backing_off.clear()
+    for lease in list(call.leases.values()):
+        cancel_lease(state, lease)
+    for chunk in call.chunks.values():
+        blobs.release(state, blobs.ids(chunk.blobs))
+    call.chunks.clear()
+    call.chunk_starts.clear()
+    if call.is_durable:
+        durable.store_failure(state, call, failure)
+        durable.serve_failure(state, call)
+        durable.end_call(state, call)
+
+
+def fail_function(state: State, function: Function, status: int, payload: bytes) -> None:
+    """No container of it can start: all that waits for one ends with the reason."""
+    for call in list(function.app.calls.values()):
+        if call.function is function and not call.is_over:
+            fail_call(state, call, m.CallFailed(call.call_id, status, payload))
+
+
+def on_unsealed_deadline(state: State, call: Call) -> None:
+    """A spawn that was cut off before its end, and whose client did not come back."""
+    if call.sealed_count is None and call.session is None:
+        cancel_call(state, call)
+
+
+def forget_call(state: State, call: Call) -> None:
+    """The results of a spawned call were kept their time."""
+    durable.forget_call(state, call)
+    drop_call(state, call)
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+def on_fetch_outputs(state: State, peer: Peer, message: m.FetchOutputs) -> None:
+    call = state.calls.get(message.call_id)
+    if call is None or not call.is_durable:
+        on_ask_call(state, peer, m.AskCall(message.request_id, message.call_id))
+        return
+    durable.on_fetch(state, peer.peer_id, call, message)
+
+
+def on_stop_fetch(state: State, peer: Peer, message: m.StopFetch) -> None:
+    for call in state.calls.values():
+        call.fetches.pop((peer.peer_id, message.request_id), None)
+
+
+def on_ask_call(state: State, peer: Peer, message: m.AskCall) -> None:
+    call = state.calls.get(message.call_id)
+    if call is None or not call.is_durable:
+        info = m.CallInfo(message.request_id, message.call_id, "unknown", 0, 0, "", False)
+    else:
+        info = m.CallInfo(
+            message.request_id,
+            message.call_id,
+            call_state(call),
+            call.received.count if call.sealed_count is None else call.sealed_count,
+            call.finished.count,
+            call.function.definition.name,
+            call.function.is_generator,
+        )
+    state.send(peer.peer_id, info)
+
+
+def call_state(call: Call) -> str:
+    """unknown, open, sealed, finished, cancelled or failed: as `CallInfo.state` says it."""
+    if call.failure is not None:
+        return "failed"
+    if call.is_over:
+        return "finished"
+    return "open" if call.sealed_count is None else "sealed"
+
+
+def on_ask_status(state: State, peer: Peer, message: m.AskStatus) -> None:
+    state.send(peer.peer_id, m.StatusInfo(message.request_id, snapshot(state)))
+
+
+def on_ask_shutdown(state: State, peer: Peer, message: m.AskShutdown) -> None:
+    busy = describe_busy(state)
+    is_leaving = message.force or not busy
+    state.send(peer.peer_id, m.ShutdownInfo(message.request_id, is_leaving, busy))
+    if is_leaving:
+        state.is_leaving = True
+        state.commands.append(Exit("a client asked for it"))
+
+
+def on_cancel_call(state: State, call: Call) -> None:
+    cancel_call(state, call)
+
+
+def on_item_credit(state: State, call: Call, message: m.ItemCredit) -> None:
+    outputs.on_item_credit(state, call, message)
+
+
+def container_log(state: State, message: m.ContainerLog) -> None:
+    """Pass text on to the client at the root of the call; one that does not read loses it."""
+    container = state.containers.get(message.container_id)
+    call = state.calls.get(message.call_id)
+    if call is None and container is not None and container.leases:
+        call = next(iter(container.leases.values())).call
+    if call is None:
+        return
+    session: Session | None = call.session
+    if call.ancestors:
+        root = call.ancestors[-1]
+        session = next(iter(root.leases.values())).call.session if root.leases else None
+    peer = state.peers.get(session.peer_id) if session is not None and session.peer_id else None
+    if peer is None or not peer.is_writable:
+        state.note("log text that nobody read")
+        return
+    log = m.Log(call.call_id, message.index, message.container_id, message.source, message.payload)
+    state.send(peer.peer_id, log)

@@ -1,0 +1,236 @@
+"""The scheduler's core: five synchronous methods, no socket, no clock, no randomness.
+
+::
+
+    handle(event, now)     take one fact; never raises for what a peer did
+    decide(now)            place work once for all that changed; the orders, in order
+    next_deadline()        when something must be decided without any event
+    check()                assert every invariant
+    snapshot()             plain data for people
+
+The shell feeds every frame it has read in a turn of its loop and asks once, so batches grow by
+themselves under load. State is a function of the (event, now) pairs: the simulator replays any
+run from a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from heapq import heappop
+from typing import Any
+
+from fanout.protocol import messages as m
+from fanout_scheduler.core import (
+    blobs,
+    calls,
+    durable,
+    leasing,
+    outputs,
+    placement,
+    restore,
+    workers,
+)
+from fanout_scheduler.core import check as invariants
+from fanout_scheduler.core.events import (
+    BlobCompleted,
+    Command,
+    Event,
+    FrameReceived,
+    PeerConnected,
+    PeerLost,
+    PeerWritable,
+    Record,
+    Stored,
+    StoreFailed,
+    TimePassed,
+)
+from fanout_scheduler.core.snapshot import snapshot
+from fanout_scheduler.core.state import Call, Peer, State
+
+#: Messages of clients that name a call, and what handles them.
+CALL_MESSAGES: dict[type[m.Message], Callable[[State, Call, Any], None]] = {
+    m.SealCall: calls.on_seal_call,
+    m.Ack: calls.on_ack,
+    m.ItemCredit: calls.on_item_credit,
+}
+
+#: Messages that need to know who sent them.
+PEER_MESSAGES: dict[type[m.Message], Callable[[State, Peer, Any], None]] = {
+    m.OpenApp: calls.on_open_app,
+    m.CloseApp: calls.on_close_app,
+    m.DefineFunction: calls.on_define_function,
+    m.OpenCall: calls.on_open_call,
+    m.FetchOutputs: calls.on_fetch_outputs,
+    m.StopFetch: calls.on_stop_fetch,
+    m.AskCall: calls.on_ask_call,
+    m.AskStatus: calls.on_ask_status,
+    m.AskShutdown: calls.on_ask_shutdown,
+    m.WorkerReady: workers.on_worker_ready,
+    m.ContainerStarted: workers.on_container_started,
+    m.ContainerExited: workers.on_container_exited,
+}
+
+#: Messages of workers and nested clients about leases.
+LEASE_MESSAGES: dict[type[m.Message], Callable[[State, Any, Any], None]] = {
+    m.LeaseOutputs: outputs.on_lease_outputs,
+    m.LeaseItems: outputs.on_lease_items,
+    m.Reclaimed: leasing.on_reclaimed,
+    m.LeaseWaits: leasing.on_lease_waits,
+    m.SessionWaits: leasing.on_session_waits,
+}
+
+
+class Scheduler:
+    """See the module's docstring. `epoch` is the number of this life; it only grows."""
+
+    def __init__(self, epoch: int) -> None:
+        self.state = State(epoch)
+
+    def restore(self, records: Iterable[Record], now: float) -> None:
+        """Take what the store kept, before any event."""
+        self.state.now = self.state.started_at = now
+        restore.restore(self.state, records)
+
+    def handle(self, event: Event, now: float) -> None:
+        """Take one fact. Frames of peers that are gone are ignored."""
+        state = self.state
+        state.now = now
+        kind = type(event)
+        if kind is FrameReceived:
+            self._handle_frame(event)  # type: ignore[arg-type]
+        elif kind is TimePassed:
+            self._fire_deadlines()
+        elif isinstance(event, PeerConnected):
+            self._on_peer_connected(event)
+        elif isinstance(event, PeerLost):
+            self._on_peer_lost(event)
+        elif isinstance(event, PeerWritable):
+            peer = state.peers.get(event.peer_id)
+            if peer is not None:
+                peer.is_writable = event.is_writable
+        elif isinstance(event, Stored):
+            durable.on_stored(state, event.sequence)
+            self._acknowledge_all()
+        elif isinstance(event, StoreFailed):
+            durable.on_store_failed(state, event.sequence, event.text)
+        elif isinstance(event, BlobCompleted):
+            blobs.on_completed(state, event.blob_id)
+
+    def decide(self, now: float) -> list[Command]:
+        """Everything that can be decided now, as orders to be carried out in this order."""
+        state = self.state
+        state.now = now
+        if state.deadlines and state.deadlines[0][0] <= now:
+            self._fire_deadlines()
+        placement.place(state)
+        workers.acknowledge(state)
+        commands, state.commands = state.commands, []
+        return commands
+
+    def next_deadline(self) -> float | None:
+        deadlines = self.state.deadlines
+        return deadlines[0][0] if deadlines else None
+
+    def check(self) -> None:
+        """Raise AssertionError, naming the invariant of scheduler/README.md, if one is broken."""
+        invariants.check(self.state)
+
+    def snapshot(self) -> dict[str, Any]:
+        return snapshot(self.state)
+
+    # --- events -----------------------------------------------------------------------------------
+
+    def _on_peer_connected(self, event: PeerConnected) -> None:
+        state = self.state
+        peer = Peer(event.peer_id, event.role, event.session_id, event.info)
+        state.peers[event.peer_id] = peer
+        if event.role == "client":
+            calls.on_client_connected(state, peer, None)
+        elif event.role == "nested":
+            container = state.containers.get(event.info.get("container_id", -1))
+            if container is None:
+                state.note("nested client of an unknown container")
+                del state.peers[event.peer_id]
+                return
+            calls.on_client_connected(state, peer, container)
+
+    def _on_peer_lost(self, event: PeerLost) -> None:
+        peer = self.state.peers.pop(event.peer_id, None)
+        if peer is None:
+            return
+        if peer.role == "worker":
+            workers.on_worker_lost(self.state, event.peer_id, peer)
+        else:
+            calls.on_client_lost(self.state, peer)
+
+    def _handle_frame(self, event: FrameReceived) -> None:
+        state = self.state
+        peer = state.peers.get(event.peer_id)
+        if peer is None:
+            return
+        message = event.message
+        kind = type(message)
+        if peer.role == "worker":
+            if peer.worker is not None:
+                peer.worker.heard_at = state.now
+            elif kind is not m.WorkerReady:
+                return
+        if kind in LEASE_MESSAGES:
+            LEASE_MESSAGES[kind](state, event.peer_id, message)
+        elif kind in PEER_MESSAGES:
+            PEER_MESSAGES[kind](state, peer, message)
+        elif kind is m.ContainerLog:
+            calls.container_log(state, message)  # type: ignore[arg-type]
+        else:
+            self._handle_call_frame(peer, message)
+
+    def _handle_call_frame(self, peer: Peer, message: Any) -> None:
+        state = self.state
+        call_id = getattr(message, "call_id", None)
+        if call_id is None:
+            return
+        call = state.calls.get(call_id)
+        if call is None:
+            state.note("message for an unknown call")
+            return
+        kind = type(message)
+        if kind is m.CancelCall:
+            # A spawned call may be cancelled by whoever knows its id.
+            if call.is_durable or call.session is peer.session:
+                calls.on_cancel_call(state, call)
+            return
+        if call.session is not peer.session:
+            state.note("message for another session's call")
+        elif kind is m.Inputs:
+            calls.on_inputs(state, peer, call, message)
+        else:
+            CALL_MESSAGES[kind](state, call, message)
+
+    def _acknowledge_all(self) -> None:
+        for worker in self.state.workers.values():
+            if worker.unsafe:
+                self.state.acknowledging[worker.worker_id] = worker
+
+    # --- deadlines --------------------------------------------------------------------------------
+
+    def _fire_deadlines(self) -> None:
+        state = self.state
+        while state.deadlines and state.deadlines[0][0] <= state.now:
+            _, _, kind, what = heappop(state.deadlines)
+            if kind == "retry":
+                outputs.on_retry_due(state, what)
+            elif kind == "idle":
+                workers.on_idle_deadline(state, what, leasing.scaledown_s(what))
+            elif kind == "session":
+                calls.on_session_deadline(state, what)
+            elif kind == "worker":
+                workers.on_worker_deadline(state, what)
+            elif kind == "store":
+                durable.on_store_retry(state, what)
+            elif kind == "forget":
+                calls.forget_call(state, what)
+            elif kind == "unsealed":
+                calls.on_unsealed_deadline(state, what)
+            else:
+                # Nothing to do but to decide again.
+                assert kind == "look", kind

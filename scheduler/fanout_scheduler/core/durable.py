@@ -1,0 +1,255 @@
+"""Spawned calls: written down before anything is acknowledged, read by whoever knows the id.
+
+Everything here is a pair: order a `Store`, and when it is `Stored` do what was promised. Records
+are the messages themselves, so what comes back at a restart is what came over the wire.
+
+::
+
+    OpenCall -> stored -> CallOpened          Inputs -> stored -> queued, InputsStored
+    SealCall -> stored -> InputsStored(sealed)    output -> stored -> finished, OutputsAck, fetches
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fanout.config import RESULT_RETENTION_S
+from fanout.intervals import IntervalSet
+from fanout.protocol import messages as m
+from fanout_scheduler.core import blobs
+from fanout_scheduler.core.events import ForgetApp, ForgetCall, PeerId, Record, Store
+from fanout_scheduler.core.leasing import wake_call
+from fanout_scheduler.core.state import Call, Chunk, Fetch, State
+
+if TYPE_CHECKING:
+    from fanout_scheduler.core.state import App
+
+#: Time between attempts to write outputs that could not be written (disk full).
+STORE_RETRY_S = 1.0
+
+
+@dataclass(slots=True)
+class PendingStore:
+    """What a store command was for. `call` is None where nothing has to happen afterwards."""
+
+    records: list[Record]
+    call: Call | None
+
+
+def _store(state: State, call: Call | None, records: list[Record]) -> int:
+    state.store_sequence += 1
+    state.pending_stores[state.store_sequence] = PendingStore(records, call)
+    state.commands.append(Store(state.store_sequence, records))
+    return state.store_sequence
+
+
+def store_open(state: State, call: Call, message: m.OpenCall) -> None:
+    """A durable call begins; what it needs to run again is written first."""
+    records: list[Record] = []
+    function, app = call.function, call.function.app
+    if not app.is_stored:
+        app.is_stored = True
+        records.append(m.OpenApp(app.app_id, app.name))
+    if not function.is_stored:
+        function.is_stored = True
+        records.append(function.definition)
+        blobs.keep(state, function.definition.blobs)
+    records.append(message)
+    _store(state, call, records)
+
+
+def store_inputs(state: State, call: Call, message: m.Inputs) -> None:
+    blobs.keep(state, blobs.ids(message.blobs))
+    _store(state, call, [message])
+
+
+def store_seal(state: State, call: Call, message: m.SealCall) -> None:
+    _store(state, call, [message])
+
+
+def store_outputs(state: State, call: Call, outputs: m.Outputs) -> int:
+    return _store(state, call, [outputs])
+
+
+def store_failure(state: State, call: Call, failure: m.CallFailed) -> None:
+    _store(state, call, [failure])
+
+
+def forget_call(state: State, call: Call) -> None:
+    """Its results were kept their time, or nobody ever learned of it."""
+    _store(state, None, [ForgetCall(call.call_id)])
+
+
+def forget_app(state: State, app: App) -> None:
+    if app.is_stored:
+        for function in app.functions.values():
+            if function.is_stored:
+                blobs.release(state, function.definition.blobs)
+        _store(state, None, [ForgetApp(app.app_id)])
+
+
+# --- what the disk says ---------------------------------------------------------------------------
+
+
+def on_stored(state: State, sequence: int) -> None:
+    """Everything up to `sequence` is on disk: keep the promises that waited for it."""
+    for done in [s for s in state.pending_stores if s <= sequence]:
+        pending: PendingStore = state.pending_stores.pop(done)
+        if pending.call is None:
+            continue
+        for record in pending.records:
+            _promise_kept(state, pending.call, record)
+
+
+def _promise_kept(state: State, call: Call, record: Record) -> None:
+    from fanout_scheduler.core.outputs import finish
+
+    if isinstance(record, m.OpenCall):
+        tell_opened(state, call)
+    elif isinstance(record, m.Inputs):
+        queue_inputs(state, call, record)
+        count = len(record.lengths) // 4
+        tell_stored(state, call, [(record.start, count)])
+    elif isinstance(record, m.SealCall):
+        call.sealed_count = record.count
+        tell_stored(state, call, [])
+        if call.is_done:
+            end_call(state, call)
+    elif isinstance(record, m.Outputs):
+        stop = record.start + len(record.statuses)
+        call.storing.remove(record.start, stop)
+        if not call.is_over and call.failure is None:
+            finish(state, call, record)
+
+
+def on_store_failed(state: State, sequence: int, text: str) -> None:
+    """The disk would not take it. What a client waits for fails and says so; outputs, which
+    were made already, are offered again until there is room."""
+    from fanout_scheduler.core.calls import fail_call
+
+    pending: PendingStore | None = state.pending_stores.pop(sequence, None)
+    if pending is None or pending.call is None:
+        return
+    call = pending.call
+    state.note("write that failed")
+    if any(isinstance(record, m.Outputs | m.CallFailed) for record in pending.records):
+        # The reports keep their place: `unsafe` of their workers names this sequence, so the
+        # same sequence is written again.
+        state.pending_stores[sequence] = pending
+        state.at(state.now + STORE_RETRY_S, "store", sequence)
+        return
+    if any(isinstance(record, m.OpenCall) for record in pending.records):
+        call.function.is_stored = call.function.app.is_stored = False
+    for record in pending.records:
+        if isinstance(record, m.Inputs):
+            blobs.release(state, blobs.ids(record.blobs))
+    payload = m.failure_payload("store", f"the scheduler could not store the call: {text}")
+    fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+
+
+def on_store_retry(state: State, sequence: int) -> None:
+    pending: PendingStore | None = state.pending_stores.get(sequence)
+    if pending is not None:
+        state.commands.append(Store(sequence, pending.records))
+
+
+def is_safe(state: State, store_sequence: int) -> bool:
+    """Whether a report that waits for this store sequence may be acknowledged."""
+    return store_sequence == 0 or store_sequence not in state.pending_stores
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+def queue_inputs(state: State, call: Call, message: m.Inputs) -> None:
+    """Inputs that are here (and stored, where durable) may run, once their blobs are here too."""
+    start, stop = message.start, message.start + len(message.lengths) // 4
+    whole = Chunk(message)
+    for low, high in call.received.missing(start, stop):
+        chunk = whole
+        if (low, high) != (start, stop):
+            lengths, refs, payload = whole.cut(low, high)
+            chunk = Chunk(m.Inputs(call.call_id, low, lengths, refs, payload))
+        call.received.add(low, high)
+        if call.is_over or call.failure is not None:
+            continue
+        call.add_chunk(chunk)
+        if blobs.await_for_chunk(state, call, chunk):
+            call.parked.add(low, high)
+            call.waits_for = "blobs that are still on their way"
+        else:
+            call.queued.add(low, high)
+    wake_call(state, call)
+
+
+# --- telling clients ------------------------------------------------------------------------------
+
+
+def tell_opened(state: State, call: Call) -> None:
+    from fanout_scheduler.core.calls import send_opened
+
+    send_opened(state, call)
+
+
+def tell_stored(state: State, call: Call, stored: list[tuple[int, int]]) -> None:
+    session = call.session
+    if session is not None and session.peer_id is not None:
+        is_sealed = call.sealed_count is not None
+        state.send(session.peer_id, m.InputsStored(call.call_id, stored, is_sealed))
+
+
+def end_call(state: State, call: Call) -> None:
+    """All outputs are on disk: the call needs no container any more, and is kept for a while."""
+    call.is_over = True
+    call.waits_for = ""
+    if call.session is not None:
+        call.session.calls.pop(call.call_id, None)
+    state.at(state.now + RESULT_RETENTION_S, "forget", call)
+    from fanout_scheduler.core.calls import close_app_if_done
+
+    close_app_if_done(state, call.function.app)
+
+
+# --- fetching -------------------------------------------------------------------------------------
+
+
+def on_fetch(state: State, peer_id: PeerId, call: Call, message: m.FetchOutputs) -> None:
+    """Send what is there, and remember what is owed."""
+    fetch = Fetch(peer_id, message.request_id, IntervalSet([(message.start, message.stop)]))
+    call.fetches[(peer_id, message.request_id)] = fetch
+    for outputs in call.outputs:
+        _serve(state, fetch, outputs)
+    serve_failure(state, call)
+    if not fetch.owed:
+        call.fetches.pop((peer_id, message.request_id), None)
+
+
+def serve_fetches(state: State, call: Call, outputs: m.Outputs) -> None:
+    for key, fetch in list(call.fetches.items()):
+        _serve(state, fetch, outputs)
+        if not fetch.owed:
+            del call.fetches[key]
+
+
+def _serve(state: State, fetch: Fetch, outputs: m.Outputs) -> None:
+    from fanout_scheduler.core.outputs import cut_outputs, send_outputs
+
+    for start, stop in fetch.owed.common(outputs.start, outputs.start + len(outputs.statuses)):
+        fetch.owed.remove(start, stop)
+        send_outputs(state, fetch.peer_id, cut_outputs(outputs, start, stop))
+
+
+def serve_failure(state: State, call: Call) -> None:
+    """A call that failed as a whole: every input without an output ended like that."""
+    from fanout_scheduler.core.outputs import single_output
+
+    if call.failure is None:
+        return
+    count = call.received.end if call.sealed_count is None else call.sealed_count
+    for key, fetch in list(call.fetches.items()):
+        for start, stop in fetch.owed:
+            for index in range(start, min(stop, count)):
+                output = single_output(call, index, call.failure.status, call.failure.payload)
+                state.send(fetch.peer_id, output)
+        del call.fetches[key]

@@ -1,0 +1,337 @@
+"""Reports of workers and what becomes of them: outputs, items, retries, crashes.
+
+An output is used if its input has none yet, whichever lease it came from; otherwise it is a
+duplicate and dropped. Errors and timeouts with attempts left are not outputs: the input backs off
+and is queued again. What a call's client has not acknowledged stays in `call.outputs` and is sent
+again when the client comes back; outputs of durable calls stay for whoever fetches them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from itertools import accumulate
+
+from fanout.config import CRASH_LIMIT
+from fanout.protocol import messages as m
+from fanout_scheduler.core import blobs, durable
+from fanout_scheduler.core.events import PeerId, Send, SendBlob
+from fanout_scheduler.core.leasing import (
+    close_inputs,
+    wake_call,
+)
+from fanout_scheduler.core.state import Call, Function, GeneratorState, Lease, State
+
+#: Weight of the newest report in the moving averages, at most and when it makes them grow.
+WEIGHT_MAX = 0.5
+WEIGHT_GROW_MIN = 0.05
+
+
+def on_lease_outputs(state: State, peer_id: PeerId, message: m.LeaseOutputs) -> None:
+    worker = state.peers[peer_id].worker
+    if worker is None:
+        return
+    store_sequence = _accept(state, message)
+    worker.unsafe.append((message.sequence, store_sequence))
+    state.acknowledging[worker.worker_id] = worker
+
+
+def _accept(state: State, message: m.LeaseOutputs) -> int:
+    """Use a report. Returns the store sequence that makes it safe, 0 when it is safe now."""
+    start = message.start
+    stop = start + len(message.statuses)
+    lease = state.leases.get(message.lease_id)
+    call = state.calls.get(message.call_id)
+    if lease is not None and (
+        lease.call.call_id != message.call_id or not lease.start <= start <= stop
+    ):
+        state.note("report that does not fit its lease")
+        return 0
+    if lease is not None:
+        lease.heard_at = state.now
+        _measure(lease.call.function, message)
+        lease.call.service_s += message.busy_us / 1e6
+    if call is None or call.is_over or call.failure is not None:
+        state.note("output of an ended call")
+        if lease is not None:
+            close_inputs(state, lease, start, stop)
+        return 0
+    store_sequence = 0
+    fresh = 0
+    outputs = _as_outputs(message)
+    for low, high in call.received.common(start, stop):
+        for free_low, free_high in call.finished.missing(low, high):
+            for new_low, new_high in call.storing.missing(free_low, free_high):
+                fresh += new_high - new_low
+                part = cut_outputs(outputs, new_low, new_high)
+                store_sequence = max(store_sequence, _take(state, call, lease, part))
+    if fresh < stop - start:
+        state.note("duplicate output")
+    if lease is not None:
+        close_inputs(state, lease, start, stop)
+    return store_sequence
+
+
+def _measure(function: Function, message: m.LeaseOutputs) -> None:
+    count = len(message.statuses)
+    seconds = message.busy_us / 1e6 / count
+    size = len(message.payload) / count
+    if function.input_s is None:
+        function.input_s, function.output_bytes = seconds, size
+        return
+    weight = WEIGHT_MAX
+    if seconds > function.input_s:
+        # One slow input among thousands must not make the next leases tiny.
+        weight = min(WEIGHT_MAX, max(WEIGHT_GROW_MIN, count / 64))
+    function.input_s += weight * (seconds - function.input_s)
+    function.output_bytes += WEIGHT_MAX * (size - function.output_bytes)
+
+
+def _as_outputs(message: m.LeaseOutputs) -> m.Outputs:
+    """A report as the frame that a client gets."""
+    return m.Outputs(
+        message.call_id,
+        message.start,
+        message.lengths,
+        message.statuses,
+        message.blobs,
+        message.payload,
+    )
+
+
+def cut_outputs(outputs: m.Outputs, start: int, stop: int) -> m.Outputs:
+    """The outputs of inputs `start` to `stop` out of a frame, without copying their bytes."""
+    low, high = start - outputs.start, stop - outputs.start
+    if low == 0 and high == len(outputs.statuses):
+        return outputs
+    lengths = memoryview(outputs.lengths).cast("I")
+    offsets = array("L", accumulate(lengths, initial=0))
+    return m.Outputs(
+        outputs.call_id,
+        start,
+        lengths[low:high].tobytes(),
+        outputs.statuses[low:high],
+        [(at - low, ids) for at, ids in outputs.blobs if low <= at < high],
+        memoryview(outputs.payload)[offsets[low] : offsets[high]],
+    )
+
+
+def _take(state: State, call: Call, lease: Lease | None, outputs: m.Outputs) -> int:
+    """New outputs of a call: deliver them, but retry those that failed and may be tried again."""
+    if not any(outputs.statuses) or call.function.retries is None:
+        return deliver(state, call, outputs)
+    sequence = 0
+    run_start = position = 0
+    for position, status in enumerate(outputs.statuses):
+        index = outputs.start + position
+        if status in (m.Status.VALUE, m.Status.DONE) or not _retry(state, call, lease, index):
+            continue
+        if run_start < position:
+            part = cut_outputs(outputs, outputs.start + run_start, index)
+            sequence = max(sequence, deliver(state, call, part))
+        run_start = position + 1
+    if run_start <= position:
+        part = cut_outputs(outputs, outputs.start + run_start, outputs.start + position + 1)
+        sequence = max(sequence, deliver(state, call, part))
+    return sequence
+
+
+def _retry(state: State, call: Call, lease: Lease | None, index: int) -> bool:
+    """Have a failed input back off, if it has an attempt left. A failure that a void lease
+    reports changes nothing: the input is queued or leased anew already."""
+    if lease is None or (lease.is_cancelled and call.is_over):
+        return lease is None
+    assert call.function.retries is not None
+    max_retries, initial_s, coefficient, delay_max_s = call.function.retries
+    failed = call.attempts.get(index, 0) + 1
+    if failed > max_retries:
+        return False
+    call.attempts[index] = failed
+    due = state.now + min(delay_max_s, initial_s * coefficient ** (failed - 1))
+    call.queued.remove(index, index + 1)
+    call.backing_off[index] = due
+    state.at(due, "retry", call)
+    return True
+
+
+def on_retry_due(state: State, call: Call) -> None:
+    """Inputs whose delay is over are queued; those due in one tick merge into ranges."""
+    if call.is_over:
+        return
+    due = [index for index, when in call.backing_off.items() if when <= state.now]
+    for index in due:
+        del call.backing_off[index]
+        call.queued.add(index, index + 1)
+    wake_call(state, call)
+
+
+# --- delivery -------------------------------------------------------------------------------------
+
+
+def deliver(state: State, call: Call, outputs: m.Outputs) -> int:
+    """These are the outputs of these inputs, for ever. Returns the store sequence, 0 if none."""
+    start, stop = outputs.start, outputs.start + len(outputs.statuses)
+    call.queued.remove(start, stop)
+    call.parked.remove(start, stop)
+    for index in [i for i in call.backing_off if start <= i < stop]:
+        del call.backing_off[index]
+    blobs.keep(state, blobs.ids(outputs.blobs))
+    if call.is_durable:
+        call.storing.add(start, stop)
+        return durable.store_outputs(state, call, outputs)
+    finish(state, call, outputs)
+    return 0
+
+
+def finish(state: State, call: Call, outputs: m.Outputs) -> None:
+    """Outputs are safe (on disk, where durable): hand them on."""
+    start, stop = outputs.start, outputs.start + len(outputs.statuses)
+    call.finished.add(start, stop)
+    release_inputs(state, call, start, stop)
+    call.output_bytes += len(outputs.payload)
+    call.outputs.append(outputs)
+    if call.attempts or call.crashes:
+        for index in range(start, stop):
+            call.attempts.pop(index, None)
+            call.crashes.pop(index, None)
+    if call.is_durable:
+        durable.serve_fetches(state, call, outputs)
+        if call.is_done:
+            durable.end_call(state, call)
+    elif call.session is not None and call.session.peer_id is not None:
+        send_outputs(state, call.session.peer_id, outputs)
+    # The lowest unfinished input is another one now, and that one no consumer holds back.
+    wake_call(state, call)
+
+
+def release_inputs(state: State, call: Call, start: int, stop: int) -> None:
+    """Inputs with an output need not be kept; nor do their chunks and blobs, once all are so."""
+    while start < stop:
+        chunk = call.chunk_of(start)
+        end = min(stop, chunk.stop)
+        call.settle(start, end)
+        if chunk.open_count == 0:
+            blobs.release(state, blobs.ids(chunk.blobs))
+        start = end
+
+
+def send_outputs(state: State, peer_id: PeerId, outputs: m.Outputs) -> None:
+    for blob_id in blobs.ids(outputs.blobs):
+        state.commands.append(SendBlob(peer_id, blob_id))
+    state.send(peer_id, outputs)
+
+
+def on_ack(state: State, call: Call, message: m.Ack) -> None:
+    """The client has these outputs, and its user has taken so many."""
+    for start, count in message.received:
+        call.acknowledged.add(start, start + count)
+    while call.outputs:
+        head = call.outputs[0]
+        if not call.acknowledged.covers(head.start, head.start + len(head.statuses)):
+            break
+        call.outputs.popleft()
+        blobs.release(state, blobs.ids(head.blobs))
+    call.consumed_count = max(call.consumed_count, message.consumed_count)
+    call.consumed_bytes = max(call.consumed_bytes, message.consumed_bytes)
+    wake_call(state, call)
+
+
+# --- generators -----------------------------------------------------------------------------------
+
+
+def on_lease_items(state: State, peer_id: PeerId, message: m.LeaseItems) -> None:
+    worker = state.peers[peer_id].worker
+    if worker is None:
+        return
+    worker.unsafe.append((message.sequence, 0))
+    state.acknowledging[worker.worker_id] = worker
+    lease = state.leases.get(message.lease_id)
+    if lease is None or lease.call.call_id != message.call_id or lease.call.is_over:
+        state.note("items of an unknown lease")
+        return
+    lease.heard_at = state.now
+    call = lease.call
+    generator = call.generators.setdefault(message.index, GeneratorState())
+    count = len(message.lengths) // 4
+    seen = generator.next_number - message.number
+    if seen < 0 or seen >= count:
+        state.note("duplicate items" if seen >= count else "items out of order")
+        return
+    items = _cut_items(message, seen)
+    generator.next_number += count - seen
+    generator.unconfirmed.append(items)
+    blobs.keep(state, blobs.ids(items.blobs))
+    if call.session is not None and call.session.peer_id is not None:
+        send_items(state, call.session.peer_id, items)
+
+
+def _cut_items(message: m.LeaseItems, seen: int) -> m.Items:
+    lengths = memoryview(message.lengths).cast("I")
+    return m.Items(
+        message.call_id,
+        message.index,
+        message.number + seen,
+        lengths[seen:].tobytes(),
+        [(at - seen, ids) for at, ids in message.blobs if at >= seen],
+        memoryview(message.payload)[sum(lengths[:seen]) :],
+    )
+
+
+def send_items(state: State, peer_id: PeerId, items: m.Items) -> None:
+    for blob_id in blobs.ids(items.blobs):
+        state.commands.append(SendBlob(peer_id, blob_id))
+    state.send(peer_id, items)
+
+
+def on_item_credit(state: State, call: Call, message: m.ItemCredit) -> None:
+    generator = call.generators.setdefault(message.index, GeneratorState())
+    generator.next_number = max(generator.next_number, message.received)
+    while generator.unconfirmed:
+        head = generator.unconfirmed[0]
+        if head.number + len(head.lengths) // 4 > message.received:
+            break
+        generator.unconfirmed.popleft()
+        blobs.release(state, blobs.ids(head.blobs))
+    if message.upto <= generator.credit:
+        return
+    generator.credit = message.upto
+    for lease in call.leases.values():
+        if lease.start == message.index:
+            _pass_credit_on(state, lease, message.upto)
+
+
+def _pass_credit_on(state: State, lease: Lease, upto: int) -> None:
+    credit = m.LeaseCredit(lease.lease_id, upto)
+    container = lease.container
+    if container.is_waiting:
+        state.defer(container, Send(container.worker.peer_id, credit))
+    else:
+        state.send(container.worker.peer_id, credit)
+
+
+# --- crashes --------------------------------------------------------------------------------------
+
+
+def charge_crash(state: State, lease: Lease, index: int, message: m.ContainerExited) -> None:
+    """The input that ran when its container died: run it again, or end it after the third time,
+    so that no input takes containers down for ever."""
+    call = lease.call
+    if call.is_over or call.failure is not None or index not in lease.open:
+        return
+    if index in call.finished or index in call.storing:
+        return
+    crashes = call.crashes[index] = call.crashes.get(index, 0) + 1
+    if crashes < CRASH_LIMIT:
+        return
+    details = message.details
+    text = (
+        f"the container died {crashes} times while it ran input {index} of "
+        f"{call.function.definition.name}: {details.get('text', '')}"
+    )
+    close_inputs(state, lease, index, index + 1)
+    payload = m.failure_payload("crash", text, details)
+    deliver(state, call, single_output(call, index, m.Status.FAILURE, payload))
+
+
+def single_output(call: Call, index: int, status: int, payload: bytes | memoryview) -> m.Outputs:
+    lengths = len(payload).to_bytes(4, "little")
+    return m.Outputs(call.call_id, index, lengths, bytes([status]), [], payload)

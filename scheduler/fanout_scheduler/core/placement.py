@@ -1,0 +1,372 @@
+"""Who runs what next. Called once a turn, after all facts of the turn are in.
+
+Order of business:
+
+1. Containers that have been told something while they waited get their cores back: they hold
+   memory and a permit, and what they are part of is older than anything that is queued.
+2. Ready calls get containers. Nested calls go before their callers' siblings (deeper first), so
+   that waiting containers do not pile up; calls of equal depth share by container-seconds; the
+   oldest wins a tie. A container is, in this order: an idle one, a new one, and last one that is
+   about to finish quick inputs anyway and can have the next lease waiting.
+3. Where somebody is idle and nothing is queued, the tail of a long lease is taken back.
+
+A container holds its function's cores only while it has a lease and does not wait, so warm
+containers of many functions share a core, and a quick call waits for one lease at most.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop
+
+from fanout.protocol import messages as m
+from fanout_scheduler.core.calls import fail_call, stop_container, update_window
+from fanout_scheduler.core.leasing import (
+    HELD_BY_CONSUMER,
+    end_wait,
+    grant,
+    hold_core,
+    is_held_by_consumer,
+    reclaim,
+    send_blob_once,
+    wake_call,
+)
+from fanout_scheduler.core.state import Call, Container, Function, Lease, State, Worker
+from fanout_scheduler.core.workers import add_container
+
+#: Seconds of work in one lease: long enough to make its cost small, short enough to share a core.
+LEASE_S = 0.03
+#: Inputs quicker than this may have a second lease waiting in their container.
+QUICK_S = 0.05
+#: A lease that has been silent for this long is stuck, as far as its tail is concerned.
+STUCK_S = 0.05
+#: A tail that would be run in less than this is left where it is.
+TAIL_MIN_S = 0.005
+LEASE_BYTES_MAX = 4 << 20
+LEASE_INPUTS_MAX = m.CHUNK_INPUTS_MAX
+#: Work that is worth starting another container for, when one runs already.
+START_WORTH_S = 0.005
+#: Waiting containers hold memory; at this many on one worker, deeper nesting is refused.
+CONTAINERS_MAX = 256
+EPSILON = 1e-9
+RECLAIM_INTERVAL_S = 0.002
+
+NO_WORKER = "a worker: none is connected"
+NO_CORE = "a free core"
+NO_MEMORY = "free memory"
+NO_PERMIT = "a permit: max_containers are in use"
+NO_ROOM = "a worker with room for another container"
+NO_FIT = "a worker that has as much cpu and memory as it asks for"
+NO_BLOB = "blobs that are still on their way"
+
+
+def place(state: State) -> None:
+    """Decide everything that can be decided now."""
+    _resume(state)
+    _place_ready(state)
+    # A call that failed just now may be what a container waited for.
+    _resume(state)
+    if state.now >= state.reclaim_after:
+        _reclaim_tails(state)
+
+
+def _has_core(worker: Worker, function: Function) -> bool:
+    return worker.cpu_free + EPSILON >= function.cpu
+
+
+# --- 1. containers that waited -------------------------------------------------------------------
+
+
+def _resume(state: State) -> None:
+    for container in list(state.resuming.values()):
+        if _has_core(container.worker, container.function):
+            hold_core(container)
+            end_wait(state, container)
+
+
+def _is_reserved(state: State, worker: Worker) -> bool:
+    """Whether a container of this worker waits for its core to come back."""
+    return any(c.worker is worker for c in state.resuming.values())
+
+
+# --- 2. ready calls ------------------------------------------------------------------------------
+
+
+def _place_ready(state: State) -> None:
+    held: dict[bytes, str] = {}
+    while (function := _next_function(state, held)) is not None:
+        call = function.ready[0][3]
+        reason = _place_call(state, call)
+        if reason:
+            call.waits_for = reason
+            held[function.function_id] = reason
+            if reason in (NO_PERMIT, NO_ROOM):
+                _fail_if_deadlocked(state, call, reason)
+    for function_id, reason in held.items():
+        others_wait = any(r == NO_CORE for f, r in held.items() if f != function_id)
+        if reason in (NO_CORE, NO_PERMIT, NO_ROOM, NO_MEMORY, "") and not others_wait:
+            prefetched = state.functions.get(function_id)
+            if prefetched is not None:
+                _prefetch(state, prefetched)
+
+
+def _next_function(state: State, held: dict[bytes, str]) -> Function | None:
+    """The function whose first ready call is to be served next; held ones are passed over."""
+    best: Function | None = None
+    for function in list(state.ready_functions.values()):
+        _drop_stale(state, function)
+        if not function.ready or function.function_id in held:
+            continue
+        if best is None or function.ready[0][:3] < best.ready[0][:3]:
+            best = function
+    return best
+
+
+def _drop_stale(state: State, function: Function) -> None:
+    """Calls at the front that ended, or lost their queue to late reports, are ready no more."""
+    while function.ready:
+        call = function.ready[0][3]
+        if call.queued and not call.is_over and call.failure is None:
+            if not is_held_by_consumer(call):
+                return
+            call.waits_for = HELD_BY_CONSUMER
+        call.is_ready = False
+        heappop(function.ready)
+    state.ready_functions.pop(function.function_id, None)
+
+
+def _place_call(state: State, call: Call) -> str:
+    """Lease inputs of the call to a container. Returns what it must wait for, "" if leased."""
+    function = call.function
+    if function.missing_blobs:
+        return NO_BLOB
+    if not state.workers:
+        return NO_WORKER
+    reason = NO_CORE
+    for container in function.containers.values():
+        if container.is_idle and _has_core(container.worker, function):
+            if _is_reserved(state, container.worker):
+                continue
+            _lease(state, container, call)
+            return ""
+    if not _is_worth_a_container(state, call):
+        return NO_CORE
+    worker, reason = _choose_worker(state, function)
+    if worker is None:
+        return _final_reason(state, call, reason)
+    _lease(state, _start_container(state, worker, function), call)
+    return ""
+
+
+def _is_worth_a_container(state: State, call: Call) -> bool:
+    """Where a container is about to finish quick inputs anyway, a few more are done before another
+    container could start."""
+    function = call.function
+    if function.input_s is None:
+        return True
+    waiting_count = call.queued.count + len(function.ready) - 1
+    if waiting_count * function.input_s > START_WORTH_S:
+        return True
+    if not any(_can_prefetch(state, c) for c in function.containers.values()):
+        return True
+    # Should that container get stuck, the question is asked again.
+    state.at(state.now + STUCK_S, "look", None)
+    return False
+
+
+def _choose_worker(state: State, function: Function) -> tuple[Worker | None, str]:
+    """The worker with the most free cores that can hold another container of the function."""
+    limit = function.max_containers
+    if limit is not None and len(function.containers) >= limit:
+        return None, NO_PERMIT
+    reason = NO_FIT
+    best: Worker | None = None
+    for worker in state.workers.values():
+        if worker.cpu + EPSILON < function.cpu or worker.memory_mib < function.memory_mib:
+            continue
+        if not _has_core(worker, function) or _is_reserved(state, worker):
+            reason = NO_CORE
+            continue
+        if not _make_room(state, worker, function):
+            reason = NO_ROOM if function.memory_mib <= worker.memory_free_mib else NO_MEMORY
+            continue
+        if best is None or worker.cpu_free > best.cpu_free:
+            best = worker
+    return best, reason
+
+
+def _make_room(state: State, worker: Worker, function: Function) -> bool:
+    """Whether memory and the number of containers allow one more; idle ones of other functions are
+    asked to leave if not."""
+    lacks_memory = worker.memory_free_mib < function.memory_mib
+    if not lacks_memory and len(worker.containers) < CONTAINERS_MAX:
+        return True
+    idle = [c for c in worker.containers.values() if c.is_idle and c.function is not function]
+    if idle:
+        stop_container(state, min(idle, key=lambda c: (c.idle_since, c.number)))
+    return False
+
+
+def _final_reason(state: State, call: Call, reason: str) -> str:
+    """What no worker can ever give is an error on the embedded default, where nobody will add one;
+    on a cluster it is a wait with a name."""
+    if reason == NO_FIT and all(worker.is_embedded for worker in state.workers.values()):
+        function = call.function
+        has = max(worker.cpu for worker in state.workers.values())
+        memory = max(worker.memory_mib for worker in state.workers.values())
+        text = (
+            f"{function.definition.name} asks for cpu={function.cpu:g} and memory="
+            f"{function.memory_mib} MiB; this machine gives {has:g} cores and {memory} MiB. "
+            f"Ask for less, or connect to a scheduler with a larger worker (FANOUT_URL)"
+        )
+        payload = m.failure_payload("unplaceable", text)
+        fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+    return reason
+
+
+def _start_container(state: State, worker: Worker, function: Function) -> Container:
+    if function.function_id not in worker.functions:
+        worker.functions.add(function.function_id)
+        for blob_id in function.definition.blobs:
+            send_blob_once(state, worker, blob_id)
+        state.send(worker.peer_id, function.definition)
+    container = add_container(state, worker, function, state.next_id(), "starting")
+    state.send(worker.peer_id, m.StartContainer(container.container_id, function.function_id))
+    return container
+
+
+def _lease(state: State, container: Container, call: Call) -> None:
+    """Give the first ready call of a function its next lease."""
+    function = call.function
+    taken = heappop(function.ready)
+    assert taken[3] is call
+    call.is_ready = False
+    state.service_clock_s = max(state.service_clock_s, taken[1])
+    grant(state, container, call, _lease_size(call))
+    update_window(state, call)
+    wake_call(state, call)
+    if not function.ready:
+        state.ready_functions.pop(function.function_id, None)
+
+
+def _lease_size(call: Call) -> int:
+    """As many inputs as take LEASE_S; one while nothing is known; never more than a fair part of
+    the queue, so that a short queue is spread over all containers."""
+    function = call.function
+    if function.is_generator or function.input_s is None:
+        return 1
+    count = int(LEASE_S / max(function.input_s, 1e-7))
+    if function.output_bytes > 0:
+        count = min(count, int(LEASE_BYTES_MAX / function.output_bytes))
+    part = -(-call.queued.count // (2 * max(1, len(function.containers))))
+    return max(1, min(count, part, LEASE_INPUTS_MAX))
+
+
+def _prefetch(state: State, function: Function) -> None:
+    """Second leases for containers whose inputs are quick, so that none waits for a round trip."""
+    if function.input_s is None or function.input_s > QUICK_S or function.is_generator:
+        return
+    for container in function.containers.values():
+        _drop_stale(state, function)
+        if not function.ready:
+            return
+        if _can_prefetch(state, container):
+            _lease(state, container, function.ready[0][3])
+
+
+def _can_prefetch(state: State, container: Container) -> bool:
+    """Whether a second lease would not have to wait long for the first."""
+    if len(container.leases) != 1 or container.is_waiting or container.state != "ready":
+        return False
+    lease = next(iter(container.leases.values()))
+    return state.now - lease.heard_at < STUCK_S and not lease.is_cancelled
+
+
+# --- deadlocks -----------------------------------------------------------------------------------
+
+
+def _fail_if_deadlocked(state: State, call: Call, reason: str) -> None:
+    """A call whose function's permits are all held by containers that wait for this very call can
+    never run: say so, and name the chain."""
+    function = call.function
+    if reason == NO_PERMIT:
+        holders = list(function.containers.values())
+    else:
+        holders = [c for worker in state.workers.values() for c in worker.containers.values()]
+    ancestors = {c.container_id for c in call.ancestors}
+    for container in holders:
+        if not container.is_waiting or container.container_id in state.resuming:
+            return
+        if container.container_id not in ancestors:
+            return
+    names = [c.function.definition.name for c in reversed(call.ancestors)]
+    chain = " -> ".join([*names, function.definition.name])
+    if reason == NO_PERMIT:
+        why = f"all {len(holders)} permits of {function.definition.name} (max_containers) are held"
+    else:
+        why = f"all {len(holders)} containers that the workers can hold are taken"
+    text = (
+        f"{chain}: {why} by inputs that wait for this call. Raise max_containers, or call the "
+        f"function with .local()"
+    )
+    payload = m.failure_payload("deadlock", text)
+    fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+
+
+# --- 3. tails ------------------------------------------------------------------------------------
+
+
+def _reclaim_tails(state: State) -> None:
+    """Where a function has idle capacity and nothing queued, halve its longest lease; take all of
+    one that is stuck."""
+    candidates: dict[bytes, tuple[float, Lease]] = {}
+    is_stuck_possible = False
+    for lease in state.leases.values():
+        function = lease.call.function
+        if function.function_id in state.ready_functions or lease.is_reclaiming:
+            continue
+        if lease.is_cancelled or function.is_generator or lease.container.is_waiting:
+            continue
+        is_first = next(iter(lease.container.leases)) == lease.lease_id
+        if (is_first and lease.open.count < 2) or state.now < lease.reclaim_after:
+            continue
+        if not _has_capacity(state, function):
+            continue
+        is_stuck_possible = True
+        score = _tail_seconds(state, lease, is_first)
+        best = candidates.get(function.function_id)
+        if score > TAIL_MIN_S and (best is None or score > best[0]):
+            candidates[function.function_id] = (score, lease)
+    for _, lease in candidates.values():
+        keep = 0 if _is_stuck(state, lease) else lease.open.count // 2
+        reclaim(state, lease, keep)
+    state.reclaim_after = state.now + RECLAIM_INTERVAL_S
+    if is_stuck_possible:
+        state.at(state.now + STUCK_S / 2, "look", None)
+
+
+def _is_stuck(state: State, lease: Lease) -> bool:
+    """Its container has reported nothing for a while: what it has not begun is better elsewhere."""
+    head = next(iter(lease.container.leases.values()))
+    return state.now - head.heard_at >= STUCK_S
+
+
+def _tail_seconds(state: State, lease: Lease, is_first: bool) -> float:
+    input_s = lease.call.function.input_s or 0.0
+    if _is_stuck(state, lease):
+        head = next(iter(lease.container.leases.values()))
+        return max(state.now - head.heard_at, lease.open.count * input_s)
+    return (lease.open.count - is_first) * input_s
+
+
+def _has_capacity(state: State, function: Function) -> bool:
+    """Whether an idle or a new container could take more inputs of the function right now."""
+    for container in function.containers.values():
+        if container.is_idle and _has_core(container.worker, function):
+            return True
+    limit = function.max_containers
+    if limit is not None and len(function.containers) >= limit:
+        return False
+    return any(
+        _has_core(worker, function) and worker.memory_free_mib >= function.memory_mib
+        for worker in state.workers.values()
+    )

@@ -1,0 +1,90 @@
+"""From the records of the store back to state, at a start of the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fanout.config import CLIENT_GRACE_S
+from fanout.protocol import messages as m
+from fanout_scheduler.core import blobs, durable
+from fanout_scheduler.core.events import Record
+from fanout_scheduler.core.state import App, Call, State, make_function
+
+
+def restore(state: State, records: Iterable[Record]) -> None:
+    """Rebuild apps, functions and spawned calls. Blobs are reported present by the shell before
+    or after; leases of the former life are void, so what has no output is queued."""
+    for record in records:
+        _restore_record(state, record)
+    for app in list(state.apps.values()):
+        # Its client may open it again; otherwise it goes when its calls have ended.
+        app.is_closing = True
+    for call in list(state.calls.values()):
+        if call.sealed_count is None and call.failure is None:
+            # The spawn was never acknowledged as a whole, unless its client comes back for it.
+            state.at(state.now + CLIENT_GRACE_S, "unsealed", call)
+        if call.is_done or call.failure is not None:
+            durable.end_call(state, call)
+
+
+def _restore_record(state: State, record: Record) -> None:
+    if isinstance(record, m.OpenApp):
+        app = App(record.app_id, record.name, None, is_stored=True)
+        state.apps[record.app_id] = app
+    elif isinstance(record, m.DefineFunction):
+        owner = state.apps.get(record.app_id)
+        if owner is None:
+            return
+        function = make_function(record, owner, state.next_number())
+        function.is_stored = True
+        state.functions[record.function_id] = owner.functions[record.function_id] = function
+        blobs.keep(state, record.blobs)
+        blobs.await_for_function(state, function)
+    elif isinstance(record, m.OpenCall):
+        _restore_call(state, record)
+    else:
+        call = state.calls.get(getattr(record, "call_id", b""))
+        if call is not None:
+            _restore_call_record(state, call, record)
+
+
+def _restore_call(state: State, record: m.OpenCall) -> None:
+    function = state.functions.get(record.function_id)
+    if function is None:
+        return
+    call = Call(
+        call_id=record.call_id,
+        function=function,
+        number=state.next_number(),
+        session=None,
+        is_durable=True,
+        is_ordered=record.is_ordered,
+        parent=None,
+        depth=0,
+        ancestors=(),
+        opened_at=state.now,
+    )
+    state.calls[call.call_id] = function.app.calls[call.call_id] = call
+
+
+def _restore_call_record(state: State, call: Call, record: Record) -> None:
+    from fanout_scheduler.core.outputs import release_inputs
+
+    if isinstance(record, m.Inputs):
+        blobs.keep(state, blobs.ids(record.blobs))
+        durable.queue_inputs(state, call, record)
+    elif isinstance(record, m.SealCall):
+        call.sealed_count = record.count
+    elif isinstance(record, m.CallFailed):
+        call.failure = record
+        call.queued = type(call.queued)()
+        call.parked = type(call.parked)()
+    elif isinstance(record, m.Outputs):
+        start, stop = record.start, record.start + len(record.statuses)
+        for low, high in call.finished.missing(start, stop):
+            call.queued.remove(low, high)
+            call.parked.remove(low, high)
+            release_inputs(state, call, low, high)
+        call.finished.add(start, stop)
+        blobs.keep(state, blobs.ids(record.blobs))
+        call.outputs.append(record)

@@ -1,0 +1,82 @@
+"""The scheduler's state as plain data, for `fanout status` and crash reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fanout_scheduler.core.state import Call, Container, State
+
+#: A person reads this; sums stand for the rest.
+ROWS_MAX = 200
+
+
+def snapshot(state: State) -> dict[str, Any]:
+    """Plain msgpack-able data; the shape is in docs/architecture.md."""
+    return {
+        "epoch": state.epoch,
+        "uptime_s": state.now - state.started_at,
+        "sessions": len(state.sessions),
+        "workers": [
+            {
+                "name": worker.name,
+                "cpu": worker.cpu,
+                "cpu_free": round(worker.cpu_free, 3),
+                "memory": worker.memory_mib,
+                "containers": len(worker.containers),
+                "is_connected": True,
+            }
+            for worker in list(state.workers.values())[:ROWS_MAX]
+        ],
+        "containers": [_container(c) for c in list(state.containers.values())[:ROWS_MAX]],
+        "functions": [
+            {
+                "name": function.definition.name,
+                "app": function.app.name,
+                "containers": len(function.containers),
+                "max_containers": function.max_containers,
+            }
+            for function in list(state.functions.values())[:ROWS_MAX]
+        ],
+        "calls": [_call(call) for call in list(state.calls.values())[:ROWS_MAX]],
+        "call_count": len(state.calls),
+        "open_call_count": sum(not call.is_over for call in state.calls.values()),
+        "counts": dict(state.counts),
+    }
+
+
+def _container(container: Container) -> dict[str, Any]:
+    state = container.state
+    if state == "ready":
+        state = "waiting" if container.is_waiting else "running" if container.leases else "idle"
+    return {
+        "id": f"ct-{container.container_id:x}",
+        "function": container.function.definition.name,
+        "worker": container.worker.name,
+        "state": state,
+        "leases": len(container.leases),
+        "waits": container.is_waiting,
+    }
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {
+        "id": f"fc-{call.call_id.hex()}",
+        "function": call.function.definition.name,
+        "state": "over" if call.is_over else "open" if call.sealed_count is None else "sealed",
+        "inputs": call.received.count,
+        "queued": call.queued.count + call.parked.count + len(call.backing_off),
+        "running": call.leased_count,
+        "done": call.finished.count,
+        "durable": call.is_durable,
+        "waiting_for": call.waits_for,
+    }
+
+
+def describe_busy(state: State) -> str:
+    """What is running or queued, as half a sentence; "" when nothing is."""
+    open_calls = [call for call in state.calls.values() if not call.is_over]
+    if not open_calls:
+        return ""
+    names = sorted({call.function.definition.name for call in open_calls})[:5]
+    inputs = sum(c.received.count - c.finished.count for c in open_calls)
+    return f"{len(open_calls)} calls of {', '.join(names)} with {inputs} unfinished inputs"

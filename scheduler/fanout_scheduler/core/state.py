@@ -1,0 +1,388 @@
+"""What the scheduler knows: apps, functions, calls, leases, containers, workers, sessions.
+
+Plain data with the few operations that keep one object consistent in itself. Rules that span
+objects live in the modules beside this one; `check.py` states them as invariants.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right, insort
+from collections import deque
+from dataclasses import dataclass, field
+from heapq import heappush
+from itertools import accumulate
+from typing import Any
+
+from fanout.config import TIMEOUT_S
+from fanout.intervals import IntervalSet
+from fanout.protocol import messages as m
+from fanout_scheduler.core.events import Command, PeerId, Send
+
+BlobRef = tuple[int, list[bytes]]
+
+
+@dataclass(slots=True)
+class App:
+    app_id: bytes
+    name: str
+    #: The client session whose run this is; None once that is gone.
+    session: Session | None
+    functions: dict[bytes, Function] = field(default_factory=dict)
+    calls: dict[bytes, Call] = field(default_factory=dict)
+    #: The run is over; the app goes when its spawned calls have ended.
+    is_closing: bool = False
+    is_stored: bool = False
+
+
+@dataclass(slots=True)
+class Function:
+    """A definition, with what was measured of it and who runs it."""
+
+    definition: m.DefineFunction
+    app: App
+    number: int
+    cpu: float
+    memory_mib: int
+    max_containers: int | None
+    is_generator: bool
+    timeout_s: float
+    scaledown_window_s: float
+    #: (max_retries, initial_delay_s, backoff_coefficient, max_delay_s) or None.
+    retries: tuple[int, float, float, float] | None
+    containers: dict[int, Container] = field(default_factory=dict)
+    #: Calls that have inputs to lease, as a heap of (-depth, service time, number, call).
+    ready: list[tuple[int, float, int, Call]] = field(default_factory=list)
+    #: Seconds an input takes, and bytes its output has: moving averages. None: not measured.
+    input_s: float | None = None
+    output_bytes: float = 0.0
+    #: Containers in a row that died before they were ready.
+    start_failures: int = 0
+    is_stored: bool = False
+    missing_blobs: set[bytes] = field(default_factory=set)
+
+    @property
+    def function_id(self) -> bytes:
+        return self.definition.function_id
+
+
+def make_function(definition: m.DefineFunction, app: App, number: int) -> Function:
+    """A function from the options of its definition; unknown options are left to containers."""
+    options = definition.options
+    retries = options.get("retries")
+    cpu = options.get("cpu")
+    return Function(
+        definition=definition,
+        app=app,
+        number=number,
+        cpu=1.0 if cpu is None else float(cpu),
+        memory_mib=int(options.get("memory") or 0),
+        max_containers=options.get("max_containers"),
+        is_generator=bool(options.get("is_generator")),
+        timeout_s=float(options.get("timeout") or TIMEOUT_S),
+        scaledown_window_s=float(options.get("scaledown_window") or 0.0),
+        retries=None if retries is None else (int(retries[0]), *map(float, retries[1:4])),  # type: ignore[arg-type]
+    )
+
+
+class Chunk:
+    """Consecutive inputs as they came in one frame. Part of it is cut out by its length table."""
+
+    __slots__ = ("_offsets", "blobs", "lengths", "missing_blobs", "open_count", "payload", "start")
+
+    def __init__(self, message: m.Inputs) -> None:
+        self.start = message.start
+        self.lengths = memoryview(message.lengths).cast("I")
+        self.payload = memoryview(message.payload)
+        self.blobs = message.blobs
+        #: Inputs of it that have no output yet; at zero the chunk is dropped.
+        self.open_count = len(self.lengths)
+        self.missing_blobs: set[bytes] = set()
+        self._offsets: array[int] | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.lengths)
+
+    def cut(self, start: int, stop: int) -> tuple[bytes, list[BlobRef], memoryview]:
+        """Length table, blob references and bytes of inputs `start` to `stop`; nothing is
+        re-encoded, and the bytes are not copied."""
+        low, high = start - self.start, stop - self.start
+        if low == 0 and high == len(self.lengths):
+            return self.lengths.tobytes(), self.blobs, self.payload
+        if self._offsets is None:
+            self._offsets = array("L", accumulate(self.lengths, initial=0))
+        payload = self.payload[self._offsets[low] : self._offsets[high]]
+        blobs = [(at - low, ids) for at, ids in self.blobs if low <= at < high]
+        return self.lengths[low:high].tobytes(), blobs, payload
+
+
+@dataclass(slots=True)
+class GeneratorState:
+    """The stream of one generator input: what is with the scheduler and what may come."""
+
+    #: Items below this number have arrived here, in order.
+    next_number: int = 0
+    credit: int = 0
+    #: `Items` frames that the client has not confirmed.
+    unconfirmed: deque[m.Items] = field(default_factory=deque)
+
+
+@dataclass(slots=True)
+class Call:
+    """One use of a function. Each received input is in exactly one of: `parked`, `queued`, a
+    lease's `open`, `backing_off`, `finished`."""
+
+    call_id: bytes
+    function: Function
+    number: int
+    session: Session | None
+    is_durable: bool
+    is_ordered: bool
+    parent: tuple[int, int] | None
+    depth: int
+    #: Containers that wait, directly or not, for this call.
+    ancestors: tuple[Container, ...]
+    #: Inputs received; of a durable call, only what is stored counts.
+    received: IntervalSet = field(default_factory=IntervalSet)
+    #: Received, and their blobs are not all here.
+    parked: IntervalSet = field(default_factory=IntervalSet)
+    queued: IntervalSet = field(default_factory=IntervalSet)
+    backing_off: dict[int, float] = field(default_factory=dict)
+    #: Inputs whose output is here (of a durable call: stored), whether or not acknowledged.
+    finished: IntervalSet = field(default_factory=IntervalSet)
+    #: Outputs of a durable call that are on their way to disk.
+    storing: IntervalSet = field(default_factory=IntervalSet)
+    leases: dict[int, Lease] = field(default_factory=dict)
+    chunk_starts: list[int] = field(default_factory=list)
+    chunks: dict[int, Chunk] = field(default_factory=dict)
+    #: Failed attempts and crashes of the inputs that had any.
+    attempts: dict[int, int] = field(default_factory=dict)
+    crashes: dict[int, int] = field(default_factory=dict)
+    generators: dict[int, GeneratorState] = field(default_factory=dict)
+    #: Outputs the client has not acknowledged, in the order in which they were sent; of a durable
+    #: call all outputs, kept for whoever fetches them.
+    outputs: deque[m.Outputs] = field(default_factory=deque)
+    acknowledged: IntervalSet = field(default_factory=IntervalSet)
+    sealed_count: int | None = None
+    #: How the rest of the call ended, when it failed or was cancelled as a whole.
+    failure: m.CallFailed | None = None
+    is_over: bool = False
+    consumed_count: int = 0
+    consumed_bytes: int = 0
+    output_bytes: int = 0
+    leased_count: int = 0
+    window_count: int = 0
+    #: Container-seconds given to this call: what fairness compares.
+    service_s: float = 0.0
+    is_ready: bool = False
+    waits_for: str = ""
+    fetches: dict[tuple[PeerId, int], Fetch] = field(default_factory=dict)
+    opened_at: float = 0.0
+
+    def add_chunk(self, chunk: Chunk) -> None:
+        insort(self.chunk_starts, chunk.start)
+        self.chunks[chunk.start] = chunk
+
+    def chunk_of(self, index: int) -> Chunk:
+        """The chunk that holds an input without output."""
+        return self.chunks[self.chunk_starts[bisect_right(self.chunk_starts, index) - 1]]
+
+    def settle(self, start: int, stop: int) -> None:
+        """Inputs `start` to `stop` have their output: drop chunks that are thereby done."""
+        while start < stop:
+            chunk = self.chunk_of(start)
+            end = min(stop, chunk.stop)
+            chunk.open_count -= end - start
+            if chunk.open_count == 0:
+                del self.chunks[chunk.start]
+                self.chunk_starts.remove(chunk.start)
+            start = end
+
+    @property
+    def unconsumed_bytes(self) -> int:
+        return self.output_bytes - self.consumed_bytes
+
+    @property
+    def has_all_inputs(self) -> bool:
+        return self.sealed_count is not None and (
+            not self.is_durable or self.received.count >= self.sealed_count
+        )
+
+    @property
+    def is_done(self) -> bool:
+        """Every input has its output here (and on disk, where durable)."""
+        return self.has_all_inputs and self.finished.count == self.received.count
+
+
+@dataclass(slots=True)
+class Fetch:
+    """A client reads outputs of a durable call: these are still owed to it."""
+
+    peer_id: PeerId
+    request_id: int
+    owed: IntervalSet
+
+
+@dataclass(slots=True)
+class Lease:
+    """The right of one container to run inputs of one call, from one chunk."""
+
+    lease_id: int
+    call: Call
+    container: Container
+    start: int
+    stop: int
+    #: Inputs neither reported nor given back.
+    open: IntervalSet
+    granted_at: float
+    #: When an output or item of it last arrived; at first the grant.
+    heard_at: float
+    is_reclaiming: bool = False
+    is_cancelled: bool = False
+    #: A reclaim that freed nothing is not repeated before this time.
+    reclaim_after: float = 0.0
+
+
+@dataclass(slots=True)
+class Container:
+    container_id: int
+    function: Function
+    worker: Worker
+    number: int
+    #: starting, ready, stopping; see the table in scheduler/README.md.
+    state: str
+    started_at: float
+    #: At most two; the first one runs.
+    leases: dict[int, Lease] = field(default_factory=dict)
+    holds_core: bool = False
+    #: Its inputs wait: for nested calls, or for credit.
+    is_waiting: bool = False
+    #: Frames that end the wait, kept until the core is there.
+    deferred: list[Send] = field(default_factory=list)
+    idle_since: float = 0.0
+    nested_peers: dict[PeerId, Peer] = field(default_factory=dict)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.leases and self.state != "stopping"
+
+
+@dataclass(slots=True)
+class Worker:
+    worker_id: bytes
+    peer_id: PeerId
+    number: int
+    name: str
+    cpu: float
+    cpu_free: float
+    memory_mib: int
+    memory_free_mib: int
+    is_embedded: bool
+    heard_at: float
+    containers: dict[int, Container] = field(default_factory=dict)
+    functions: set[bytes] = field(default_factory=set)
+    blobs: set[bytes] = field(default_factory=set)
+    #: Reports not yet acknowledged, as (sequence, store sequence it waits for or 0).
+    unsafe: deque[tuple[int, int]] = field(default_factory=deque)
+    acknowledged: int = 0
+
+
+@dataclass(slots=True)
+class Session:
+    """One client process; its attached calls hang on it."""
+
+    session_id: bytes
+    peer_id: PeerId | None
+    lost_at: float = 0.0
+    #: Of a nested client: the container that makes the calls.
+    container: Container | None = None
+    calls: dict[bytes, Call] = field(default_factory=dict)
+    apps: dict[bytes, App] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Peer:
+    peer_id: PeerId
+    role: str
+    session_id: bytes
+    info: dict[str, Any]
+    session: Session | None = None
+    worker: Worker | None = None
+    #: Frames of the kinds in ENDS_WAIT sent to it; see `SessionWaits`.
+    wait_frames: int = 0
+    is_writable: bool = True
+
+
+@dataclass(slots=True)
+class State:
+    """All maps, the deadlines and the commands of this turn."""
+
+    epoch: int
+    now: float = 0.0
+    apps: dict[bytes, App] = field(default_factory=dict)
+    functions: dict[bytes, Function] = field(default_factory=dict)
+    calls: dict[bytes, Call] = field(default_factory=dict)
+    leases: dict[int, Lease] = field(default_factory=dict)
+    containers: dict[int, Container] = field(default_factory=dict)
+    workers: dict[bytes, Worker] = field(default_factory=dict)
+    sessions: dict[bytes, Session] = field(default_factory=dict)
+    peers: dict[PeerId, Peer] = field(default_factory=dict)
+    #: Functions that have ready calls, in the order in which they got them.
+    ready_functions: dict[bytes, Function] = field(default_factory=dict)
+    #: Containers that have deferred frames and no core.
+    resuming: dict[int, Container] = field(default_factory=dict)
+    #: (when, order, kind, what); entries may be stale, the kinds check.
+    deadlines: list[tuple[float, int, str, Any]] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
+    #: What was given to the store and is not on disk yet, by sequence; see durable.py.
+    pending_stores: dict[int, Any] = field(default_factory=dict)
+    #: How many frames that are kept refer to each blob, and which blobs are here whole.
+    blob_references: dict[bytes, int] = field(default_factory=dict)
+    present_blobs: set[bytes] = field(default_factory=set)
+    #: Who waits for a blob that is not here: chunks of calls, and functions.
+    blob_waiters: dict[bytes, list[tuple[Call, Chunk] | Function]] = field(default_factory=dict)
+    #: Workers that have reports to be acknowledged at the end of this turn.
+    acknowledging: dict[bytes, Worker] = field(default_factory=dict)
+    #: Tails are not looked at again before this time.
+    reclaim_after: float = 0.0
+    started_at: float = 0.0
+    store_sequence: int = 0
+    counter: int = 0
+    service_clock_s: float = 0.0
+    #: How often each unusual thing happened: late, duplicate and unknown messages.
+    counts: dict[str, int] = field(default_factory=dict)
+    is_leaving: bool = False
+
+    def next_number(self) -> int:
+        self.counter += 1
+        return self.counter
+
+    def next_id(self) -> int:
+        """An id that no other life of the scheduler has given."""
+        return self.epoch << m.EPOCH_SHIFT | self.next_number()
+
+    def note(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def at(self, when: float, kind: str, what: Any) -> None:
+        """Have `kind` looked at when the time comes."""
+        heappush(self.deadlines, (when, self.next_number(), kind, what))
+
+    def send(self, peer_id: PeerId, message: m.Message) -> None:
+        """Order a frame to be sent. To a container that waits, one that would end the wait is kept
+        until the container has its core again."""
+        peer = self.peers.get(peer_id)
+        if peer is None:
+            return
+        if type(message) in m.ENDS_WAIT:
+            peer.wait_frames += 1
+            container = peer.session.container if peer.session is not None else None
+            if container is not None and container.is_waiting:
+                self.defer(container, Send(peer_id, message))
+                return
+        self.commands.append(Send(peer_id, message))
+
+    def defer(self, container: Container, command: Send) -> None:
+        container.deferred.append(command)
+        self.resuming[container.container_id] = container

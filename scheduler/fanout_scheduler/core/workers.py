@@ -1,0 +1,187 @@
+"""Workers and their containers come, report and go."""
+
+from __future__ import annotations
+
+from fanout.config import WORKER_DEADLINE_S
+from fanout.protocol import messages as m
+from fanout_scheduler.core import calls, durable, outputs
+from fanout_scheduler.core.events import Disconnect, PeerId
+from fanout_scheduler.core.leasing import give_back_lease, release_core
+from fanout_scheduler.core.state import Container, Function, Peer, State, Worker
+
+#: Containers of a function that die in a row before they are ready, without an exception of the
+#: user's to show for it; then the function's calls fail.
+START_FAILURES_MAX = 3
+
+
+def on_worker_ready(state: State, peer: Peer, message: m.WorkerReady) -> None:
+    """A worker offers its resources; one that was here before replaces its former self."""
+    old = state.workers.get(message.worker_id)
+    if old is not None:
+        lose_worker(state, old)
+        if old.peer_id != peer.peer_id:
+            state.commands.append(Disconnect(old.peer_id, "replaced", "the worker is here anew"))
+            state.peers.pop(old.peer_id, None)
+    worker = Worker(
+        worker_id=message.worker_id,
+        peer_id=peer.peer_id,
+        number=state.next_number(),
+        name=message.name,
+        cpu=float(message.cpu),
+        cpu_free=float(message.cpu),
+        memory_mib=message.memory,
+        memory_free_mib=message.memory,
+        is_embedded=message.is_embedded,
+        heard_at=state.now,
+    )
+    state.workers[worker.worker_id] = worker
+    peer.worker = worker
+    keep = [c for c in message.containers if _adopt(state, worker, c)]
+    state.send(peer.peer_id, m.WorkerAccepted([c[0] for c in keep]))
+    for lease_id in message.leases:
+        if type(lease_id) is int and lease_id not in state.leases:
+            state.send(peer.peer_id, m.CancelLease(lease_id))
+    state.at(state.now + WORKER_DEADLINE_S, "worker", worker)
+
+
+def _adopt(state: State, worker: Worker, container: list[object]) -> bool:
+    """Keep a warm container of a function that is known here, also after a restart."""
+    if len(container) != 2 or type(container[0]) is not int or type(container[1]) is not bytes:
+        return False
+    function = state.functions.get(container[1])
+    if function is None or function.app.is_closing or container[0] in state.containers:
+        return False
+    worker.functions.add(function.function_id)
+    add_container(state, worker, function, container[0], "ready")
+    return True
+
+
+def add_container(
+    state: State, worker: Worker, function: Function, container_id: int, status: str
+) -> Container:
+    container = Container(
+        container_id=container_id,
+        function=function,
+        worker=worker,
+        number=state.next_number(),
+        state=status,
+        started_at=state.now,
+        idle_since=state.now,
+    )
+    state.containers[container_id] = container
+    worker.containers[container_id] = function.containers[container_id] = container
+    worker.memory_free_mib -= function.memory_mib
+    return container
+
+
+def on_worker_deadline(state: State, worker: Worker) -> None:
+    """Nothing was heard of a worker for too long: it is lost, whatever its socket says."""
+    if state.workers.get(worker.worker_id) is not worker:
+        return
+    if worker.heard_at + WORKER_DEADLINE_S > state.now:
+        state.at(worker.heard_at + WORKER_DEADLINE_S, "worker", worker)
+        return
+    state.note("silent worker")
+    text = f"nothing was heard of worker {worker.name} for {WORKER_DEADLINE_S:g} s"
+    state.commands.append(Disconnect(worker.peer_id, "silent", text))
+    state.peers.pop(worker.peer_id, None)
+    lose_worker(state, worker)
+
+
+def lose_worker(state: State, worker: Worker) -> None:
+    """All that it held runs elsewhere."""
+    if state.workers.get(worker.worker_id) is not worker:
+        return
+    del state.workers[worker.worker_id]
+    state.acknowledging.pop(worker.worker_id, None)
+    for container in list(worker.containers.values()):
+        _lose_container(state, container)
+
+
+def _lose_container(state: State, container: Container) -> None:
+    for lease in list(container.leases.values()):
+        give_back_lease(state, lease)
+    remove_container(state, container)
+
+
+def remove_container(state: State, container: Container) -> None:
+    release_core(container)
+    state.containers.pop(container.container_id, None)
+    state.resuming.pop(container.container_id, None)
+    container.worker.containers.pop(container.container_id, None)
+    container.function.containers.pop(container.container_id, None)
+    container.worker.memory_free_mib += container.function.memory_mib
+    for peer in list(container.nested_peers.values()):
+        calls.on_client_lost(state, peer)
+
+
+def on_container_started(state: State, peer: Peer, message: m.ContainerStarted) -> None:
+    container = state.containers.get(message.container_id)
+    if container is None:
+        state.note("start of an unknown container")
+        return
+    if container.state == "starting":
+        container.state = "ready"
+    container.function.start_failures = 0
+    for lease in container.leases.values():
+        lease.heard_at = state.now
+
+
+def on_container_exited(state: State, peer: Peer, message: m.ContainerExited) -> None:
+    container = state.containers.get(message.container_id)
+    if container is None or container.worker is not peer.worker:
+        state.note("exit of an unknown container")
+        return
+    if message.running is not None and message.reason == "crash":
+        lease_id, index = message.running
+        lease = state.leases.get(lease_id)
+        if lease is not None and lease.container is container:
+            outputs.charge_crash(state, lease, index, message)
+    function = container.function
+    _lose_container(state, container)
+    if message.reason == "start":
+        _on_start_failure(state, function, message)
+
+
+def _on_start_failure(state: State, function: Function, message: m.ContainerExited) -> None:
+    """An exception while the user's code was loaded is final; it is told once, for every input.
+    A container that just died gets two more chances."""
+    if message.payload:
+        calls.fail_function(state, function, m.Status.ERROR, bytes(message.payload))
+        return
+    function.start_failures += 1
+    if function.start_failures >= START_FAILURES_MAX:
+        function.start_failures = 0
+        text = (
+            f"{START_FAILURES_MAX} containers of {function.definition.name} in a row died before "
+            f"they were ready: {message.details.get('text', message.details)}"
+        )
+        payload = m.failure_payload("start", text, message.details)
+        calls.fail_function(state, function, m.Status.FAILURE, payload)
+
+
+def on_idle_deadline(state: State, container: Container, window_s: float) -> None:
+    """A container that has been idle for its scaledown window leaves."""
+    if state.containers.get(container.container_id) is not container or not container.is_idle:
+        return
+    if container.idle_since + window_s <= state.now:
+        calls.stop_container(state, container)
+
+
+def acknowledge(state: State) -> None:
+    """Tell workers which reports are safe, once a turn."""
+    for worker in list(state.acknowledging.values()):
+        unsafe = worker.unsafe
+        sequence = worker.acknowledged
+        while unsafe and durable.is_safe(state, unsafe[0][1]):
+            sequence = unsafe.popleft()[0]
+        if not unsafe:
+            del state.acknowledging[worker.worker_id]
+        if sequence > worker.acknowledged:
+            worker.acknowledged = sequence
+            state.send(worker.peer_id, m.OutputsAck(sequence))
+
+
+def on_worker_lost(state: State, peer_id: PeerId, peer: Peer) -> None:
+    if peer.worker is not None and peer.worker.peer_id == peer_id:
+        lose_worker(state, peer.worker)
