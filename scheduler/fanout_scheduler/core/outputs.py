@@ -116,31 +116,38 @@ def cut_outputs(outputs: m.Outputs, start: int, stop: int) -> m.Outputs:
 
 
 def _take(state: State, call: Call, lease: Lease | None, outputs: m.Outputs) -> int:
-    """New outputs of a call: deliver them, but retry those that failed and may be tried again."""
-    if not any(outputs.statuses) or call.function.retries is None:
+    """New outputs of a call: deliver them, but not those that are no last word."""
+    if not any(outputs.statuses):
         return deliver(state, call, outputs)
     sequence = 0
-    run_start = position = 0
+    start = outputs.start
     for position, status in enumerate(outputs.statuses):
         index = outputs.start + position
-        if status in (m.Status.VALUE, m.Status.DONE) or not _retry(state, call, lease, index):
+        if status == m.Status.VALUE or _is_last_word(state, call, lease, index, status):
             continue
-        if run_start < position:
-            part = cut_outputs(outputs, outputs.start + run_start, index)
-            sequence = max(sequence, deliver(state, call, part))
-        run_start = position + 1
-    if run_start <= position:
-        part = cut_outputs(outputs, outputs.start + run_start, outputs.start + position + 1)
-        sequence = max(sequence, deliver(state, call, part))
+        if start < index:
+            sequence = max(sequence, deliver(state, call, cut_outputs(outputs, start, index)))
+        start = index + 1
+    stop = outputs.start + len(outputs.statuses)
+    if start < stop:
+        sequence = max(sequence, deliver(state, call, cut_outputs(outputs, start, stop)))
     return sequence
 
 
-def _retry(state: State, call: Call, lease: Lease | None, index: int) -> bool:
-    """Have a failed input back off, if it has an attempt left. A failure that a void lease
-    reports changes nothing: the input is queued or leased anew already."""
-    if lease is None or (lease.is_cancelled and call.is_over):
-        return lease is None
-    assert call.function.retries is not None
+def _is_last_word(state: State, call: Call, lease: Lease | None, index: int, status: int) -> bool:
+    """Whether an output that is no plain value stands. A void lease was told to stop, so its
+    failures mean nothing, and the items before its DONE were not taken: the input runs anew.
+    An input with attempts left backs off."""
+    if lease is None:
+        state.note("failure under a void lease")
+        return False
+    return status == m.Status.DONE or not _retry(state, call, index)
+
+
+def _retry(state: State, call: Call, index: int) -> bool:
+    """Have a failed input back off, if it has an attempt left."""
+    if call.function.retries is None:
+        return False
     max_retries, initial_s, coefficient, delay_max_s = call.function.retries
     failed = call.attempts.get(index, 0) + 1
     if failed > max_retries:
@@ -232,6 +239,8 @@ def on_ack(state: State, call: Call, message: m.Ack) -> None:
         blobs.release(state, blobs.ids(head.blobs))
     call.consumed_count = max(call.consumed_count, message.consumed_count)
     call.consumed_bytes = max(call.consumed_bytes, message.consumed_bytes)
+    # After a restart the client's counts begin before ours.
+    call.output_bytes = max(call.output_bytes, call.consumed_bytes)
     wake_call(state, call)
 
 

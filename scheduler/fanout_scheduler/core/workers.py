@@ -51,6 +51,9 @@ def _adopt(state: State, worker: Worker, container: list[object]) -> bool:
     function = state.functions.get(container[1])
     if function is None or function.app.is_closing or container[0] in state.containers:
         return False
+    limit = function.max_containers
+    if limit is not None and len(function.containers) >= limit:
+        return False
     worker.functions.add(function.function_id)
     add_container(state, worker, function, container[0], "ready")
     return True
