@@ -44,7 +44,7 @@ class Bench:
         self.core.restore([], self.now)
         self.sequences: dict[int, int] = {}
 
-    # --- facts --------------------------------------------------------------------------------------
+    # --- facts -----------------------------------------------------------------------------------
 
     def tell(self, *events: Any) -> None:
         for event in events:
@@ -158,7 +158,7 @@ class Bench:
             ),
         )
 
-    # --- orders -------------------------------------------------------------------------------------
+    # --- orders ----------------------------------------------------------------------------------
 
     def take_all(self, kind: type[T], peer: int | None = None) -> list[T]:
         """Remove and return the messages of a kind that were ordered."""

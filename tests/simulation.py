@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ for folder in ("", "scheduler", "worker"):
 
 from fanout.protocol import messages as m  # noqa: E402
 from fanout_scheduler.core.events import FrameReceived, PeerId  # noqa: E402
-from tests.sim_world import Plan, SimCall, SimClient, SimWorker, World  # noqa: E402
+from tests.sim_peers import Plan, SimCall, SimClient, SimWorker  # noqa: E402
+from tests.sim_world import APP, World  # noqa: E402
 
 EVENTS_DEFAULT = 2_000_000
 STORM_S = 60.0
@@ -64,7 +65,8 @@ class Storm(World):
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
         random = self.random
-        self.rates: dict[str, float] = {}
+        self.workers: list[SimWorker] = []
+        self.clients: list[SimClient] = []
         for name, highest in {**FAULTS_PER_S, **CHANCES}.items():
             self.rates[name] = highest * random.random() if random.random() < 0.7 else 0.0
         self.plans = make_plans(self)
@@ -85,7 +87,7 @@ class Storm(World):
         self.scheduler.kill()
         self.after(0.05 + self.random.random() * 4, self.scheduler.start)
 
-    # --- the storm ----------------------------------------------------------------------------------
+    # --- the storm -------------------------------------------------------------------------------
 
     def schedule_faults(self, end: float) -> None:
         for name in FAULTS_PER_S:
@@ -186,7 +188,7 @@ class Storm(World):
         client.open(plan, count, random.random() < 0.5, is_durable)
         self.counts["durable call" if is_durable else "attached call"] += 1
 
-    # --- after it -----------------------------------------------------------------------------------
+    # --- after it --------------------------------------------------------------------------------
 
     def heal(self) -> None:
         self.is_storming = False
@@ -214,7 +216,7 @@ class Storm(World):
                     verify_call(call)
         for client in self.clients:
             if client.link is not None:
-                client.link.up(m.CloseApp(m_app()))
+                client.link.up(m.CloseApp(APP))
         self.run_until(self.now + 200.0)
         core = self.scheduler.core
         core.check()
@@ -257,12 +259,6 @@ class Storm(World):
                 f"spawned call {call.call.call_id.hex()[:6]}: {seen}"
             )
             self.counts["spawned call fetched whole"] += 1
-
-
-def m_app() -> bytes:
-    from tests.sim_world import APP
-
-    return APP
 
 
 def verify_call(call: SimCall) -> None:
@@ -335,7 +331,7 @@ def run_many(first: int, seeds: int | None, events_wanted: int) -> int:
     started = time.monotonic()
     processes = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(processes) as pool:
-        pending = {}
+        pending: dict[int, Future[tuple[int, Counter[str], str]]] = {}
         next_seed = first
         while True:
             wanted = next_seed - first < seeds if seeds is not None else events < events_wanted
