@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fanout.protocol import messages as m
-from fanout_scheduler.core.events import Disconnect, Exit, Store, StoreFailed
+from fanout_scheduler.core.events import BlobCompleted, Disconnect, Exit, Store, StoreFailed
 from tests.core_kit import APP, Bench, ack, inputs
 
 
@@ -432,9 +432,28 @@ def test_an_output_that_cannot_be_stored_is_offered_again() -> None:
     bench.orders.clear()
     bench.tell(StoreFailed(store.sequence, "disk is full"))
     assert bench.take_all(m.OutputsAck) == []
+    # Something else gets written meanwhile: that does not make the output safe.
+    bench.open(client, call=2, count=1, is_durable=True)
+    bench.store()
+    assert bench.take_all(m.OutputsAck) == []
     bench.later(1.1)
-    assert bench.store()[0].sequence == store.sequence
+    assert [type(record) for record in bench.store()[0].records] == [m.Outputs]
     assert bench.take(m.OutputsAck).sequence == 1
+
+
+def test_spawned_inputs_are_stored_only_when_their_blobs_are_here() -> None:
+    bench = Bench()
+    bench.worker(cpu=1)
+    client = bench.client(f={})
+    blob_id = b"B" * 32
+    call_id = bench.open(client, is_durable=True, is_sealed=False)
+    bench.store()
+    lengths = (1).to_bytes(4, "little")
+    bench.frame(client, m.Inputs(call_id, 0, lengths, [(0, [blob_id])], b"x"))
+    assert bench.store() == []
+    bench.tell(BlobCompleted(blob_id))
+    assert [type(record) for record in bench.store()[0].records] == [m.Inputs]
+    assert bench.take(m.InputsStored).stored == [(0, 1)]
 
 
 def test_spawned_calls_come_back_from_their_records() -> None:

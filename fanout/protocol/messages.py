@@ -26,8 +26,6 @@ position of an item in its generator's stream; both start at 0. A lease id is
 This module is sans-IO and knows nothing of sockets, clocks or processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import IntEnum
@@ -219,12 +217,35 @@ Payload = bytes | memoryview
 
 
 class Message:
-    """Base of all messages: `KIND` and how to check a field."""
+    """Base of all messages: `KIND` and how to check a field.
+
+    Equality and repr are written once here: generated for each class they would double the time
+    that importing this module takes, which every process pays.
+    """
 
     __slots__ = ()
     KIND: ClassVar[int]
     CHECKS: ClassVar[tuple[tuple[str, Check], ...]]
     HAS_PAYLOAD: ClassVar[bool]
+
+    def _values(self) -> list[Any]:
+        values = [getattr(self, name) for name, _ in self.CHECKS]
+        if self.HAS_PAYLOAD:
+            values.append(bytes(self.payload))  # type: ignore[attr-defined]
+        return values
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._values() == other._values()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={_shown(getattr(self, name))}" for name, _ in self.CHECKS)
+        if self.HAS_PAYLOAD:
+            shown += f", payload of {len(self.payload)} bytes"  # type: ignore[attr-defined]
+        return f"{type(self).__name__}({shown})"
 
 
 #: Which class a kind is.
@@ -238,14 +259,15 @@ def _message(kind: int) -> Callable[[type[M]], type[M]]:
     """Register a dataclass as the message of this kind and derive its field checks."""
 
     def register(cls: type[M]) -> type[M]:
-        made = dataclass(slots=True)(cls)
-        hints = get_type_hints(made, include_extras=True)
+        made = dataclass(slots=True, eq=False, repr=False, match_args=False)(cls)
+        # Annotations are objects and not strings in this module: reading them costs nothing.
+        hints = made.__annotations__
         names = [f.name for f in fields(made)]  # type: ignore[arg-type]
         checks = []
         for name in names:
             if name == "payload":
                 continue
-            hint = hints[name]
+            hint: Any = hints[name]
             assert get_origin(hint) is Annotated, f"{cls.__name__}.{name} has no check"
             checks.append((name, get_args(hint)[1]))
         assert kind not in KINDS

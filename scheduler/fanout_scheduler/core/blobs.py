@@ -6,10 +6,12 @@ the last one is gone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import DropBlob
 from fanout_scheduler.core.leasing import wake_call
-from fanout_scheduler.core.state import BlobRef, Call, Chunk, Function, State
+from fanout_scheduler.core.state import BlobRef, BlobWait, Call, Chunk, Function, State
 
 
 def ids(blobs: list[BlobRef]) -> list[bytes]:
@@ -38,31 +40,46 @@ def release(state: State, blob_ids: list[bytes]) -> None:
                 state.send(worker.peer_id, m.BlobDrop(blob_id))
 
 
-def await_for_chunk(state: State, call: Call, chunk: Chunk) -> bool:
-    """Have a chunk wait for its blobs. Returns whether it must."""
-    chunk.missing_blobs = set(ids(chunk.blobs)) - state.present_blobs
-    for blob_id in chunk.missing_blobs:
-        state.blob_waiters.setdefault(blob_id, []).append((call, chunk))
-    return bool(chunk.missing_blobs)
-
-
-def await_for_function(state: State, function: Function) -> None:
-    function.missing_blobs = set(function.definition.blobs) - state.present_blobs
-    for blob_id in function.missing_blobs:
-        state.blob_waiters.setdefault(blob_id, []).append(function)
+def when_present(state: State, blob_ids: list[bytes], then: Callable[[], None]) -> bool:
+    """Do something once these blobs are all here. Returns whether that was at once."""
+    missing = set(blob_ids) - state.present_blobs
+    if not missing:
+        then()
+        return True
+    wait = BlobWait(missing, then)
+    for blob_id in sorted(missing):
+        state.blob_waiters.setdefault(blob_id, []).append(wait)
+    return False
 
 
 def on_completed(state: State, blob_id: bytes) -> None:
-    """A blob is whole: inputs and functions that wait for no other one may run."""
+    """A blob is whole: what waited for no other one goes on."""
     state.present_blobs.add(blob_id)
-    for waiter in state.blob_waiters.pop(blob_id, []):
-        if isinstance(waiter, Function):
-            waiter.missing_blobs.discard(blob_id)
-            continue
-        call, chunk = waiter
-        chunk.missing_blobs.discard(blob_id)
-        if not chunk.missing_blobs and not call.is_over:
-            for start, stop in call.parked.common(chunk.start, chunk.stop):
-                call.parked.remove(start, stop)
-                call.queued.add(start, stop)
-            wake_call(state, call)
+    for wait in state.blob_waiters.pop(blob_id, []):
+        wait.missing.discard(blob_id)
+        if not wait.missing:
+            wait.then()
+
+
+def queue_chunk(state: State, call: Call, chunk: Chunk) -> None:
+    """Inputs may be leased once the blobs of their chunk are here."""
+
+    def queue() -> None:
+        for start, stop in call.parked.common(chunk.start, chunk.stop):
+            call.parked.remove(start, stop)
+            call.queued.add(start, stop)
+        wake_call(state, call)
+
+    call.parked.add(chunk.start, chunk.stop)
+    if not when_present(state, ids(chunk.blobs), queue):
+        call.waits_for = "blobs that are still on their way"
+
+
+def await_definition(state: State, function: Function) -> None:
+    """No container of a function starts before the blobs of its definition are here."""
+    function.lacks_blobs = True
+
+    def ready() -> None:
+        function.lacks_blobs = False
+
+    when_present(state, function.definition.blobs, ready)

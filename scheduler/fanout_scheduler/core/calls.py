@@ -142,7 +142,7 @@ def on_define_function(state: State, peer: Peer, message: m.DefineFunction) -> N
     function = make_function(message, app, state.next_number())
     state.functions[message.function_id] = app.functions[message.function_id] = function
     blobs.keep(state, message.blobs)
-    blobs.await_for_function(state, function)
+    blobs.await_definition(state, function)
 
 
 def may_use(peer: Peer, app: App) -> bool:
@@ -362,7 +362,7 @@ def on_unsealed_deadline(state: State, call: Call) -> None:
 
 def forget_call(state: State, call: Call) -> None:
     """The results of a spawned call were kept their time."""
-    durable.forget_call(state, call)
+    durable.forget_call(state, call.call_id)
     drop_call(state, call)
 
 

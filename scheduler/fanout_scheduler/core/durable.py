@@ -19,7 +19,6 @@ from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs
 from fanout_scheduler.core.events import ForgetApp, ForgetCall, PeerId, Record, Store
-from fanout_scheduler.core.leasing import wake_call
 from fanout_scheduler.core.state import Call, Chunk, Fetch, State
 
 if TYPE_CHECKING:
@@ -35,13 +34,19 @@ class PendingStore:
 
     records: list[Record]
     call: Call | None
+    #: The sequence under which this was first ordered; what waits for it names that one.
+    first_sequence: int
 
 
-def _store(state: State, call: Call | None, records: list[Record]) -> int:
+def _store(
+    state: State, call: Call | None, records: list[Record], first_sequence: int | None = None
+) -> int:
     state.store_sequence += 1
-    state.pending_stores[state.store_sequence] = PendingStore(records, call)
+    first = state.store_sequence if first_sequence is None else first_sequence
+    state.pending_stores[state.store_sequence] = PendingStore(records, call, first)
+    state.unsafe_stores.add(first)
     state.commands.append(Store(state.store_sequence, records))
-    return state.store_sequence
+    return first
 
 
 def store_open(state: State, call: Call, message: m.OpenCall) -> None:
@@ -60,8 +65,17 @@ def store_open(state: State, call: Call, message: m.OpenCall) -> None:
 
 
 def store_inputs(state: State, call: Call, message: m.Inputs) -> None:
+    """Write inputs down; those that name blobs only once the blobs are here, because a promise
+    to run an input is worth nothing without them."""
     blobs.keep(state, blobs.ids(message.blobs))
-    _store(state, call, [message])
+    blobs.when_present(
+        state, blobs.ids(message.blobs), lambda: _store_whole_inputs(state, call, message)
+    )
+
+
+def _store_whole_inputs(state: State, call: Call, message: m.Inputs) -> None:
+    if not call.is_over and call.failure is None:
+        _store(state, call, [message])
 
 
 def store_seal(state: State, call: Call, message: m.SealCall) -> None:
@@ -76,9 +90,9 @@ def store_failure(state: State, call: Call, failure: m.CallFailed) -> None:
     _store(state, call, [failure])
 
 
-def forget_call(state: State, call: Call) -> None:
+def forget_call(state: State, call_id: bytes) -> None:
     """Its results were kept their time, or nobody ever learned of it."""
-    _store(state, None, [ForgetCall(call.call_id)])
+    _store(state, None, [ForgetCall(call_id)])
 
 
 def forget_app(state: State, app: App) -> None:
@@ -96,6 +110,7 @@ def on_stored(state: State, sequence: int) -> None:
     """Everything up to `sequence` is on disk: keep the promises that waited for it."""
     for done in [s for s in state.pending_stores if s <= sequence]:
         pending: PendingStore = state.pending_stores.pop(done)
+        state.unsafe_stores.discard(pending.first_sequence)
         if pending.call is None:
             continue
         for record in pending.records:
@@ -129,16 +144,14 @@ def on_store_failed(state: State, sequence: int, text: str) -> None:
     from fanout_scheduler.core.calls import fail_call
 
     pending: PendingStore | None = state.pending_stores.pop(sequence, None)
-    if pending is None or pending.call is None:
+    if pending is None:
         return
-    call = pending.call
     state.note("write that failed")
-    if any(isinstance(record, m.Outputs | m.CallFailed) for record in pending.records):
-        # The reports keep their place: `unsafe` of their workers names this sequence, so the
-        # same sequence is written again.
-        state.pending_stores[sequence] = pending
-        state.at(state.now + STORE_RETRY_S, "store", sequence)
+    call = pending.call
+    if call is None or any(isinstance(r, m.Outputs | m.CallFailed) for r in pending.records):
+        state.at(state.now + STORE_RETRY_S, "store", pending)
         return
+    state.unsafe_stores.discard(pending.first_sequence)
     if any(isinstance(record, m.OpenCall) for record in pending.records):
         call.function.is_stored = call.function.app.is_stored = False
     for record in pending.records:
@@ -148,15 +161,13 @@ def on_store_failed(state: State, sequence: int, text: str) -> None:
     fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
 
 
-def on_store_retry(state: State, sequence: int) -> None:
-    pending: PendingStore | None = state.pending_stores.get(sequence)
-    if pending is not None:
-        state.commands.append(Store(sequence, pending.records))
+def on_store_retry(state: State, pending: PendingStore) -> None:
+    _store(state, pending.call, pending.records, pending.first_sequence)
 
 
 def is_safe(state: State, store_sequence: int) -> bool:
     """Whether a report that waits for this store sequence may be acknowledged."""
-    return store_sequence == 0 or store_sequence not in state.pending_stores
+    return store_sequence not in state.unsafe_stores
 
 
 # --- inputs ---------------------------------------------------------------------------------------
@@ -175,12 +186,7 @@ def queue_inputs(state: State, call: Call, message: m.Inputs) -> None:
         if call.is_over or call.failure is not None:
             continue
         call.add_chunk(chunk)
-        if blobs.await_for_chunk(state, call, chunk):
-            call.parked.add(low, high)
-            call.waits_for = "blobs that are still on their way"
-        else:
-            call.queued.add(low, high)
-    wake_call(state, call)
+        blobs.queue_chunk(state, call, chunk)
 
 
 # --- telling clients ------------------------------------------------------------------------------

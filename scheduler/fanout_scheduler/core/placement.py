@@ -137,7 +137,7 @@ def _drop_stale(state: State, function: Function) -> None:
 def _place_call(state: State, call: Call) -> str:
     """Lease inputs of the call to a container. Returns what it must wait for, "" if leased."""
     function = call.function
-    if function.missing_blobs:
+    if function.lacks_blobs:
         return NO_BLOB
     if not state.workers:
         return NO_WORKER

@@ -14,8 +14,13 @@ from fanout_scheduler.core.state import App, Call, State, make_function
 def restore(state: State, records: Iterable[Record]) -> None:
     """Rebuild apps, functions and spawned calls. Blobs are reported present by the shell before
     or after; leases of the former life are void, so what has no output is queued."""
+    orphans: dict[bytes, None] = {}
     for record in records:
-        _restore_record(state, record)
+        if not _restore_record(state, record):
+            # Left by a write that failed in part: its call was refused.
+            orphans[record.call_id] = None  # type: ignore[union-attr]
+    for call_id in orphans:
+        durable.forget_call(state, call_id)
     for app in list(state.apps.values()):
         # Its client may open it again; otherwise it goes when its calls have ended.
         app.is_closing = True
@@ -27,31 +32,33 @@ def restore(state: State, records: Iterable[Record]) -> None:
             durable.end_call(state, call)
 
 
-def _restore_record(state: State, record: Record) -> None:
+def _restore_record(state: State, record: Record) -> bool:
+    """Returns False for a record whose call is not there."""
     if isinstance(record, m.OpenApp):
         app = App(record.app_id, record.name, None, is_stored=True)
         state.apps[record.app_id] = app
     elif isinstance(record, m.DefineFunction):
         owner = state.apps.get(record.app_id)
-        if owner is None:
-            return
-        function = make_function(record, owner, state.next_number())
-        function.is_stored = True
-        state.functions[record.function_id] = owner.functions[record.function_id] = function
-        blobs.keep(state, record.blobs)
-        blobs.await_for_function(state, function)
+        if owner is not None:
+            function = make_function(record, owner, state.next_number())
+            function.is_stored = True
+            state.functions[record.function_id] = owner.functions[record.function_id] = function
+            blobs.keep(state, record.blobs)
+            blobs.await_definition(state, function)
     elif isinstance(record, m.OpenCall):
-        _restore_call(state, record)
-    else:
-        call = state.calls.get(getattr(record, "call_id", b""))
-        if call is not None:
-            _restore_call_record(state, call, record)
+        return _restore_call(state, record)
+    elif isinstance(record, m.Inputs | m.SealCall | m.Outputs | m.CallFailed):
+        call = state.calls.get(record.call_id)
+        if call is None:
+            return False
+        _restore_call_record(state, call, record)
+    return True
 
 
-def _restore_call(state: State, record: m.OpenCall) -> None:
+def _restore_call(state: State, record: m.OpenCall) -> bool:
     function = state.functions.get(record.function_id)
     if function is None:
-        return
+        return False
     call = Call(
         call_id=record.call_id,
         function=function,
@@ -65,6 +72,7 @@ def _restore_call(state: State, record: m.OpenCall) -> None:
         opened_at=state.now,
     )
     state.calls[call.call_id] = function.app.calls[call.call_id] = call
+    return True
 
 
 def _restore_call_record(state: State, call: Call, record: Record) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right, insort
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappush
 from itertools import accumulate
@@ -59,7 +60,8 @@ class Function:
     #: Containers in a row that died before they were ready.
     start_failures: int = 0
     is_stored: bool = False
-    missing_blobs: set[bytes] = field(default_factory=set)
+    #: Blobs of its definition are still on their way.
+    lacks_blobs: bool = False
 
     @property
     def function_id(self) -> bytes:
@@ -88,7 +90,7 @@ def make_function(definition: m.DefineFunction, app: App, number: int) -> Functi
 class Chunk:
     """Consecutive inputs as they came in one frame. Part of it is cut out by its length table."""
 
-    __slots__ = ("_offsets", "blobs", "lengths", "missing_blobs", "open_count", "payload", "start")
+    __slots__ = ("_offsets", "blobs", "lengths", "open_count", "payload", "start")
 
     def __init__(self, message: m.Inputs) -> None:
         self.start = message.start
@@ -97,7 +99,6 @@ class Chunk:
         self.blobs = message.blobs
         #: Inputs of it that have no output yet; at zero the chunk is dropped.
         self.open_count = len(self.lengths)
-        self.missing_blobs: set[bytes] = set()
         self._offsets: array[int] | None = None
 
     @property
@@ -302,6 +303,14 @@ class Session:
 
 
 @dataclass(slots=True)
+class BlobWait:
+    """Something that is done once all these blobs are here."""
+
+    missing: set[bytes]
+    then: Callable[[], None]
+
+
+@dataclass(slots=True)
 class Peer:
     peer_id: PeerId
     role: str
@@ -337,11 +346,13 @@ class State:
     commands: list[Command] = field(default_factory=list)
     #: What was given to the store and is not on disk yet, by sequence; see durable.py.
     pending_stores: dict[int, Any] = field(default_factory=dict)
+    #: First sequences of what is not on disk, also while it waits to be tried again.
+    unsafe_stores: set[int] = field(default_factory=set)
     #: How many frames that are kept refer to each blob, and which blobs are here whole.
     blob_references: dict[bytes, int] = field(default_factory=dict)
     present_blobs: set[bytes] = field(default_factory=set)
-    #: Who waits for a blob that is not here: chunks of calls, and functions.
-    blob_waiters: dict[bytes, list[tuple[Call, Chunk] | Function]] = field(default_factory=dict)
+    #: What is to be done when a blob is here, by blob; see blobs.py.
+    blob_waiters: dict[bytes, list[BlobWait]] = field(default_factory=dict)
     #: Workers that have reports to be acknowledged at the end of this turn.
     acknowledging: dict[bytes, Worker] = field(default_factory=dict)
     #: Tails are not looked at again before this time.

@@ -1,0 +1,80 @@
+# `make demo` is the place to begin. Every target works on a fresh clone: it makes .venv first.
+# Another interpreter: make PYTHON=python3.12 ...
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format sim bench bench-peers clean
+
+help:
+	@echo "make demo         install into .venv and run the main example on this machine"
+	@echo "make test         run the tests"
+	@echo "make check        ruff and mypy"
+	@echo "make format       let ruff format and fix"
+	@echo "make sim          run the simulation over many seeds"
+	@echo "make bench        compare with the standard library and joblib, about a minute"
+	@echo "make bench-peers  compare with mpire, Ray and Dask too (installs them into .venv)"
+	@echo "make clean        remove .venv and caches"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "There is no $(PYTHON). Install Python 3.11 or newer, or name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "fanout needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version)."; \
+	  echo "Name another one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments: its venv or ensurepip module is missing."; \
+	  echo "On Debian and Ubuntu: sudo apt-get install python3-venv"; exit 1; }
+	@echo "installing fanout and its tools into $(VENV)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) install -e '.[dev]' || { \
+	  echo "pip could not install fanout; it says above why. Without a package index within reach, set"; \
+	  echo "PIP_NO_INDEX=1 and PIP_FIND_LINKS=<folder of wheels>."; exit 1; }
+	@touch $@
+
+# A private FANOUT_HOME keeps the demo apart from daemons that already run; with FANOUT_HOME given it
+# uses that one, and leaves it.
+demo: $(STAMP)
+	@unset FANOUT_URL; \
+	if [ -z "$$FANOUT_HOME" ]; then \
+	  FANOUT_HOME=$$(mktemp -d); export FANOUT_HOME; \
+	  trap '$(BIN)/fanout stop --force >/dev/null; rm -rf "$$FANOUT_HOME"' EXIT; \
+	else \
+	  trap '$(BIN)/fanout stop --force >/dev/null' EXIT; \
+	fi; \
+	echo "\$$ fanout run examples/stdlib_report.py"; \
+	$(BIN)/fanout run examples/stdlib_report.py && \
+	echo && echo "\$$ fanout status" && $(BIN)/fanout status && \
+	echo && echo "\$$ fanout stop"
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy --no-error-summary
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix --quiet
+	@$(BIN)/ruff format --quiet
+
+sim: $(STAMP)
+	@$(BIN)/python tests/simulation.py
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks.bench
+
+bench-peers: $(STAMP)
+	@$(PIP) install mpire 'ray[default]' 'dask[distributed]'
+	@$(BIN)/python -m benchmarks.bench --peers
+
+clean:
+	@rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

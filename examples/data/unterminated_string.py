@@ -1,0 +1,3 @@
+"""The string in the last line has no closing quote."""
+
+GREETING = "hello

@@ -1,0 +1,407 @@
+"""An app: a named set of functions, and the running of it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterator,
+)
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
+
+from fanout import config, context
+from fanout.exceptions import ExecutionError, InvalidError
+from fanout.function import Function, Options
+from fanout.retries import Retries, as_retries
+
+if TYPE_CHECKING:
+    from fanout.client.session import AppRun
+
+P = ParamSpec("P")
+R = TypeVar("R")
+O = TypeVar("O")  # noqa: E741
+
+TIMEOUT_S_MAX = 24 * 3600.0
+
+
+class _FunctionDecorator(Protocol):
+    """What `app.function(...)` returns. The overloads tell a type checker what `.remote` gives."""
+
+    @overload
+    def __call__(
+        self, f: Callable[P, Coroutine[Any, Any, R]]
+    ) -> Function[P, R, Coroutine[Any, Any, R]]: ...
+    @overload
+    def __call__(
+        self, f: Callable[P, AsyncGenerator[R, Any]]
+    ) -> Function[P, R, AsyncGenerator[R, Any]]: ...
+    @overload
+    def __call__(self, f: Callable[P, AsyncIterator[R]]) -> Function[P, R, AsyncIterator[R]]: ...
+    @overload
+    def __call__(
+        self, f: Callable[P, Generator[R, Any, Any]]
+    ) -> Function[P, R, Generator[R, Any, Any]]: ...
+    @overload
+    def __call__(self, f: Callable[P, Iterator[R]]) -> Function[P, R, Iterator[R]]: ...
+    @overload
+    def __call__(self, f: Callable[P, R]) -> Function[P, R, R]: ...
+
+
+class LocalEntrypoint(Generic[P, R]):
+    """A function of the script that `fanout run` starts, in the client and inside `app.run()`."""
+
+    def __init__(self, raw_f: Callable[P, R], name: str) -> None:
+        self.raw_f = raw_f
+        self.name = name
+        self.__name__ = raw_f.__name__
+        self.__module__ = raw_f.__module__
+        self.__doc__ = raw_f.__doc__
+        self.__wrapped__ = raw_f
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.raw_f(*args, **kwargs)
+
+    def get_raw_f(self) -> Callable[P, R]:
+        """The plain Python function."""
+        return self.raw_f
+
+    def __repr__(self) -> str:
+        return f"<fanout.LocalEntrypoint {self.name!r}>"
+
+
+class App:
+    """A named set of functions::
+
+        app = fanout.App("reviews")
+
+        @app.function()
+        def classify(text: str) -> str: ...
+
+        with app.run():
+            print(classify.remote("fine"))
+
+    Args:
+        name: for people, in status and logs.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        if name is not None and (not isinstance(name, str) or not name):
+            raise InvalidError(
+                f"App(name={name!r}): must be a text that is not empty, or None; decorate with "
+                '`@app.function()` of an instance `app = fanout.App("name")`'
+            )
+        self._name = name
+        self._run: AppRun | None = None
+        self.registered_functions: dict[str, Function[..., Any, Any]] = {}
+        self.registered_entrypoints: dict[str, LocalEntrypoint[..., Any]] = {}
+
+    @property
+    def name(self) -> str | None:
+        """The name it was made with."""
+        return self._name
+
+    @property
+    def app_id(self) -> str | None:
+        """Hexadecimal id of the run under way; None while it does not run."""
+        return None if self._run is None else self._run.app_id.hex()
+
+    def __repr__(self) -> str:
+        return f"<fanout.App {self._name!r}{'' if self._run is None else ', running'}>"
+
+    def function(
+        self,
+        misplaced: Any = None,
+        *,
+        name: str | None = None,
+        timeout: float = config.TIMEOUT_S,
+        retries: int | Retries | None = None,
+        max_containers: int | None = None,
+        concurrency_limit: int | None = None,
+        serialized: bool = False,
+        is_generator: bool | None = None,
+        cpu: float | None = None,
+        memory: int | None = None,
+        scaledown_window: float | None = None,
+    ) -> _FunctionDecorator:
+        """Decorator: the function becomes a `Function`, which runs in containers.
+
+        Args:
+            misplaced: nothing; catches `@app.function` without parentheses.
+            name: instead of the function's own.
+            timeout: seconds an attempt may run; at most a day.
+            retries: attempts after the first one failed, with a delay of 1 s, or a `Retries`.
+            max_containers: how many containers of it may live at a time, over all workers.
+            concurrency_limit: older name of `max_containers`.
+            serialized: send the function by value: closures, lambdas, dynamically made ones.
+            is_generator: whether calling it gives a generator; found out if None.
+            cpu: cores that a container of it holds while it works; None means 1.
+            memory: MiB that a container of it holds.
+            scaledown_window: seconds an idle container is kept.
+
+        Raises:
+            InvalidError: an option is wrong, or the function cannot be found by name.
+        """
+        if misplaced is not None:
+            raise InvalidError("write `@app.function()`, with parentheses")
+        options = _check_options(
+            timeout=timeout,
+            retries=retries,
+            max_containers=max_containers,
+            concurrency_limit=concurrency_limit,
+            serialized=serialized,
+            cpu=cpu,
+            memory=memory,
+            scaledown_window=scaledown_window,
+        )
+
+        def decorate(f: Any) -> Any:
+            return self._add(f, name, options, is_generator)
+
+        return decorate
+
+    def generator(self, misplaced: Any = None, **options: Any) -> _FunctionDecorator:
+        """As `function`, for generator functions; older spelling of `is_generator=True`."""
+        if misplaced is not None:
+            raise InvalidError("write `@app.generator()`, with parentheses")
+        return self.function(is_generator=True, **options)
+
+    def local_entrypoint(
+        self, misplaced: Any = None, *, name: str | None = None
+    ) -> Callable[[Callable[P, R]], LocalEntrypoint[P, R]]:
+        """Decorator: what `fanout run script.py` starts, with flags from its parameters.
+
+        Args:
+            misplaced: nothing; catches `@app.local_entrypoint` without parentheses.
+            name: instead of the function's own.
+
+        Raises:
+            InvalidError: there is one of that name already.
+        """
+        if misplaced is not None:
+            raise InvalidError("write `@app.local_entrypoint()`, with parentheses")
+
+        def decorate(f: Callable[P, R]) -> LocalEntrypoint[P, R]:
+            _check_decorated("local_entrypoint", f)
+            entrypoint = LocalEntrypoint(f, name or f.__name__)
+            if entrypoint.name in self.registered_entrypoints:
+                raise InvalidError(
+                    f"app {self._name!r} has a local entrypoint {entrypoint.name!r} already; give "
+                    "one of them another name"
+                )
+            self.registered_entrypoints[entrypoint.name] = entrypoint
+            return entrypoint
+
+        return decorate
+
+    def run(self) -> RunningApp:
+        """A context manager, for ``with`` and ``async with``: the app runs while the block lasts.
+        At its end calls that are still open are cancelled; spawned calls go on.
+
+        Raises:
+            InvalidError: in a container; or on entering, when it runs already.
+            ConnectionError: on entering, when no scheduler can be reached.
+        """
+        if context.container is not None:
+            raise InvalidError(
+                "app.run() was reached inside a container, while your script was imported there; "
+                'put it under `if __name__ == "__main__":`, or into a local entrypoint'
+            )
+        return RunningApp(self)
+
+    def _add(
+        self, f: Any, name: str | None, options: Options, is_generator: bool | None
+    ) -> Function[..., Any, Any]:
+        from fanout import source
+
+        _check_decorated("function", f)
+        if name is not None and (not isinstance(name, str) or not name):
+            raise InvalidError(f"name={name!r}: must be a text that is not empty")
+        if is_generator is None:
+            is_generator = inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f)
+        if is_generator and options.retries is not None:
+            raise InvalidError(
+                f"retries= of generator function {f.__qualname__!r}: its items would come twice; "
+                "catch errors inside the generator, or call it again"
+            )
+        source.is_by_value(f, options.is_serialized)
+        function: Function[..., Any, Any] = Function(
+            self, f, name or f.__name__, options, bool(is_generator)
+        )
+        self.registered_functions[function.name] = function
+        return function
+
+    def _current_run(self, what: str) -> AppRun:
+        """The run that calls belong to.
+
+        Raises:
+            ExecutionError: the app does not run.
+        """
+        if self._run is not None:
+            return self._run
+        if context.container is not None:
+            from fanout.client.session import AppRun
+
+            self._run = AppRun(context.container.app_name, context.container.app_id)
+            return self._run
+        raise ExecutionError(
+            f"{what}: app {self._name!r} is not running; put the call inside `with app.run():` "
+            "(or `async with`), or start the script with `fanout run`"
+        )
+
+    @staticmethod
+    def _joined(name: str | None, app_id: bytes) -> App:
+        """An app of which only a handle came here, as running as it is over there."""
+        from fanout.client.session import AppRun
+
+        app = App(name)
+        app._run = AppRun(name or "", app_id)
+        return app
+
+
+#: Older name of `App`.
+Stub = App
+
+
+class RunningApp:
+    """What `app.run()` gives; see there."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    def __enter__(self) -> App:
+        from fanout.client import loop
+        from fanout.client.session import session_here
+
+        loop.forbid_in_loop("with app.run()", "async with app.run():")
+        run = self._begin()
+
+        async def enter() -> None:
+            await session_here().open_app(run)
+
+        try:
+            loop.run(enter)
+        except BaseException:
+            self._app._run = None
+            raise
+        return self._app
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        from fanout.client import loop
+
+        loop.run(self._leave)
+
+    async def __aenter__(self) -> App:
+        from fanout.client.session import session_here
+
+        run = self._begin()
+        try:
+            await session_here().open_app(run)
+        except BaseException:
+            self._app._run = None
+            raise
+        return self._app
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._leave()
+
+    def _begin(self) -> AppRun:
+        from fanout import source
+        from fanout.client.session import AppRun
+
+        if self._app._run is not None:
+            raise InvalidError(
+                f"app {self._app.name!r} is running already; leave its `with app.run():` first"
+            )
+        source.alias_main()
+        run = self._app._run = AppRun(self._app.name or source.main_name() or "", os.urandom(16))
+        return run
+
+    async def _leave(self) -> None:
+        run, self._app._run = self._app._run, None
+        if run is not None and run.owner is not None:
+            await run.owner.close_app(run)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _check_decorated(decorator: str, f: Any) -> None:
+    if isinstance(f, Function | LocalEntrypoint):
+        raise InvalidError(
+            f"@app.{decorator}() stands on top of another fanout decorator; use one of them"
+        )
+    if inspect.isclass(f):
+        raise InvalidError(
+            f"@app.{decorator}() is for functions, and {f.__name__!r} is a class; decorate a "
+            "function that uses it"
+        )
+    if not inspect.isfunction(f):
+        raise InvalidError(
+            f"@app.{decorator}() is for functions, and this is a {type(f).__name__}; write "
+            f"`@app.{decorator}()` on a line above `def`"
+        )
+
+
+def _check_options(
+    *,
+    timeout: Any,
+    retries: Any,
+    max_containers: Any,
+    concurrency_limit: Any,
+    serialized: Any,
+    cpu: Any,
+    memory: Any,
+    scaledown_window: Any,
+) -> Options:
+    if max_containers is not None and concurrency_limit is not None:
+        raise InvalidError(
+            "max_containers= and concurrency_limit= are two names of one option; keep the first"
+        )
+    limit_name = "max_containers" if concurrency_limit is None else "concurrency_limit"
+    limit = max_containers if concurrency_limit is None else concurrency_limit
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise InvalidError(f"{limit_name}={limit!r}: must be an int of at least 1, or None")
+    if not _is_number(timeout) or not 0 < timeout <= TIMEOUT_S_MAX:
+        raise InvalidError(
+            f"timeout={timeout!r}: must be seconds, more than 0 and at most {TIMEOUT_S_MAX:g}"
+        )
+    if cpu is not None and (not _is_number(cpu) or not 0 < cpu < 1e6):
+        raise InvalidError(f"cpu={cpu!r}: must be a number of cores above 0, or None")
+    if memory is not None and (type(memory) is not int or not 0 <= memory < 1 << 40):
+        raise InvalidError(f"memory={memory!r}: must be an int of MiB of at least 0, or None")
+    window = config.SCALEDOWN_WINDOW_S if scaledown_window is None else scaledown_window
+    if not _is_number(window) or not 0 <= window <= TIMEOUT_S_MAX:
+        raise InvalidError(
+            f"scaledown_window={window!r}: must be seconds, from 0 to {TIMEOUT_S_MAX:g}"
+        )
+    if type(serialized) is not bool:
+        raise InvalidError(f"serialized={serialized!r}: must be True or False")
+    return Options(
+        timeout=float(timeout),
+        retries=as_retries(retries),
+        max_containers=limit,
+        cpu=None if cpu is None else float(cpu),
+        memory=memory or 0,
+        scaledown_window=float(window),
+        is_serialized=serialized,
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)

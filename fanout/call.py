@@ -1,0 +1,176 @@
+"""A handle of a spawned call: its results, now or from another process later."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Generic, TypeVar
+
+from fanout.exceptions import InvalidError, NotFoundError
+from fanout.twin import Twin, static_twin, twin
+
+R = TypeVar("R")
+
+PREFIX = "fc-"
+
+
+class FunctionCall(Generic[R]):
+    """A call made by `spawn` or `spawn_map`. It goes on when this process ends; anybody with its
+    `object_id` and the same scheduler can collect the results, for seven days."""
+
+    __slots__ = ("_call_id",)
+
+    def __init__(self, call_id: bytes) -> None:
+        self._call_id = call_id
+
+    @classmethod
+    def from_id(cls, object_id: str) -> FunctionCall[Any]:
+        """The call with this id. Whether there is one is seen when it is used.
+
+        Args:
+            object_id: ``"fc-"`` and 32 hexadecimal digits, as `object_id` gives it.
+
+        Raises:
+            InvalidError: it does not have that form.
+        """
+        text = object_id.removeprefix(PREFIX) if isinstance(object_id, str) else ""
+        try:
+            call_id = bytes.fromhex(text)
+        except ValueError:
+            call_id = b""
+        if len(call_id) != 16 or not object_id.startswith(PREFIX):
+            raise InvalidError(
+                f"{object_id!r} is not the id of a call; it must be {PREFIX!r} and 32 hexadecimal "
+                "digits, as FunctionCall.object_id gives it"
+            )
+        return FunctionCall(call_id)
+
+    @property
+    def object_id(self) -> str:
+        """The id to come back with: ``fc-`` and 32 hexadecimal digits."""
+        return PREFIX + self._call_id.hex()
+
+    def __repr__(self) -> str:
+        return f"FunctionCall.from_id({self.object_id!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FunctionCall):
+            return NotImplemented
+        return self._call_id == other._call_id
+
+    def __hash__(self) -> int:
+        return hash(self._call_id)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FunctionCall, (self._call_id,)
+
+    async def _get(self, timeout: float | None = None, *, index: int = 0) -> R:
+        """The result of one input. It stays with the scheduler and can be asked for again.
+
+        Args:
+            timeout: seconds to wait; None waits for ever, 0 looks once.
+            index: of the input; 0 for `spawn`.
+
+        Raises:
+            TimeoutError: the builtin: it is not there in time.
+            NotFoundError: the scheduler knows no such call.
+            InvalidError: the call has no input of that index.
+            Exception: what the function raised.
+        """
+        from fanout.client.fetch import get_output
+
+        value: R = await get_output(self._call_id, index, timeout, self.object_id)
+        return value
+
+    async def _num_inputs(self) -> int:
+        """How many inputs the call has, so far.
+
+        Raises:
+            NotFoundError: the scheduler knows no such call.
+        """
+        return int((await self._info()).input_count)
+
+    async def _cancel(self) -> None:
+        """End the call: what runs is stopped, and what has no result yet ends with
+        `InputCancelledError`."""
+        from fanout.client.fetch import cancel_call
+
+        await self._info()
+        await cancel_call(self._call_id)
+
+    async def _info(self) -> Any:
+        from fanout.client.fetch import ask_call
+
+        info = await ask_call(self._call_id)
+        if info.state == "unknown":
+            raise not_found(self.object_id)
+        return info
+
+    async def _iter_aio(self, *, start: int = 0, end: int | None = None) -> AsyncIterator[R]:
+        """The results of inputs `start` to `end` (all, if None), in order, as they come.
+
+        Raises:
+            ValueError: the range does not lie within the call.
+            NotFoundError: the scheduler knows no such call.
+            Exception: what the function raised, in the place of its result.
+        """
+        from fanout.client.fetch import Reader
+
+        reader = Reader(self._call_id, start, await self._check_range(start, end))
+        try:
+            while (values := await reader.next_values()) is not None:
+                for value in values:
+                    yield value
+        finally:
+            reader.close()
+
+    def _iter(self, *, start: int = 0, end: int | None = None) -> Iterator[R]:
+        from fanout.client import loop
+        from fanout.client.fetch import Reader
+
+        loop.forbid_in_loop("FunctionCall.iter", "async for x in call.iter.aio(...)")
+        stop = loop.run(lambda: self._check_range(start, end))
+        reader = Reader(self._call_id, start, stop)
+        try:
+            while (values := loop.run(reader.next_values)) is not None:
+                yield from values
+        finally:
+            loop.background_loop().call_soon_threadsafe(reader.close)
+
+    _iter.__doc__ = _iter_aio.__doc__
+
+    async def _check_range(self, start: int, end: int | None) -> int:
+        count = await self._num_inputs()
+        stop = count if end is None else end
+        if not 0 <= start <= stop <= count:
+            raise ValueError(
+                f"range {start} to {stop} does not lie within the {count} inputs of the call"
+            )
+        return stop
+
+    get = twin(_get)
+    num_inputs = twin(_num_inputs)
+    cancel = twin(_cancel)
+    iter = Twin(_iter, _iter_aio)
+
+    @staticmethod
+    async def _gather(*calls: FunctionCall[R]) -> list[R]:
+        """The first result of each call, in order. Raises the first error; the other calls go
+        on."""
+        import asyncio
+
+        tasks = [asyncio.ensure_future(call._get()) for call in calls]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    gather = static_twin(_gather)
+
+
+def not_found(object_id: str) -> NotFoundError:
+    """The error for an id that the scheduler does not know."""
+    return NotFoundError(
+        f"the scheduler knows no call {object_id}: it was made at another one, its results were "
+        "kept their time (7 days), or it was not made by spawn or spawn_map"
+    )

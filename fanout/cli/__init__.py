@@ -1,0 +1,1 @@
+"""The `fanout` command: one module for each group of commands."""

@@ -1,0 +1,127 @@
+"""`fanout run FILE[::NAME] [flags]`: run a local entrypoint, or one function with one input.
+
+This is the command that people wait for, so it is parsed here, without typer, and imports nothing
+that a run does not need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from fanout.cli.failure import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    complain,
+    show_traceback,
+)
+from fanout.cli.flag import UsageError, parse_flags
+from fanout.cli.reference import Runnable, find_runnable, import_reference, parse_reference
+from fanout.exceptions import ConnectionError
+
+_EPILOG = """\
+NAME is a local entrypoint or a function; it may be left out where the file has only one of them.
+Flags after FILE come from its parameters: `max_size: int = 3` is typed as --max-size 10.
+`fanout run FILE[::NAME] --help` lists them.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what the command line names; returns the exit code.
+
+    Args:
+        arguments: the command line after ``fanout run``.
+
+    Raises:
+        SystemExit: `--help`, a wrong flag, or `sys.exit` in the user's code.
+    """
+    app_name = ""
+    try:
+        options, reference_text, flags = _split(arguments)
+        reference = parse_reference(reference_text, options.m)
+        module = import_reference(reference, flags)
+        runnable = find_runnable(module, reference)
+        bound = _bind(runnable, f"{reference_text}", flags)
+        app_name = runnable.app.name or ""
+        _run(runnable, bound, is_quiet=options.quiet)
+    except UsageError as error:
+        complain(str(error))
+        return EXIT_USAGE
+    except ConnectionError as error:
+        complain(str(error))
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        complain(_farewell(app_name))
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        show_traceback(error)
+        return EXIT_ERROR
+    return 0
+
+
+def _split(arguments: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
+    """Our own options, the reference, and the flags of what it names.
+
+    Ours come before the reference. So a function may have a flag of the same name.
+    """
+    parser = argparse.ArgumentParser(
+        prog="fanout run",
+        usage="fanout run [-m] [-q] FILE[::NAME] [flags]",
+        description="Run a local entrypoint, or one function with one input.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-m", action="store_true", help="FILE is the name of a module")
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="do not show what containers print"
+    )
+    parser.add_argument("reference", metavar="FILE[::NAME]")
+    own = next((i for i, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
+    options = parser.parse_args(arguments[: own + 1])
+    flags = list(arguments[own + 1 :])
+    if flags[:1] == ["--"]:
+        del flags[0]
+    return options, options.reference, flags
+
+
+def _bind(runnable: Runnable, text: str, flags: list[str]) -> inspect.BoundArguments:
+    """The arguments for the entrypoint or the function, from the flags."""
+    if runnable.is_entrypoint:
+        return parse_flags(runnable.target.raw_f, text, flags)
+    raw_f = runnable.target.get_raw_f()
+    if inspect.isgeneratorfunction(raw_f) or inspect.isasyncgenfunction(raw_f):
+        raise UsageError(
+            f"{runnable.name} is a generator function, whose items nobody here would take. "
+            f"Write an @app.local_entrypoint() that loops over {runnable.name}.remote_gen(...)."
+        )
+    return parse_flags(raw_f, text, flags)
+
+
+def _run(runnable: Runnable, bound: inspect.BoundArguments, is_quiet: bool) -> None:
+    from fanout.output import enable_output
+
+    output: Any = contextlib.nullcontext() if is_quiet else enable_output()
+    with output, runnable.app.run():
+        target: Any = runnable.target
+        if not runnable.is_entrypoint:
+            target.remote(*bound.args, **bound.kwargs)
+            return
+        result = target(*bound.args, **bound.kwargs)
+        if inspect.iscoroutine(result):
+            import asyncio
+
+            asyncio.run(result)
+
+
+def _farewell(app_name: str) -> str:
+    if not app_name:
+        return "interrupted"
+    return (
+        f"interrupted: the calls of app {app_name!r} are cancelled, and spawned ones go on "
+        f"(`fanout status` shows them)"
+    )

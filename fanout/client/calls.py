@@ -1,0 +1,267 @@
+"""Open calls and fetches as the session sees them: a sans-IO state with its blobs and its listener.
+
+A message that names blobs waits here until those are whole, and so does everything behind it for
+the same call, since order matters.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from fanout.client.call_state import CallState
+from fanout.client.chunk import Batch, ItemBatch, Ready, cut_batch
+from fanout.intervals import IntervalSet
+from fanout.protocol import messages as m
+
+if TYPE_CHECKING:
+    from fanout.client.session import Session
+
+#: Large buffers of a batch: by position in it.
+BufferTable = dict[int, list[memoryview]]
+
+
+class Listener(Protocol):
+    """Who uses a call. Called on the session's loop."""
+
+    def call_changed(self) -> None:
+        """Something is ready, there is room, or the call has ended."""
+
+    def call_broken(self, error: Exception) -> None:
+        """Nothing will come any more."""
+
+
+class LiveCall:
+    """An open call of a session."""
+
+    def __init__(
+        self, session: Session, state: CallState, app_id: bytes, listener: Listener
+    ) -> None:
+        self.session = session
+        self.state = state
+        self.app_id = app_id
+        self._listener = listener
+        self._parked: deque[m.Message] = deque()
+        #: Buffers of outputs (by input index) and items (by index and number) not taken yet.
+        self._buffers: dict[int | tuple[int, int], list[memoryview]] = {}
+        self.is_closed = False
+
+    def flush(self) -> None:
+        """Send what the state wants to say."""
+        state, session = self.state, self.session
+        for blob_id in state.released_blobs:
+            session.unpin(blob_id)
+        state.released_blobs.clear()
+        if not session.is_connected:
+            return
+        outgoing = state.outgoing
+        if len(outgoing) == 1 and isinstance(outgoing[0], m.Ack):
+            session.send_lazily(outgoing[0])
+            outgoing.clear()
+            return
+        for message in outgoing:
+            if isinstance(message, m.Inputs):
+                for _, blob_ids in message.blobs:
+                    for blob_id in blob_ids:
+                        session.offer(blob_id)
+            session.send(message)
+        outgoing.clear()
+
+    def receive(self, message: m.Message) -> bool:
+        """Take a message, or keep it while its blobs are on their way. False if it waits."""
+        if isinstance(message, m.Outputs | m.Items):
+            for blob_id in _named(message):
+                self.session.pin(blob_id)
+        if self._parked or not self._has_blobs(message):
+            self._parked.append(message)
+            return False
+        self._take(message)
+        return True
+
+    def unpark(self) -> bool:
+        """Blobs have come: take what waited for them. True if nothing waits any more."""
+        is_changed = False
+        while self._parked and self._has_blobs(self._parked[0]):
+            self._take(self._parked.popleft())
+            is_changed = True
+        if is_changed:
+            self.settle()
+        return not self._parked
+
+    def drop_parked(self) -> None:
+        """The connection is gone, and with it what was on its way; it comes again."""
+        while self._parked:
+            message = self._parked.popleft()
+            if isinstance(message, m.Outputs | m.Items):
+                self._unpin(message)
+
+    def settle(self) -> None:
+        """After messages were taken: send what follows from them, and tell the listener."""
+        if self.is_closed:
+            return
+        self.flush()
+        self._listener.call_changed()
+
+    def resume(self) -> None:
+        """There is a new connection."""
+        self.state.resume()
+        self.flush()
+
+    def take(self) -> list[tuple[Ready, BufferTable]]:
+        """What is ready for the user, each batch with its large buffers."""
+        ready = self.state.take_ready()
+        if not self._buffers:
+            return [(batch, {}) for batch in ready]
+        return [(batch, self._buffers_of(batch)) for batch in ready]
+
+    def consume(self, batches: list[Ready]) -> None:
+        """The user has used these up."""
+        for batch in batches:
+            self.state.consume(batch)
+        self.flush()
+
+    def close(self) -> None:
+        """Done with: cancel it if it still runs, and forget it."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        state = self.state
+        if not state.is_finished and not state.is_durable:
+            state.cancel()
+        self.drop_parked()
+        for message in state.outgoing:
+            if isinstance(message, m.Ack | m.CancelCall):
+                self.session.say_last(message)
+        self.flush()
+        if state.is_finished and not state.is_durable:
+            self.session.say_last(m.Ack(state.call_id, [(0, state.count)], state.count, 0))
+        self._buffers.clear()
+        self.session.close_call(self)
+
+    def fail(self, error: Exception) -> None:
+        """Nothing can come for it any more."""
+        self._listener.call_broken(error)
+        self.close()
+
+    def _take(self, message: m.Message) -> None:
+        if isinstance(message, m.Outputs):
+            for offset, blob_ids in message.blobs:
+                index = message.start + offset
+                if index not in self.state.received:
+                    self._buffers[index] = [self.session.store.buffer(id_) for id_ in blob_ids]
+        elif isinstance(message, m.Items):
+            for offset, blob_ids in message.blobs:
+                key = (message.index, message.number + offset)
+                self._buffers[key] = [self.session.store.buffer(id_) for id_ in blob_ids]
+        self.state.handle(message)
+        if isinstance(message, m.Outputs | m.Items):
+            self._unpin(message)
+
+    def _buffers_of(self, batch: Ready) -> BufferTable:
+        table: BufferTable = {}
+        for offset, _ in batch.blobs:
+            key: int | tuple[int, int]
+            if isinstance(batch, ItemBatch):
+                key = (batch.index, batch.number + offset)
+            else:
+                key = batch.start + offset
+            buffers = self._buffers.pop(key, None)
+            if buffers is not None:
+                table[offset] = buffers
+        return table
+
+    def _has_blobs(self, message: m.Message) -> bool:
+        if not isinstance(message, m.Outputs | m.Items):
+            return True
+        return all(self.session.store.has(blob_id) for blob_id in _named(message))
+
+    def _unpin(self, message: m.Outputs | m.Items) -> None:
+        for blob_id in _named(message):
+            self.session.unpin(blob_id)
+
+
+def _named(message: m.Outputs | m.Items) -> list[bytes]:
+    return [blob_id for _, blob_ids in message.blobs for blob_id in blob_ids]
+
+
+class LiveFetch:
+    """Somebody reads outputs `start` to `stop` of a spawned call."""
+
+    def __init__(
+        self, session: Session, call_id: bytes, start: int, stop: int, listener: Listener
+    ) -> None:
+        self.session = session
+        self.call_id = call_id
+        self.request_id = session.next_request()
+        self.start = start
+        self.stop = stop
+        self._listener = listener
+        self.received = IntervalSet()
+        self.info: m.CallInfo | None = None
+        self._parked: list[m.Outputs] = []
+        self._ready: list[tuple[Batch, BufferTable]] = []
+        self.is_failed = False
+
+    def questions(self) -> list[m.Message]:
+        """What to send when the connection is new: the answer to the second one comes behind all
+        outputs that are there already."""
+        if not self.received:
+            ranges = [(self.start, self.stop)]
+        else:
+            ranges = self.received.missing(self.start, self.stop)
+        questions: list[m.Message] = [
+            m.FetchOutputs(self.request_id, self.call_id, low, high) for low, high in ranges[:1]
+        ]
+        questions.append(m.AskCall(self.request_id, self.call_id))
+        return questions
+
+    def receive(self, message: m.Message) -> None:
+        if isinstance(message, m.CallInfo):
+            if message.request_id == self.request_id:
+                self.info = message
+                self._listener.call_changed()
+            return
+        if not isinstance(message, m.Outputs):
+            return
+        for blob_id in _named(message):
+            self.session.pin(blob_id)
+        self._parked.append(message)
+        self.unpark()
+
+    def unpark(self) -> None:
+        store = self.session.store
+        waiting: list[m.Outputs] = []
+        for message in self._parked:
+            if not all(store.has(blob_id) for blob_id in _named(message)):
+                waiting.append(message)
+                continue
+            self._take(message)
+        is_changed = len(waiting) < len(self._parked)
+        self._parked = waiting
+        if is_changed:
+            self._listener.call_changed()
+
+    def _take(self, message: m.Outputs) -> None:
+        stop = message.start + len(message.statuses)
+        whole = Batch(
+            message.start, message.statuses, message.lengths, message.payload, message.blobs, 0
+        )
+        for low, high in self.received.missing(
+            max(message.start, self.start), min(stop, self.stop)
+        ):
+            batch = cut_batch(whole, low, high)
+            store = self.session.store
+            table = {at: [store.buffer(id_) for id_ in ids] for at, ids in batch.blobs}
+            self.received.add(low, high)
+            self._ready.append((batch, table))
+        for blob_id in _named(message):
+            self.session.unpin(blob_id)
+
+    def take(self) -> list[tuple[Batch, BufferTable]]:
+        ready, self._ready = self._ready, []
+        return ready
+
+    def fail(self, error: Exception) -> None:
+        self.is_failed = True
+        self._listener.call_broken(error)
+        self.session.close_fetch(self)

@@ -1,0 +1,627 @@
+"""A client's connection to its scheduler: one per event loop, kept alive over losses.
+
+A session has a random id that stays the same over reconnects, so the scheduler knows who came back.
+What must be true over there is kept here as messages to repeat: apps, definitions, open calls, open
+questions. After each connect they are sent again, in that order; everything is harmless to repeat.
+
+::
+
+    idle --first use--> connecting --Welcome--> connected --lost--> connecting again, with backoff
+                            |                                             |
+                            +-- first connect fails: error to the user    +-- token refused: open
+                                                                              calls get that error
+
+While the scheduler is away, calls wait; after a few seconds a line on the log says so.
+
+Everything here runs on the session's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import platform
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from typing import Any
+
+from fanout import config, context
+from fanout.client.calls import LiveCall, LiveFetch
+from fanout.exceptions import (
+    AuthError,
+    ConnectionError,
+    InternalError,
+    InvalidError,
+    ProtocolError,
+    VersionError,
+)
+from fanout.protocol import messages as m
+from fanout.protocol import transport as wire
+from fanout.protocol.blobs import BlobExchange, MemoryBlobStore
+from fanout.protocol.join import JoinString
+
+logger = logging.getLogger("fanout.client")
+
+RECONNECT_DELAY_MIN_S = 0.05
+RECONNECT_DELAY_MAX_S = 2.0
+#: Silence about a scheduler that is away, before a line on the log.
+WARN_AFTER_S = 5.0
+#: How long a second session of an app waits, after a restart, for the first to open it again.
+APP_WAIT_S = 5.0
+#: How long an acknowledgement may wait for another message to travel with.
+LAZY_DELAY_S = 0.002
+#: Last words about calls that have ended, repeated after a reconnect in case they were lost.
+LAST_WORDS_MAX = 1024
+
+_BLOB_KINDS = frozenset({m.BlobOffer, m.BlobWanted, m.BlobHeld, m.BlobPart})
+
+
+class AppRun:
+    """One run of an app: from entering `app.run()` until leaving it."""
+
+    def __init__(self, name: str, app_id: bytes) -> None:
+        self.name = name
+        self.app_id = app_id
+        self.is_open = True
+        #: The session that opened it over there; any other session only uses it.
+        self.owner: Session | None = None
+        #: Life of the scheduler in which it was last opened.
+        self.opened_epoch = -1
+        #: Definitions made for this run, by function name.
+        self.definitions: dict[Any, Any] = {}
+
+
+class Session:
+    """See the module's text."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.session_id = os.urandom(16)
+        self.is_nested = context.container is not None
+        self.store = MemoryBlobStore()
+        self._blob_pins: dict[bytes, int] = {}
+        self.transport: wire.Transport | None = None
+        self.exchange: BlobExchange | None = None
+        self._lost = asyncio.Event()
+        self._opening: asyncio.Future[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+        self._runs: dict[bytes, AppRun] = {}
+        self._definitions: dict[bytes, m.DefineFunction] = {}
+        self._calls: dict[bytes, LiveCall] = {}
+        self._fetches: dict[bytes, list[LiveFetch]] = {}
+        self._requests: dict[int, tuple[m.Message, asyncio.Future[Any]]] = {}
+        self._request_counter = 0
+        #: Acknowledgements that wait for company; see `send_lazily`.
+        self._lazy: list[m.Message] = []
+        self._lazy_timer: asyncio.TimerHandle | None = None
+        self._last_words: deque[m.Message] = deque(maxlen=LAST_WORDS_MAX)
+        #: Calls with messages that wait for a blob.
+        self._parked_calls: set[LiveCall] = set()
+        #: Frames received of the kinds that can end a wait, and waits under way.
+        self.seen = 0
+        self._wait_count = 0
+        #: Messages about calls that have ended here, or never were.
+        self.unknown_count = 0
+
+    # --- connecting ------------------------------------------------------------------------------
+
+    @property
+    def is_connected(self) -> bool:
+        return self.transport is not None and not self.transport.is_closed
+
+    @property
+    def is_up(self) -> bool:
+        """Connected once, and looked after since; at the moment it may be away."""
+        if self._task is None or self._opening is None:
+            return False
+        return self._opening.done() and not self._task.done()
+
+    async def connect(self) -> None:
+        """Be connected, once; later losses are repaired without the caller.
+
+        Raises:
+            ConnectionError: no scheduler can be reached, or it refuses us.
+            InvalidError: `FANOUT_URL` is wrong.
+        """
+        if self._task is not None and self._task.done():
+            self._task = self._opening = None
+        if self._opening is None:
+            self._is_closed = False
+            self._opening = self.loop.create_future()
+            # A failure nobody waits for any more, because of Ctrl-C, is not worth a traceback.
+            self._opening.add_done_callback(lambda f: f.cancelled() or f.exception())
+            self._task = self.loop.create_task(self._keep_connected(), name="fanout session")
+        await asyncio.shield(self._opening)
+
+    async def _keep_connected(self) -> None:
+        opening = self._opening
+        assert opening is not None
+        try:
+            while not self._is_closed:
+                transport = await self._dial(is_first=not opening.done())
+                await self._await_apps(transport)
+                self._attach(transport)
+                if not opening.done():
+                    opening.set_result(None)
+                await self._lost.wait()
+        except asyncio.CancelledError:
+            # Closed, or the loop ends: what comes next begins with a new session.
+            if _sessions.get(self.loop) is self:
+                del _sessions[self.loop]
+            if not opening.done():
+                opening.cancel()
+            raise
+        except Exception as error:
+            if not opening.done():
+                opening.set_exception(error)
+            else:
+                self._fail_all(error)
+        finally:
+            self._send_lazy()
+            if self.transport is not None:
+                self.transport.close(m.Goodbye("closed", "the client has closed"))
+                with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+                    await asyncio.wait_for(self.transport.wait_closed(), config.KILL_GRACE_S)
+
+    async def _dial(self, is_first: bool) -> wire.Transport:
+        """A connection; after the first one, try for ever."""
+        delay = RECONNECT_DELAY_MIN_S
+        started = time.monotonic()
+        is_warned = False
+        while True:
+            self._lost.clear()
+            try:
+                return await self._dial_once()
+            except (AuthError, VersionError, InvalidError):
+                raise
+            except (ConnectionError, OSError) as error:
+                if is_first:
+                    raise
+                if not is_warned and time.monotonic() - started > WARN_AFTER_S:
+                    is_warned = True
+                    logger.warning("the scheduler is away, calls wait for it: %s", error)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, RECONNECT_DELAY_MAX_S)
+
+    async def _dial_once(self) -> wire.Transport:
+        info = {
+            "hostname": platform.node(),
+            "pid": os.getpid(),
+            "python": platform.python_version(),
+            "program": os.path.basename(sys.argv[0]) if sys.argv else "",
+        }
+        container = context.container
+        if container is not None:
+            hello = m.Hello(
+                m.PROTOCOL_VERSION,
+                "container",
+                str(container.container_id),
+                self.session_id,
+                container.secret,
+                info,
+            )
+            return await wire.connect_unix(
+                container.socket_path,
+                hello=hello,
+                allowed=m.TO_CLIENT,
+                handler=lambda transport: _Handler(self, transport),
+            )
+        join = await self._find_scheduler()
+        return await wire.connect(
+            join,
+            role="client",
+            session_id=self.session_id,
+            info=info,
+            handler=lambda transport: _Handler(self, transport),
+        )
+
+    async def _find_scheduler(self) -> JoinString:
+        url = os.environ.get("FANOUT_URL")
+        if url:
+            return JoinString.parse(url)
+        from fanout.client import local
+
+        # The embedded default may have left meanwhile, or be another one now: look each time.
+        return await self.loop.run_in_executor(None, local.ensure_cluster)
+
+    async def _await_apps(self, transport: wire.Transport) -> None:
+        """After the scheduler's restart an app must be opened by its owner, on another loop's
+        connection, before this session can define functions of it."""
+        epoch = transport.peer.epoch if isinstance(transport.peer, m.Welcome) else 0
+        deadline = time.monotonic() + APP_WAIT_S
+        for run in list(self._runs.values()):
+            while run.is_open and run.owner is not None and run.owner is not self:
+                if run.opened_epoch >= epoch or time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(RECONNECT_DELAY_MIN_S)
+
+    def _attach(self, transport: wire.Transport) -> None:
+        """A new connection: say all that must be true over there."""
+        self.transport = transport
+        self.seen = 0
+        epoch = transport.peer.epoch if isinstance(transport.peer, m.Welcome) else 0
+        self.exchange = BlobExchange(
+            self.store, transport.send, transport.send_bulk, self._on_blob_completed
+        )
+        for run in self._runs.values():
+            if run.owner is self and not self.is_nested:
+                transport.send(m.OpenApp(run.app_id, run.name))
+                run.opened_epoch = epoch
+        for definition in self._definitions.values():
+            self._send_definition(definition)
+        for words in self._last_words:
+            transport.send(words)
+        for call in list(self._calls.values()):
+            call.resume()
+        for fetches in self._fetches.values():
+            for fetch in fetches:
+                for message in fetch.questions():
+                    transport.send(message)
+        for message, _ in self._requests.values():
+            transport.send(message)
+        if self._wait_count:
+            self.tell_waiting()
+
+    def lose(self, transport: wire.Transport, error: Exception | None) -> None:
+        """The connection is gone."""
+        if self.transport is not transport:
+            return
+        logger.debug("= connection lost: %s", error)
+        if self.exchange is not None:
+            self.exchange.close()
+        self.transport = self.exchange = None
+        # Calls that still run say it anew, and of the others the last words are repeated.
+        self._lazy.clear()
+        for call in self._calls.values():
+            call.drop_parked()
+        self._parked_calls.clear()
+        if isinstance(error, AuthError | VersionError) and self._task is not None:
+            self._fail_all(error)
+        self._lost.set()
+
+    def _fail_all(self, error: Exception) -> None:
+        """There will be no connection: whoever waits is told."""
+        for call in list(self._calls.values()):
+            call.fail(error)
+        for fetches in list(self._fetches.values()):
+            for fetch in list(fetches):
+                fetch.fail(error)
+        for _, future in self._requests.values():
+            if not future.done():
+                future.set_exception(error)
+        self._requests.clear()
+
+    async def close(self) -> None:
+        """Close the connection, what was sent flushed first. It opens again when it is used."""
+        self._is_closed = True
+        task, self._task, self._opening = self._task, None, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        self.transport = self.exchange = None
+
+    # --- apps and functions ----------------------------------------------------------------------
+
+    async def open_app(self, run: AppRun) -> None:
+        """Begin a run; it ends with `close_app`, or when this session is gone for good."""
+        run.owner = self
+        await self.connect()
+        self._runs[run.app_id] = run
+        self.send(m.OpenApp(run.app_id, run.name))
+        assert self.transport is not None
+        peer = self.transport.peer
+        run.opened_epoch = peer.epoch if isinstance(peer, m.Welcome) else 0
+
+    async def close_app(self, run: AppRun) -> None:
+        """End a run: its attached calls are cancelled. Closes the connection if it was the last."""
+        run.is_open = False
+        self._runs.pop(run.app_id, None)
+        for call in list(self._calls.values()):
+            if call.app_id == run.app_id and not call.state.is_durable:
+                call.fail(InvalidError(f"the run of app {run.name!r} ended under this call"))
+        for function_id, definition in list(self._definitions.items()):
+            if definition.app_id == run.app_id:
+                del self._definitions[function_id]
+        if run.owner is self and self.is_connected:
+            self.send(m.CloseApp(run.app_id))
+        if not any(other.owner is self for other in self._runs.values()) and not self._calls:
+            await self.close()
+
+    def use_app(self, run: AppRun) -> None:
+        """A call of this session belongs to the run."""
+        self._runs.setdefault(run.app_id, run)
+
+    def define(self, definition: m.DefineFunction, sources: bytes | None) -> None:
+        """Make sure that the scheduler knows a function before a call of it is opened."""
+        if definition.function_id in self._definitions:
+            return
+        self._definitions[definition.function_id] = definition
+        if sources is not None:
+            self.pin(definition.blobs[0], sources)
+        if self.is_connected:
+            self._send_definition(definition)
+
+    def _send_definition(self, definition: m.DefineFunction) -> None:
+        if self.exchange is not None:
+            for blob_id in definition.blobs:
+                if self.store.has(blob_id):
+                    self.exchange.offer(blob_id)
+        self.send(definition)
+
+    # --- calls and questions ---------------------------------------------------------------------
+
+    def open_call(self, call: LiveCall) -> None:
+        """Send a call's messages from now on, and give it what arrives for it."""
+        self._calls[call.state.call_id] = call
+        call.flush()
+
+    def close_call(self, call: LiveCall) -> None:
+        """Nobody is interested in the call any more."""
+        if self._calls.pop(call.state.call_id, None) is not None:
+            self._parked_calls.discard(call)
+
+    def open_fetch(self, fetch: LiveFetch) -> None:
+        self._fetches.setdefault(fetch.call_id, []).append(fetch)
+        for message in fetch.questions():
+            self.send(message)
+
+    def close_fetch(self, fetch: LiveFetch) -> None:
+        fetches = self._fetches.get(fetch.call_id, [])
+        if fetch in fetches:
+            fetches.remove(fetch)
+            self.send(m.StopFetch(fetch.request_id))
+        if not fetches:
+            self._fetches.pop(fetch.call_id, None)
+
+    def next_request(self) -> int:
+        self._request_counter += 1
+        return self._request_counter
+
+    async def ask(self, question: m.AskCall | m.AskStatus | m.AskShutdown) -> Any:
+        """Send a question and wait for its answer, over reconnects too."""
+        await self.connect()
+        future: asyncio.Future[Any] = self.loop.create_future()
+        self._requests[question.request_id] = (question, future)
+        self.send(question)
+        self.begin_wait()
+        try:
+            return await future
+        finally:
+            self.end_wait()
+            self._requests.pop(question.request_id, None)
+
+    def send(self, message: m.Message) -> None:
+        """Send if connected; what matters is kept elsewhere and repeated after a reconnect."""
+        transport = self.transport
+        if transport is None or transport.is_closed:
+            return
+        if self._lazy:
+            self._send_lazy()
+        transport.send(message)
+
+    def send_lazily(self, message: m.Message) -> None:
+        """Send with the next message, or alone in a moment.
+
+        Acknowledgements make room over there and nobody waits for them; one of its own after each
+        single call would cost both sides as much as the call's outputs did.
+        """
+        self._lazy.append(message)
+        if self._lazy_timer is None:
+            self._lazy_timer = self.loop.call_later(LAZY_DELAY_S, self._send_lazy)
+
+    def _send_lazy(self) -> None:
+        if self._lazy_timer is not None:
+            self._lazy_timer.cancel()
+            self._lazy_timer = None
+        lazy, self._lazy = self._lazy, []
+        if self.transport is not None and not self.transport.is_closed:
+            for message in lazy:
+                self.transport.send(message)
+
+    def say_last(self, message: m.Message) -> None:
+        """The last word about a call that is forgotten here with it."""
+        self._last_words.append(message)
+
+    # --- waiting ---------------------------------------------------------------------------------
+
+    def begin_wait(self) -> None:
+        """User code waits for the scheduler. In a container that frees its core for others."""
+        self._wait_count += 1
+        if self.is_nested:
+            self.tell_waiting()
+
+    def end_wait(self) -> None:
+        self._wait_count -= 1
+        assert self._wait_count >= 0
+
+    def tell_waiting(self) -> None:
+        if self.is_nested:
+            self.send(m.SessionWaits(self.seen))
+
+    # --- blobs -----------------------------------------------------------------------------------
+
+    def pin(self, blob_id: bytes, data: bytes | memoryview | None = None) -> None:
+        """Keep a blob until it was unpinned as often."""
+        if data is not None:
+            self.store.put(blob_id, data)
+        self._blob_pins[blob_id] = self._blob_pins.get(blob_id, 0) + 1
+
+    def unpin(self, blob_id: bytes) -> None:
+        count = self._blob_pins.get(blob_id, 0) - 1
+        if count > 0:
+            self._blob_pins[blob_id] = count
+        else:
+            self._blob_pins.pop(blob_id, None)
+            self.store.drop(blob_id)
+
+    def offer(self, blob_id: bytes) -> None:
+        if self.exchange is not None:
+            self.exchange.offer(blob_id)
+
+    def _on_blob_completed(self, blob_id: bytes) -> None:
+        if blob_id not in self._blob_pins:
+            self.store.drop(blob_id)
+            return
+        for call in list(self._parked_calls):
+            if call.unpark():
+                self._parked_calls.discard(call)
+        for fetches in list(self._fetches.values()):
+            for fetch in list(fetches):
+                fetch.unpark()
+
+    # --- receiving -------------------------------------------------------------------------------
+
+    def receive(self, messages: list[m.Message]) -> None:
+        """All messages of one read."""
+        touched: dict[bytes, LiveCall] = {}
+        has_ended_wait = False
+        for message in messages:
+            kind = type(message)
+            if kind in _BLOB_KINDS:
+                assert self.exchange is not None
+                self.exchange.handle(message)
+                continue
+            if kind in m.ENDS_WAIT:
+                self.seen += 1
+                has_ended_wait = True
+            call_id = getattr(message, "call_id", None)
+            if call_id is None or isinstance(message, m.Log | m.CallInfo):
+                self._on_other(message)
+                continue
+            call = self._calls.get(call_id)
+            if call is not None:
+                if not call.receive(message):
+                    self._parked_calls.add(call)
+                touched[call_id] = call
+            elif call_id in self._fetches:
+                for fetch in list(self._fetches[call_id]):
+                    fetch.receive(message)
+            else:
+                self.unknown_count += 1
+        for call in touched.values():
+            call.settle()
+        if has_ended_wait and self._wait_count and self.is_nested:
+            self.tell_waiting()
+
+    def _on_other(self, message: m.Message) -> None:
+        if isinstance(message, m.Log):
+            from fanout import output
+
+            output.show_log(message)
+        elif isinstance(message, m.Notice):
+            logger.warning("%s", message.text)
+        elif isinstance(message, m.CallInfo | m.StatusInfo | m.ShutdownInfo):
+            self._on_answer(message)
+        elif isinstance(message, m.Goodbye):
+            logger.debug("= the scheduler says goodbye: %s", message.text)
+
+    def _on_answer(self, message: m.CallInfo | m.StatusInfo | m.ShutdownInfo) -> None:
+        request = self._requests.get(message.request_id)
+        if request is not None:
+            if not request[1].done():
+                request[1].set_result(message)
+            return
+        if isinstance(message, m.CallInfo):
+            for fetch in list(self._fetches.get(message.call_id, ())):
+                fetch.receive(message)
+
+
+class _Handler:
+    """Takes what a transport delivers, as long as the session uses that transport."""
+
+    def __init__(self, session: Session, transport: wire.Transport) -> None:
+        self._session = session
+        self._transport = transport
+
+    def messages_received(self, messages: list[m.Message]) -> None:
+        if self._session.transport is not self._transport:
+            return
+        try:
+            self._session.receive(messages)
+        except ProtocolError as error:
+            logger.error("the scheduler broke the protocol: %s", error)
+            self._session._fail_all(InternalError(f"the scheduler broke the protocol: {error}"))
+            raise
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._session.lose(self._transport, error)
+
+    def writable_changed(self, is_writable: bool) -> None:
+        """What is in flight is bounded by the credit of calls, so nothing has to stop here."""
+
+
+# --- one session for each loop --------------------------------------------------------------------
+
+_sessions: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Session] = (
+    weakref.WeakKeyDictionary()
+)
+_sessions_lock = threading.Lock()
+#: Sessions of the parent process, after a fork. Kept so that nothing of them is finalized here.
+_inherited: list[Any] = []
+
+
+def session_here() -> Session:
+    """The session of the running loop; not necessarily connected."""
+    loop = asyncio.get_running_loop()
+    session = _sessions.get(loop)
+    if session is None:
+        with _sessions_lock:
+            session = _sessions[loop] = Session(loop)
+    return session
+
+
+async def connected() -> Session:
+    """The session of the running loop, connected.
+
+    Raises:
+        ConnectionError: no scheduler can be reached.
+    """
+    session = session_here()
+    if not session.is_up:
+        await session.connect()
+    return session
+
+
+async def close_here() -> None:
+    """Close the session of the running loop, its apps included."""
+    session = _sessions.get(asyncio.get_running_loop())
+    if session is None:
+        return
+    for run in list(session._runs.values()):
+        if run.owner is session:
+            await session.close_app(run)
+    await session.close()
+
+
+def forget_after_fork() -> None:
+    """In a forked child: drop the parent's connections without a word on them."""
+    global _sessions, _sessions_lock
+    for session in list(_sessions.values()):
+        _inherited.append(session)
+        if session.transport is not None:
+            _replace_socket(session.transport)
+    _inherited.append(_sessions)
+    _sessions = weakref.WeakKeyDictionary()
+    _sessions_lock = threading.Lock()
+
+
+def _replace_socket(transport: wire.Transport) -> None:
+    """Put /dev/null in the place of an inherited socket: the connection then belongs to the
+    parent alone, and whatever closes the number later closes nothing of value."""
+    inner = getattr(transport, "_socket", None)
+    sock = inner.get_extra_info("socket") if inner is not None else None
+    number = sock.fileno() if sock is not None else -1
+    if number < 0:
+        return
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.dup2(null, number, inheritable=False)
+    finally:
+        os.close(null)

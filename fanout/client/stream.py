@@ -1,0 +1,454 @@
+"""Calls in use: the two ends of a map, a generator or a single call.
+
+`Plan` says what is called. `BlockingStream` serves a thread that blocks: it lives on the background
+loop and hands whole batches over; pulling the user's iterators, pickling and unpickling happen on
+the user's thread, in `iterate`. `async_stream.py` has what serves coroutines.
+
+The bridge of `BlockingStream` has three parts. Batches go to the user through a `SimpleQueue`.
+Chunks go to the loop by `call_soon_threadsafe`, with what was consumed since. And what may be sent
+is published as two totals, `allowed_count` and `allowed_size`, that the user's thread compares with
+what it has handed over in all: totals cannot be misread, however late one side looks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+from fanout import config
+from fanout.client.call_state import CallState
+from fanout.client.calls import BufferTable, LiveCall
+from fanout.client.chunk import Batch, Ready
+from fanout.client.decode import decode, error_of
+from fanout.client.inputs import Encoded, Encoder, Puller, Rows, encode_one
+from fanout.client.loop import background_loop
+from fanout.client.session import AppRun, Session, connected, session_here
+from fanout.exceptions import InternalError
+from fanout.protocol import messages as m
+
+#: The call is over: nothing follows on the queue.
+_END = object()
+#: There may be room for inputs again.
+_ROOM = object()
+
+Delivery = list[tuple[Ready, BufferTable]]
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is called, and how its results are to come."""
+
+    run: AppRun
+    definition: m.DefineFunction
+    #: Content of the blob with the sources, where code must travel.
+    sources: bytes | None
+    is_generator: bool
+    is_ordered: bool = True
+    is_durable: bool = False
+    parent: tuple[int, int] | None = None
+    call_id: bytes = field(default_factory=lambda: os.urandom(16))
+
+    def open(self, session: Session, listener: Any) -> LiveCall:
+        """Begin the call on a session."""
+        session.use_app(self.run)
+        session.define(self.definition, self.sources)
+        state = CallState(
+            self.call_id,
+            self.definition.function_id,
+            is_ordered=self.is_ordered,
+            is_durable=self.is_durable,
+            is_generator=self.is_generator,
+            parent=self.parent,
+        )
+        call = LiveCall(session, state, self.run.app_id, listener)
+        session.open_call(call)
+        return call
+
+
+def add_to(call: LiveCall, encoded: Encoded) -> None:
+    """Give encoded inputs to a call."""
+    if call.is_closed:
+        return
+    for blob_id, content in encoded.pins:
+        call.session.pin(blob_id, content)
+    call.state.add(encoded.inputs, encoded.blobs, encoded.blob_size)
+
+
+def failure_of(call: LiveCall) -> BaseException | None:
+    """The error of a call that failed as a whole."""
+    failure = call.state.failure
+    return None if failure is None else error_of(*failure)
+
+
+# --- blocking -------------------------------------------------------------------------------------
+
+
+class _Opener:
+    """What both blocking forms share: to open a call on the background loop, now if the session is
+    connected, as soon as it is otherwise."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.call: LiveCall | None = None
+        self.is_cancelled = False
+        self._is_waiting = False
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        session = session_here()
+        if session.is_up:
+            self._open(session)
+        else:
+            self._task = asyncio.get_running_loop().create_task(self._connect())
+
+    async def _connect(self) -> None:
+        try:
+            self._open(await connected())
+        except Exception as error:
+            self.call_broken(error)
+
+    def _open(self, session: Session) -> None:
+        if not self.is_cancelled:
+            self.call = self.plan.open(session, self)
+            self.opened(self.call)
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        self.end_wait()
+        if self.call is not None:
+            self.call.close()
+
+    def begin_wait(self) -> None:
+        if self.call is not None and not self._is_waiting:
+            self._is_waiting = True
+            self.call.session.begin_wait()
+
+    def end_wait(self) -> None:
+        if self._is_waiting:
+            self._is_waiting = False
+            assert self.call is not None
+            self.call.session.end_wait()
+
+    def opened(self, call: LiveCall) -> None:
+        raise NotImplementedError
+
+    def call_broken(self, error: Exception) -> None:
+        raise NotImplementedError
+
+
+class BlockingCall(_Opener):
+    """One input, one output, one thread blocked on it."""
+
+    def __init__(self, plan: Plan, encoded: Encoded) -> None:
+        super().__init__(plan)
+        self._encoded = encoded
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._delivery: Delivery = []
+        self._error: BaseException | None = None
+        self._is_done = False
+
+    def result(self) -> Any:
+        """Make the call and wait for its value.
+
+        Raises:
+            BaseException: what the function raised, or why it could not run.
+        """
+        loop = background_loop()
+        loop.call_soon_threadsafe(self.open)
+        try:
+            self._done.acquire()
+        except BaseException:
+            loop.call_soon_threadsafe(self.cancel)
+            raise
+        if self._error is not None:
+            raise self._error
+        if not self._delivery:
+            return None
+        (batch, buffers) = self._delivery[0]
+        values, error = decode(batch, buffers, return_exceptions=False)
+        if error is not None:
+            raise error
+        return values[0]
+
+    def opened(self, call: LiveCall) -> None:
+        add_to(call, self._encoded)
+        call.state.seal()
+        if call.session.is_nested:
+            self.begin_wait()
+        call.flush()
+        self.call_changed()
+
+    def call_changed(self) -> None:
+        call = self.call
+        if call is None or self._is_done:
+            return
+        if self.plan.is_durable:
+            if call.state.is_finished:
+                self._finish(failure_of(call))
+            return
+        delivery = call.take()
+        if delivery:
+            self._delivery = delivery
+            self._finish(None)
+
+    def call_broken(self, error: Exception) -> None:
+        if not self._is_done:
+            self._finish(error)
+
+    def _finish(self, error: BaseException | None) -> None:
+        self._is_done = True
+        self._error = error
+        self.end_wait()
+        self._done.release()
+        if self.call is not None:
+            self.call.close()
+
+
+class BlockingStream(_Opener):
+    """The loop's end of a call whose results a thread iterates over. See the module's text."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.queue: SimpleQueue[Any] = SimpleQueue()
+        #: How much the user's thread may hand over in all.
+        self.allowed_count = config.WINDOW_COUNT_MIN
+        self.allowed_size = config.WINDOW_BYTES
+        #: Set by the user's thread before it blocks for want of room.
+        self.wants_room = False
+        self._early: list[tuple[Encoded, bool]] = []
+        self._added_size = 0
+        self._put_count = 0
+        self._is_ended = False
+
+    # On the loop.
+
+    def opened(self, call: LiveCall) -> None:
+        early, self._early = self._early, []
+        for encoded, is_last in early:
+            self._add(encoded, is_last)
+        call.flush()
+        self.call_changed()
+
+    def exchange(self, used: list[Ready], encoded: Encoded | None, is_last: bool) -> None:
+        """Take what the user's thread hands over: batches used up, inputs, the end of inputs."""
+        call = self.call
+        if call is None:
+            if encoded is not None:
+                self._early.append((encoded, is_last))
+            return
+        if call.is_closed:
+            return
+        for batch in used:
+            call.state.consume(batch)
+        if encoded is not None:
+            self._add(encoded, is_last)
+        call.flush()
+        self.call_changed()
+
+    def _add(self, encoded: Encoded, is_last: bool) -> None:
+        assert self.call is not None
+        self._added_size += encoded.size
+        if encoded.inputs:
+            add_to(self.call, encoded)
+        if is_last:
+            self.call.state.seal()
+
+    def call_changed(self) -> None:
+        call = self.call
+        if call is None or self._is_ended:
+            return
+        delivery = call.take()
+        count, size = call.state.room()
+        self.allowed_count = call.state.count + count
+        self.allowed_size = self._added_size + size
+        if delivery:
+            self._put(delivery)
+        if call.state.is_delivered:
+            self._end(_END if not self.plan.is_durable else failure_of(call) or _END)
+        elif self.wants_room and count > 0:
+            self.wants_room = False
+            self._put(_ROOM)
+
+    def call_broken(self, error: Exception) -> None:
+        if not self._is_ended:
+            self._end(error)
+
+    def _end(self, last: Any) -> None:
+        self._is_ended = True
+        self._put(last)
+        if self.call is not None:
+            self.call.close()
+
+    def _put(self, thing: Any) -> None:
+        self.end_wait()
+        self._put_count += 1
+        self.queue.put(thing)
+
+    def wait_if_idle(self, taken_count: int) -> None:
+        """The user's thread blocks, having taken so many things from the queue."""
+        if taken_count == self._put_count and not self._is_ended:
+            self.begin_wait()
+
+
+class _Feed:
+    """The user's end of a `BlockingStream`. Without a puller all inputs are there already."""
+
+    def __init__(self, stream: BlockingStream, puller: Puller | None) -> None:
+        self.stream = stream
+        self._puller = puller
+        self._loop = background_loop()
+        self._pushed_count = 0
+        self._pushed_size = 0
+        self._taken_count = 0
+        self.used: list[Ready] = []
+
+    def next_delivery(self) -> Delivery | None:
+        """The next batches, None after the last. Pulls inputs while there are none.
+
+        Raises:
+            BaseException: what the user's iterator raised, or why the call broke.
+        """
+        queue, puller = self.stream.queue, self._puller
+        while True:
+            is_ready = not queue.empty()
+            if puller is not None and puller.is_exhausted:
+                puller = self._puller = None
+            if puller is not None and not (is_ready and puller.is_slow) and self._top_up(puller):
+                if not is_ready:
+                    continue
+            elif self.used:
+                self._exchange(None, False)
+            if puller is not None:
+                puller.is_slow = False
+            if not is_ready:
+                self._before_blocking()
+            thing = queue.get()
+            self._taken_count += 1
+            if thing is _END:
+                return None
+            if isinstance(thing, BaseException):
+                raise thing
+            if thing is not _ROOM:
+                delivery: Delivery = thing
+                return delivery
+
+    def close(self) -> None:
+        """Nobody iterates any more: end the call, if it is not over."""
+        # The loop may be gone already, at the interpreter's exit.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.stream.cancel)
+
+    def _top_up(self, puller: Puller) -> bool:
+        """Hand over another chunk if there is room for one."""
+        stream = self.stream
+        count = stream.allowed_count - self._pushed_count
+        size = stream.allowed_size - self._pushed_size
+        if count <= 0 or size <= 0:
+            return False
+        encoded = puller.pull(count, size)
+        self._pushed_count += len(encoded.inputs)
+        self._pushed_size += encoded.size
+        self._exchange(encoded, puller.is_exhausted)
+        return True
+
+    def _exchange(self, encoded: Encoded | None, is_last: bool) -> None:
+        used, self.used = self.used, []
+        self._loop.call_soon_threadsafe(self.stream.exchange, used, encoded, is_last)
+
+    def _before_blocking(self) -> None:
+        stream = self.stream
+        if self._puller is not None:
+            stream.wants_room = True
+            if stream.allowed_count > self._pushed_count and stream.allowed_size > (
+                self._pushed_size
+            ):
+                # Room came between the look and the flag.
+                stream.queue.put(_ROOM)
+                self._taken_count -= 1
+        if stream.plan.parent is not None:
+            self._loop.call_soon_threadsafe(stream.wait_if_idle, self._taken_count)
+
+
+def iterate(
+    make_plan: Callable[[], Plan], rows: Rows, common: dict[str, Any], return_exceptions: bool
+) -> Iterator[Any]:
+    """The results of a map, for a thread. Nothing happens before the first `next`; closing or
+    dropping the iterator cancels the call."""
+    encoder = Encoder(common, rows.is_column)
+    stream = BlockingStream(make_plan())
+    feed = _Feed(stream, Puller(rows.start(), encoder))
+    background_loop().call_soon_threadsafe(stream.open)
+    yield from _values(stream, feed, return_exceptions)
+
+
+def _values(stream: BlockingStream, feed: _Feed, return_exceptions: bool) -> Iterator[Any]:
+    try:
+        while (delivery := feed.next_delivery()) is not None:
+            for batch, buffers in delivery:
+                values, error = decode(batch, buffers, return_exceptions)
+                yield from values
+                if error is not None:
+                    raise error
+                feed.used.append(batch)
+    finally:
+        feed.close()
+
+
+def iterate_one(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """The items of one generator, for a thread.
+
+    Raises:
+        SerializationError: at once, if an argument cannot be pickled.
+    """
+    return _iterate_encoded(plan, encode_one(args, kwargs))
+
+
+def _iterate_encoded(plan: Plan, encoded: Encoded) -> Iterator[Any]:
+    stream = BlockingStream(plan)
+    feed = _Feed(stream, None)
+    loop = background_loop()
+    loop.call_soon_threadsafe(stream.open)
+    loop.call_soon_threadsafe(stream.exchange, [], encoded, True)
+    yield from _values(stream, feed, return_exceptions=False)
+
+
+def run_to_end(
+    make_plan: Callable[[], Plan], rows: Rows, common: dict[str, Any], ignore_exceptions: bool
+) -> bytes:
+    """Run a map for its effects alone; return the call's id. Values are not even unpickled.
+
+    Raises:
+        BaseException: the first error that arrived, unless they are ignored.
+    """
+    plan = make_plan()
+    encoder = Encoder(common, rows.is_column)
+    stream = BlockingStream(plan)
+    feed = _Feed(stream, Puller(rows.start(), encoder))
+    background_loop().call_soon_threadsafe(stream.open)
+    try:
+        while (delivery := feed.next_delivery()) is not None:
+            for batch, _ in delivery:
+                if not ignore_exceptions:
+                    raise_first(batch)
+                feed.used.append(batch)
+    finally:
+        feed.close()
+    return plan.call_id
+
+
+def raise_first(batch: Ready) -> None:
+    """Raise the first error of a batch, if there is one."""
+    if isinstance(batch, Batch) and any(
+        status in (m.Status.ERROR, m.Status.FAILURE) for status in batch.statuses
+    ):
+        _, error = decode(batch, {}, return_exceptions=False)
+        if error is None:
+            error = InternalError("an output said that it was an error and was none")
+        raise error

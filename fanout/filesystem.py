@@ -1,0 +1,76 @@
+"""Which file system a path is on, and whether locks and databases work there.
+
+Locks, sockets and SQLite's write-ahead log need one kernel that sees all of it. On a network file
+system they seem to work until two hosts meet, so such a folder is refused before anything is
+written.
+"""
+
+from __future__ import annotations
+
+import os
+
+#: Types, as the kernel names them, whose files several hosts see at once. A type that is not
+#: listed is taken for local: refusing somebody's unusual local disk would be the worse mistake.
+NETWORK_FILE_SYSTEMS = frozenset(
+    {
+        "nfs", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "afs", "coda", "ceph", "lustre", "gpfs",
+        "beegfs", "glusterfs", "orangefs", "davfs", "fuse.sshfs", "fuse.glusterfs", "fuse.cephfs",
+        "fuse.ceph-fuse", "fuse.davfs2", "fuse.rclone", "fuse.s3fs", "fuse.gcsfuse",
+        "fuse.smbnetfs", "fuse.juicefs", "fuse.goofys",
+    }
+)  # fmt: skip
+
+MOUNT_TABLE = "/proc/self/mountinfo"
+
+
+def network_file_system_of(
+    path: str | os.PathLike[str], mount_table: str | os.PathLike[str] = MOUNT_TABLE
+) -> str:
+    """The type of the network file system that a path is on, such as ``nfs4``; "" for a local one.
+
+    Args:
+        path: a file or folder; it need not exist yet.
+        mount_table: where the kernel tells what is mounted.
+    """
+    kind = file_system_of(path, mount_table)
+    return kind if kind in NETWORK_FILE_SYSTEMS else ""
+
+
+def file_system_of(
+    path: str | os.PathLike[str], mount_table: str | os.PathLike[str] = MOUNT_TABLE
+) -> str:
+    """The type of the file system that a path is on, such as ``ext4``; "" when unknown.
+
+    Args:
+        path: a file or folder; it need not exist yet.
+        mount_table: where the kernel tells what is mounted.
+    """
+    try:
+        with open(mount_table, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return ""
+    target = os.path.realpath(path)
+    best_size, kind = -1, ""
+    for line in lines:
+        # "36 35 98:0 /root /mount/point options [optional fields] - type source options"
+        left, _, right = line.partition(" - ")
+        fields = left.split(" ")
+        if len(fields) < 5 or not right:
+            continue
+        mount_point = _unescaped(fields[4])
+        # A later line for the same point is mounted over the earlier one.
+        if len(mount_point) >= best_size and _is_within(target, mount_point):
+            best_size, kind = len(mount_point), right.split(" ")[0]
+    return kind
+
+
+def _is_within(target: str, mount_point: str) -> bool:
+    return mount_point == "/" or target == mount_point or target.startswith(mount_point + "/")
+
+
+def _unescaped(field: str) -> str:
+    """The kernel writes space, tab, newline and backslash of a mount point as octal escapes."""
+    for escape, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        field = field.replace(escape, character)
+    return field

@@ -1,0 +1,425 @@
+"""Blobs: large buffers that travel beside the frames that name them.
+
+A blob's id is the SHA-256 of its content, so it is sent to a place once however many inputs use
+it, and whoever receives it can tell whether it is whole. One transfer::
+
+    sender                       receiver
+      | -- BlobOffer(id, size) ----> |   has it?  BlobHeld, and that is all
+      | <------------- BlobWanted -- |   no: wants it, a few at a time
+      | -- BlobPart, BlobPart ... -> |   64 KiB each, in order, between other frames
+      |                              |   digest right: the blob is there, and named aloud
+
+`BlobExchange` does this for one connection, in both directions; it is sans-IO but for the store
+that it writes to. `MemoryBlobStore` and `FileBlobStore` hold the content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from fanout.exceptions import ProtocolError, StorageError
+from fanout.protocol import messages as m
+
+#: Blobs that one connection receives at the same time. A receiver wants no more before one of
+#: these is whole, which bounds its open files whatever the sender offers.
+INCOMING_COUNT_MAX = 16
+#: Offers that wait for their turn. A call's credit keeps honest senders far below.
+WAITING_COUNT_MAX = 64 << 10
+
+Buffer = bytes | bytearray | memoryview
+
+
+def blob_id_of(data: Buffer) -> bytes:
+    """The id of a blob with this content: 32 bytes."""
+    return hashlib.sha256(data).digest()
+
+
+class BlobWriter(Protocol):
+    """A blob on its way into a store. Invisible there until `finish`."""
+
+    def write(self, data: Buffer) -> None:
+        """Append `data`."""
+
+    def finish(self) -> None:
+        """All is written and verified: the blob is there now."""
+
+    def abort(self) -> None:
+        """Forget what was written. Harmless to repeat."""
+
+
+class BlobStore(Protocol):
+    """Where blobs are kept."""
+
+    def has(self, blob_id: bytes) -> bool:
+        """Whether the blob is here, whole."""
+        ...
+
+    def size(self, blob_id: bytes) -> int:
+        """Its bytes. Raises KeyError if it is not here."""
+        ...
+
+    def put(self, blob_id: bytes, data: Buffer) -> None:
+        """Keep `data`, whose id the caller has computed. Does nothing if it is here."""
+
+    def buffer(self, blob_id: bytes) -> memoryview:
+        """Its content, read only; stays valid after `drop`. Raises KeyError if it is not here."""
+        ...
+
+    def drop(self, blob_id: bytes) -> None:
+        """Forget it. Harmless if it is not here."""
+
+    def open_writer(self, blob_id: bytes) -> BlobWriter:
+        """Begin to write a blob that arrives in parts."""
+        ...
+
+
+class MemoryBlobStore:
+    """Blobs in this process's memory. `put` keeps the caller's buffer itself, without a copy, so
+    nobody may change it afterwards."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[bytes, memoryview] = {}
+
+    def has(self, blob_id: bytes) -> bool:
+        return blob_id in self._buffers
+
+    def size(self, blob_id: bytes) -> int:
+        return self._buffers[blob_id].nbytes
+
+    def put(self, blob_id: bytes, data: Buffer) -> None:
+        self._buffers.setdefault(blob_id, memoryview(data).cast("B").toreadonly())
+
+    def buffer(self, blob_id: bytes) -> memoryview:
+        return self._buffers[blob_id]
+
+    def drop(self, blob_id: bytes) -> None:
+        self._buffers.pop(blob_id, None)
+
+    def open_writer(self, blob_id: bytes) -> BlobWriter:
+        return _MemoryWriter(self, blob_id)
+
+
+class _MemoryWriter:
+    def __init__(self, store: MemoryBlobStore, blob_id: bytes) -> None:
+        self._store = store
+        self._blob_id = blob_id
+        # Grows with what arrives: an announced size must not make us allocate it.
+        self._data = bytearray()
+
+    def write(self, data: Buffer) -> None:
+        self._data += data
+
+    def finish(self) -> None:
+        self._store.put(self._blob_id, self._data)
+
+    def abort(self) -> None:
+        self._data = bytearray()
+
+
+class FileBlobStore:
+    """Blobs as files named by the hex of their id, in a folder that processes may share.
+
+    A file appears under its name only when it is whole. Content is read through a mapping, so
+    processes that use the same blob share its pages, and a dropped file lives as long as its
+    mappings.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def path(self, blob_id: bytes) -> Path:
+        """Where the blob is, if it is here."""
+        return self.folder / blob_id.hex()
+
+    def has(self, blob_id: bytes) -> bool:
+        return self.path(blob_id).exists()
+
+    def size(self, blob_id: bytes) -> int:
+        try:
+            return self.path(blob_id).stat().st_size
+        except FileNotFoundError:
+            raise KeyError(blob_id) from None
+
+    def put(self, blob_id: bytes, data: Buffer) -> None:
+        """Raises StorageError if the disk does not take it."""
+        if self.has(blob_id):
+            return
+        writer = self.open_writer(blob_id)
+        try:
+            writer.write(data)
+            writer.finish()
+        finally:
+            writer.abort()
+
+    def buffer(self, blob_id: bytes) -> memoryview:
+        return self._map(blob_id, mmap.ACCESS_READ).toreadonly()
+
+    def private_buffer(self, blob_id: bytes) -> memoryview:
+        """Like `buffer`, but writable: what is written there is seen by nobody else."""
+        return self._map(blob_id, mmap.ACCESS_COPY)
+
+    def drop(self, blob_id: bytes) -> None:
+        self.path(blob_id).unlink(missing_ok=True)
+
+    def open_writer(self, blob_id: bytes) -> BlobWriter:
+        return _FileWriter(self.path(blob_id))
+
+    def ids(self) -> list[bytes]:
+        """All blobs that are here."""
+        names = (entry.name for entry in os.scandir(self.folder))
+        return [bytes.fromhex(name) for name in names if len(name) == 64]
+
+    def remove_drafts(self) -> None:
+        """Delete what writers of an earlier life left. Only for the owner of the folder, and only
+        while nobody writes."""
+        for path in self.folder.glob("*.part"):
+            path.unlink(missing_ok=True)
+
+    def _map(self, blob_id: bytes, access: int) -> memoryview:
+        try:
+            with self.path(blob_id).open("rb") as file:
+                # A mapping cannot be empty.
+                if os.fstat(file.fileno()).st_size == 0:
+                    return memoryview(bytearray())
+                return memoryview(mmap.mmap(file.fileno(), 0, access=access))
+        except FileNotFoundError:
+            raise KeyError(blob_id) from None
+
+
+class _FileWriter:
+    """Several processes may write the same blob at once, so each draft has a name of its own."""
+
+    _counter = itertools.count()
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._draft = path.with_name(f"{path.name}.{os.getpid()}-{next(self._counter)}.part")
+        self._is_finished = False
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._descriptor = os.open(self._draft, flags, 0o600)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def write(self, data: Buffer) -> None:
+        rest = memoryview(data).cast("B")
+        try:
+            while len(rest):
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def finish(self) -> None:
+        try:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            os.rename(self._draft, self._path)
+            self._is_finished = True
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def abort(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        if not self._is_finished:
+            self._draft.unlink(missing_ok=True)
+
+    def _failed(self, error: OSError) -> StorageError:
+        return StorageError(f"cannot write a blob to {self._path.parent}: {error}")
+
+
+class _Incoming:
+    """A blob that the peer streams to us."""
+
+    __slots__ = ("digest", "offset", "size", "writer")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.offset = 0
+        self.digest = hashlib.sha256()
+        self.writer: BlobWriter | None = None
+
+
+class BlobExchange:
+    """The blobs of one connection (or relayed session), to and from a store that others share.
+
+    Args:
+        store: where offered blobs are taken from and received ones go.
+        send: sends a message.
+        send_bulk: sends what an iterator gives, behind and between other messages.
+        completed: told the id of each blob that arrived whole over this connection.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        send: Callable[[m.Message], None],
+        send_bulk: Callable[[Iterator[m.Message]], None],
+        completed: Callable[[bytes], None],
+    ) -> None:
+        self._store = store
+        self._send = send
+        self._send_bulk = send_bulk
+        self._completed = completed
+        #: Offered, not yet answered. The content is held, so that a drop in between does no harm.
+        self._offered: dict[bytes, memoryview] = {}
+        #: Being streamed. Offering one of these or of those above again changes nothing.
+        self._streaming: set[bytes] = set()
+        self._incoming: dict[bytes, _Incoming] = {}
+        #: Offers of the peer that wait for one of `_incoming` to end: id to size.
+        self._waiting: deque[tuple[bytes, int]] = deque()
+        self._waiting_ids: set[bytes] = set()
+        self._is_closed = False
+
+    def offer(self, blob_id: bytes) -> None:
+        """Let the peer have this blob, if it has not.
+
+        Harmless to repeat: while a transfer is under way nothing happens, and after one the peer
+        is asked again (in case it has dropped the blob) and answers that it holds it.
+
+        Raises:
+            KeyError: the blob is not in the store.
+        """
+        if self._is_closed or blob_id in self._offered or blob_id in self._streaming:
+            return
+        content = self._store.buffer(blob_id)
+        self._offered[blob_id] = content
+        self._send(m.BlobOffer(blob_id, len(content)))
+
+    def handle(self, message: m.Message) -> bool:
+        """Take a message of the peer. False if it is not about a transfer.
+
+        Raises:
+            ProtocolError: a part that is not wanted, at the wrong offset, over the announced
+                size, or of a blob whose digest is wrong; or an answer to no offer.
+            StorageError: the store could not write.
+        """
+        if isinstance(message, m.BlobPart):
+            self._on_part(message)
+        elif isinstance(message, m.BlobOffer):
+            self._on_offer(message)
+        elif isinstance(message, m.BlobWanted):
+            self._on_wanted(message.blob_id)
+        elif isinstance(message, m.BlobHeld):
+            self._take_offered(message.blob_id, "BlobHeld")
+        else:
+            return False
+        return True
+
+    def close(self) -> None:
+        """The connection is gone: drop what arrived in part, stop what is streamed."""
+        self._is_closed = True
+        for incoming in self._incoming.values():
+            if incoming.writer is not None:
+                incoming.writer.abort()
+        self._incoming.clear()
+        self._waiting.clear()
+        self._waiting_ids.clear()
+        self._offered.clear()
+        self._streaming.clear()
+
+    # --- sending ---
+
+    def _take_offered(self, blob_id: bytes, name: str) -> memoryview:
+        content = self._offered.pop(blob_id, None)
+        if content is None:
+            raise ProtocolError(f"{name} for {_shown(blob_id)}, which was not offered")
+        return content
+
+    def _on_wanted(self, blob_id: bytes) -> None:
+        content = self._take_offered(blob_id, "BlobWanted")
+        self._streaming.add(blob_id)
+        self._send_bulk(self._parts(blob_id, content))
+
+    def _parts(self, blob_id: bytes, content: memoryview) -> Iterator[m.Message]:
+        size = len(content)
+        # An empty blob has one part too: the last part is what completes it.
+        for offset in range(0, max(size, 1), m.BLOB_PART_SIZE_BYTES):
+            if self._is_closed:
+                return
+            stop = offset + m.BLOB_PART_SIZE_BYTES
+            if stop >= size:
+                # With the last part on its way, another offer comes behind it and is in order.
+                self._streaming.discard(blob_id)
+            yield m.BlobPart(blob_id, offset, content[offset:stop])
+
+    # --- receiving ---
+
+    def _on_offer(self, offer: m.BlobOffer) -> None:
+        blob_id = offer.blob_id
+        if self._is_closed or blob_id in self._incoming or blob_id in self._waiting_ids:
+            return
+        if self._store.has(blob_id):
+            self._send(m.BlobHeld(blob_id))
+        elif len(self._incoming) < INCOMING_COUNT_MAX:
+            self._want(blob_id, offer.size)
+        elif len(self._waiting) < WAITING_COUNT_MAX:
+            self._waiting.append((blob_id, offer.size))
+            self._waiting_ids.add(blob_id)
+        else:
+            raise ProtocolError(f"more than {WAITING_COUNT_MAX} blobs offered at once")
+
+    def _want(self, blob_id: bytes, size: int) -> None:
+        self._incoming[blob_id] = _Incoming(size)
+        self._send(m.BlobWanted(blob_id))
+
+    def _on_part(self, part: m.BlobPart) -> None:
+        if self._is_closed:
+            return
+        blob_id = part.blob_id
+        incoming = self._incoming.get(blob_id)
+        if incoming is None:
+            raise ProtocolError(f"a part of {_shown(blob_id)}, which was not wanted")
+        if part.offset != incoming.offset:
+            raise ProtocolError(
+                f"a part of {_shown(blob_id)} at {part.offset} instead of {incoming.offset}"
+            )
+        stop = incoming.offset + len(part.payload)
+        if stop > incoming.size or (stop == part.offset and incoming.size):
+            raise ProtocolError(
+                f"a part of {_shown(blob_id)} up to {stop} after {part.offset}; it was announced "
+                f"with {incoming.size} bytes"
+            )
+        if incoming.writer is None:
+            # Not before its first byte: an offer alone must not make a file.
+            incoming.writer = self._store.open_writer(blob_id)
+        incoming.writer.write(part.payload)
+        incoming.digest.update(part.payload)
+        incoming.offset = stop
+        if stop == incoming.size:
+            self._complete(blob_id, incoming)
+
+    def _complete(self, blob_id: bytes, incoming: _Incoming) -> None:
+        del self._incoming[blob_id]
+        assert incoming.writer is not None
+        try:
+            if incoming.digest.digest() != blob_id:
+                raise ProtocolError(f"the content of {_shown(blob_id)} has another digest")
+            incoming.writer.finish()
+        finally:
+            incoming.writer.abort()
+        self._want_waiting()
+        self._completed(blob_id)
+
+    def _want_waiting(self) -> None:
+        """Go on with the offers that wait. What came over another connection meanwhile is held."""
+        while self._waiting and len(self._incoming) < INCOMING_COUNT_MAX:
+            blob_id, size = self._waiting.popleft()
+            self._waiting_ids.discard(blob_id)
+            if self._store.has(blob_id):
+                self._send(m.BlobHeld(blob_id))
+            else:
+                self._want(blob_id, size)
+
+
+def _shown(blob_id: bytes) -> str:
+    return f"blob {blob_id[:6].hex()}..."

@@ -1,0 +1,110 @@
+"""One mechanism for methods that exist twice: `f(...)` blocks, `f.aio(...)` is for asyncio.
+
+A `Twin` stands in the class body where a method would. On an instance it gives a `BoundTwin` that
+is called for the blocking form and has `aio` for the other; both have the parameters of the method,
+as type checkers see them too. Most methods are written once, as a coroutine, and `twin` derives the
+blocking form, which runs it on the background loop. Where that hop costs too much (`remote`, `map`)
+both forms are written and paired with `Twin`.
+
+Methods whose parameters are a `ParamSpec` must take `self` as positional-only (`self, /`), or else
+a user's keyword argument `self` would clash with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+
+S = TypeVar("S")
+P = ParamSpec("P")
+#: What the blocking form returns, and the other one.
+R = TypeVar("R")
+A = TypeVar("A")
+
+
+class BoundTwin(Generic[P, R, A]):
+    """A twin of one object: call it, or call its `aio`."""
+
+    __slots__ = ("_aio", "_blocking", "_owner")
+
+    def __init__(self, owner: Any, blocking: Callable[..., R], aio: Callable[..., A]) -> None:
+        self._owner = owner
+        self._blocking = blocking
+        self._aio = aio
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._blocking(self._owner, *args, **kwargs)
+
+    def aio(self, *args: P.args, **kwargs: P.kwargs) -> A:
+        """The same for asyncio."""
+        return self._aio(self._owner, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<{self._blocking.__name__.lstrip('_')} of {self._owner!r}; `.aio` for asyncio>"
+
+
+class Twin(Generic[S, P, R, A]):
+    """A method in two forms. See the module's text."""
+
+    def __init__(
+        self, blocking: Callable[Concatenate[S, P], R], aio: Callable[Concatenate[S, P], A]
+    ) -> None:
+        self._blocking = blocking
+        self._aio = aio
+        self.__doc__ = blocking.__doc__ or aio.__doc__
+
+    @overload
+    def __get__(self, instance: None, owner: Any) -> Twin[S, P, R, A]: ...
+    @overload
+    def __get__(self, instance: S, owner: Any) -> BoundTwin[P, R, A]: ...
+    def __get__(self, instance: S | None, owner: Any) -> Any:
+        return self if instance is None else BoundTwin(instance, self._blocking, self._aio)
+
+
+def twin(
+    aio: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
+) -> Twin[S, P, R, Coroutine[Any, Any, R]]:
+    """Make a twin of a coroutine method: its blocking form runs it on the background loop."""
+
+    def blocking(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        from fanout.client import loop
+
+        loop.forbid_in_loop(f"{type(self).__name__}.{name}", f"await {name}.aio(...)")
+        return loop.run(lambda: aio(self, *args, **kwargs))
+
+    name = aio.__name__.lstrip("_")
+    blocking.__name__ = aio.__name__
+    blocking.__doc__ = aio.__doc__
+    return Twin(blocking, aio)
+
+
+class StaticTwin(Generic[P, R, A]):
+    """A twin of a static method."""
+
+    def __init__(self, blocking: Callable[P, R], aio: Callable[P, A]) -> None:
+        self._blocking = blocking
+        self._aio = aio
+        self.__doc__ = blocking.__doc__ or aio.__doc__
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._blocking(*args, **kwargs)
+
+    def aio(self, *args: P.args, **kwargs: P.kwargs) -> A:
+        """The same for asyncio."""
+        return self._aio(*args, **kwargs)
+
+
+def static_twin(
+    aio: Callable[P, Coroutine[Any, Any, R]],
+) -> StaticTwin[P, R, Coroutine[Any, Any, R]]:
+    """Make a twin of a coroutine function, for use as a static method."""
+
+    def blocking(*args: P.args, **kwargs: P.kwargs) -> R:
+        from fanout.client import loop
+
+        loop.forbid_in_loop(name, f"await {name}.aio(...)")
+        return loop.run(lambda: aio(*args, **kwargs))
+
+    name = aio.__name__.lstrip("_")
+    blocking.__doc__ = aio.__doc__
+    return StaticTwin(blocking, aio)

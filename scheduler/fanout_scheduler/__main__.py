@@ -1,0 +1,195 @@
+"""``python -m fanout_scheduler``: one scheduler process.
+
+Only what every start needs is imported at the top; the time from here to a ready scheduler is part
+of the first call of whoever runs a script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvloop
+
+from fanout.config import IDLE_TIMEOUT_S, number_from_env
+from fanout.exceptions import Error, InvalidError, StorageError
+from fanout_scheduler.home import Home
+from fanout_scheduler.server import Options, SchedulerServer
+
+if TYPE_CHECKING:
+    from fanout.protocol.tls import TlsIdentity
+
+log = logging.getLogger("fanout.scheduler")
+
+LOG_SIZE_BYTES_MAX = 5 << 20
+
+EXIT_REFUSED = 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a scheduler; gives the exit code: 0 after an orderly end, 1 when it could not start, 70
+    after a bug that it could not survive."""
+    options = _parser().parse_args(arguments)
+    if options.host == "localhost":
+        # The name stands for two addresses, which would get two different free ports.
+        options.host = "127.0.0.1"
+    os.umask(0o077)
+    try:
+        if options.embedded and not is_loopback(options.host):
+            raise InvalidError(
+                f"--embedded serves this machine alone and cannot listen on {options.host}. "
+                f"Leave out --host, or leave out --embedded."
+            )
+        home = Home(options.home)
+        _set_up_log(home, options.embedded)
+        home.lock()
+        # One that was killed has left its address behind.
+        home.withdraw()
+    except Error as error:
+        return _refuse(error, options.embedded)
+    try:
+        return _serve(home, options)
+    except (Error, OSError) as error:
+        return _refuse(error, options.embedded)
+    finally:
+        home.unlock()
+
+
+def _serve(home: Home, options: argparse.Namespace) -> int:
+    idle_timeout_s: float | None = options.idle_timeout
+    if idle_timeout_s is None and options.embedded:
+        idle_timeout_s = number_from_env("FANOUT_IDLE_TIMEOUT", IDLE_TIMEOUT_S)
+    server = SchedulerServer(
+        home,
+        Options(
+            host=options.host,
+            public_host=_public_host(options.host),
+            port=options.port,
+            idle_timeout_s=idle_timeout_s,
+            tls=None if is_loopback(options.host) else _identity(home),
+        ),
+    )
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_run(server, is_quiet=options.embedded))
+
+
+async def _run(server: SchedulerServer, is_quiet: bool) -> int:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.leave, f"signal {number.name}")
+
+    def ready(address: dict[str, Any]) -> None:
+        # What lives now lives for ever; the collector need never look at it again.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 50)
+        if not is_quiet:
+            _tell_how_to_join(address)
+
+    return await server.run(ready)
+
+
+def _identity(home: Home) -> TlsIdentity:
+    from fanout.protocol.tls import TlsIdentity
+
+    return TlsIdentity.load_or_create(home.path)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address; a name is taken for reachable."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _public_host(host: str) -> str:
+    """The address for join strings. Listening on all addresses, it is the one from which this
+    machine would talk to others; its route is looked up and nothing is sent."""
+    if host not in ("0.0.0.0", "::"):
+        return host
+    family = socket.AF_INET if host == "0.0.0.0" else socket.AF_INET6
+    documentation_address = "192.0.2.1" if host == "0.0.0.0" else "2001:db8::1"
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((documentation_address, 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fanout_scheduler", description="fanout's scheduler")
+    parser.add_argument("--home", type=Path, required=True, help="folder of its state")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
+    parser.add_argument(
+        "--embedded", action="store_true", help="serve this machine alone, and leave when idle"
+    )
+    parser.add_argument(
+        "--idle-timeout",
+        type=float,
+        metavar="S",
+        help=f"seconds without work after which it leaves ({IDLE_TIMEOUT_S:g} when --embedded, "
+        f"else never)",
+    )
+    return parser
+
+
+def _set_up_log(home: Home, is_embedded: bool) -> None:
+    level = os.environ.get("FANOUT_LOG", "warning").upper()
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
+        raise InvalidError(
+            f"FANOUT_LOG={level.lower()!r} is not one of debug, info, warning, error, critical"
+        )
+    handler: logging.Handler
+    if is_embedded:
+        from logging.handlers import RotatingFileHandler
+
+        try:
+            handler = RotatingFileHandler(
+                home.log, maxBytes=LOG_SIZE_BYTES_MAX, backupCount=1, delay=True
+            )
+        except OSError as error:
+            raise StorageError(f"the log {home.log} cannot be opened: {error}") from error
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+    # A log that cannot be written (disk full) must not fill standard error in its place.
+    logging.raiseExceptions = False
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("fanout")
+    root.addHandler(handler)
+    root.setLevel(level)
+
+
+def _tell_how_to_join(address: dict[str, Any]) -> None:
+    sys.stdout.write(
+        f"fanout scheduler {address['version']} listens on {address['host']}:{address['port']}\n"
+        f"\nOn each machine that shall run functions:\n"
+        f"  fanout worker '{address['worker_join']}'\n"
+        f"\nWhere programs start:\n"
+        f"  export FANOUT_URL='{address['client_join']}'\n"
+        f"\nBoth lines hold a secret. Anybody who has the second one can run code on the workers.\n"
+    )
+    sys.stdout.flush()
+
+
+def _refuse(error: Exception, is_embedded: bool) -> int:
+    """Say why it does not start: to whoever started it, and where people look for it later."""
+    if is_embedded:
+        log.error("%s", error)
+    sys.stderr.write(f"fanout scheduler: {error}\n")
+    return EXIT_REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

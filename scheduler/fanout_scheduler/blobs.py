@@ -1,0 +1,114 @@
+"""Which blob files the scheduler keeps, and for how long after the core has let go of them.
+
+The core drops a blob when the last frame that names it is gone. At that moment another client may
+already have been told that the scheduler holds this blob, and its frame is on the way. So a
+dropped blob stays for a while; when a frame names it after all, the core is told once more that
+the blob is here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from fanout.protocol import messages as m
+from fanout.protocol.blobs import FileBlobStore
+from fanout_scheduler.home import sync_folder
+
+log = logging.getLogger("fanout.scheduler.blobs")
+
+#: How long a dropped blob stays; offer and frame of a client are at most a slow network apart.
+DROP_GRACE_S = 60.0
+
+_BLOB_NAME_LENGTH = 64
+
+
+class BlobKeeper:
+    """The blob files of one scheduler.
+
+    Args:
+        folder: where they are; made when it is not there.
+        wanted: ids that stored records name; every other file in the folder is deleted.
+    """
+
+    def __init__(self, folder: Path, wanted: set[bytes]) -> None:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self._folder = folder
+        self.present = set(_clean(folder, wanted))
+        if self.present != wanted:
+            log.warning("%d blobs of stored records are gone", len(wanted - self.present))
+        self.store = FileBlobStore(folder)
+        #: When each dropped blob is deleted; insertion order is the order in time.
+        self._dropped: dict[bytes, float] = {}
+
+    def drop(self, blob_id: bytes, now: float) -> None:
+        """The core has let go of a blob."""
+        self._dropped.pop(blob_id, None)
+        self._dropped[blob_id] = now + DROP_GRACE_S
+
+    def keep_offered(self, blob_id: bytes, now: float) -> None:
+        """A peer offers a blob: were it dropped, the grace begins again."""
+        if blob_id in self._dropped:
+            self.drop(blob_id, now)
+
+    @property
+    def has_dropped(self) -> bool:
+        return bool(self._dropped)
+
+    def revive(self, message: m.Message) -> list[bytes]:
+        """The dropped blobs that a received frame names; they are kept again."""
+        revived = [blob_id for blob_id in named_by(message) if blob_id in self._dropped]
+        for blob_id in revived:
+            del self._dropped[blob_id]
+        return revived
+
+    def expire(self, now: float) -> None:
+        """Delete what was dropped long enough ago."""
+        while self._dropped:
+            blob_id, deadline = next(iter(self._dropped.items()))
+            if deadline > now:
+                return
+            del self._dropped[blob_id]
+            self.store.drop(blob_id)
+
+    def sync(self, blob_ids: Iterable[bytes]) -> None:
+        """Have these blobs on disk, as far as they are here: inputs may be stored while their blobs
+        are still on the way. Called on the store's thread.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        for blob_id in blob_ids:
+            try:
+                descriptor = os.open(self._folder / blob_id.hex(), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(self._folder)
+
+
+def named_by(message: m.Message) -> Iterator[bytes]:
+    """The ids of the blobs that a frame names."""
+    for entry in getattr(message, "blobs", ()):
+        if isinstance(entry, bytes):
+            yield entry
+        else:
+            yield from entry[1]
+
+
+def _clean(folder: Path, wanted: set[bytes]) -> Iterator[bytes]:
+    """Delete unfinished and unwanted blobs; gives the ids of those that stay."""
+    for path in list(folder.iterdir()):
+        try:
+            blob_id = bytes.fromhex(path.name) if len(path.name) == _BLOB_NAME_LENGTH else b""
+        except ValueError:
+            blob_id = b""
+        if blob_id in wanted:
+            yield blob_id
+        else:
+            path.unlink(missing_ok=True)

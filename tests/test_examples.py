@@ -1,0 +1,69 @@
+"""The examples do what they say, each started as a user starts it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Cluster
+
+EXAMPLES = ROOT / "examples"
+
+
+def output_of(cluster: Cluster, *arguments: str | Path) -> str:
+    result = cluster.python(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "data").glob("*.py")), ids=lambda p: p.stem)
+def test_each_broken_file_is_broken(path: Path) -> None:
+    with pytest.raises((SyntaxError, ValueError)):
+        ast.parse(path.read_bytes(), filename=str(path))
+
+
+def check_stdlib_report(text: str, limit: int) -> None:
+    assert f"{limit + 6} files, of which 6 could not be parsed" in text
+    assert re.search(r"^IndentationError: 1\n  data/bad_indentation\.py: ", text, re.MULTILINE)
+    assert re.search(r"^TabError: 1\n  data/tabs_and_spaces\.py: ", text, re.MULTILINE)
+    for name in ("not_utf8", "null_byte", "unclosed_bracket", "unterminated_string"):
+        assert f"  data/{name}.py: " in text
+    rows = re.findall(r"^ +(\d+) +\d+  \w+  \S+\.py:\d+$", text, re.MULTILINE)
+    assert len(rows) == 20
+    assert [int(row) for row in rows] == sorted(map(int, rows), reverse=True)
+
+
+def test_stdlib_report_by_the_command_line(cluster: Cluster) -> None:
+    result = cluster.fanout("run", EXAMPLES / "stdlib_report.py", "--limit", "60")
+    assert result.returncode == 0, result.stdout + result.stderr
+    check_stdlib_report(result.stdout, 60)
+    assert "100 %  66 of 66 files" in result.stderr
+
+
+def test_stdlib_report_as_a_plain_script(cluster: Cluster) -> None:
+    check_stdlib_report(output_of(cluster, EXAMPLES / "stdlib_report.py", "--limit", "60"), 60)
+
+
+def test_async_app(cluster: Cluster) -> None:
+    text = output_of(cluster, EXAMPLES / "async_app.py")
+    assert "awaited map: 1000 squares, the last is 998001" in text
+    assert f"async for: the squares add up to {sum(x * x for x in range(1000))}" in text
+    assert f"a hundred calls at once: they add up to {sum(x * x for x in range(100))}" in text
+
+
+def test_generators(cluster: Cluster) -> None:
+    text = output_of(cluster, EXAMPLES / "generators.py")
+    assert "1000 of 1000 numbers are the product of their factors" in text
+    assert "360 = 2 * 2 * 2 * 3 * 3 * 5" in text
+
+
+def test_background_call_is_collected_by_another_process(cluster: Cluster) -> None:
+    call_id = output_of(cluster, EXAMPLES / "background.py").strip()
+    assert call_id.startswith("fc-")
+    expected = f"100 results, they add up to {sum(x * x for x in range(100))}"
+    # Twice: collecting takes nothing away.
+    for _ in range(2):
+        assert expected in output_of(cluster, EXAMPLES / "background.py", call_id)

@@ -1,0 +1,178 @@
+"""What tests of connections need: a listener that echoes, peers that dial, one made by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+from fanout.protocol import messages as m
+from fanout.protocol import transport
+from fanout.protocol.connection import Connection, State
+from fanout.protocol.handshake import DiallerHandshake
+from fanout.protocol.join import JoinString, Token
+from fanout.protocol.tls import TlsIdentity
+from fanout.protocol.wire import Transport
+
+TIMEOUT_S = 10.0
+SESSION_ID = b"s" * 16
+
+
+class Recorder:
+    """A handler that keeps what it was told and lets tests wait for it."""
+
+    def __init__(self, own: Transport, react: Callable[[Transport, m.Message], None]) -> None:
+        self.transport = own
+        self.react = react
+        self.messages: list[m.Message] = []
+        self.read_count = 0
+        self.writable: list[bool] = []
+        self.lost: list[Exception | None] = []
+        self._changed = asyncio.Event()
+
+    def messages_received(self, messages: list[m.Message]) -> None:
+        assert messages
+        self.read_count += 1
+        self.messages += messages
+        self._changed.set()
+        for message in messages:
+            self.react(self.transport, message)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.lost.append(error)
+        self._changed.set()
+
+    def writable_changed(self, is_writable: bool) -> None:
+        self.writable.append(is_writable)
+        self._changed.set()
+
+    async def until(self, predicate: Callable[[], bool]) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            while not predicate():
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def until_lost(self) -> Exception | None:
+        await self.until(lambda: bool(self.lost))
+        assert len(self.lost) == 1
+        return self.lost[0]
+
+    async def echo(self, number: int = 1) -> None:
+        """One round trip to a listener that echoes heartbeats."""
+        count = len(self.messages)
+        self.transport.send(m.Heartbeat(number))
+        await self.until(lambda: len(self.messages) > count)
+
+
+def echo_heartbeats(own: Transport, message: m.Message) -> None:
+    if isinstance(message, m.Heartbeat):
+        own.send(message)
+
+
+def ignore(own: Transport, message: m.Message) -> None:
+    pass
+
+
+class Site:
+    """A listener with its tokens, and all that dials it."""
+
+    def __init__(self) -> None:
+        self.tokens = {role: Token.new(role) for role in ("client", "worker")}
+        self.react: Callable[[Transport, m.Message], None] = echo_heartbeats
+        self.accepted: list[Recorder] = []
+        self.roles: list[str] = []
+        self.dialled: list[Recorder] = []
+        self.server: transport.Server
+        self.fingerprint: bytes | None = None
+
+    async def listen(self, identity: TlsIdentity | None = None) -> None:
+        self.fingerprint = None if identity is None else identity.fingerprint
+        by_id = {token.token_id: token for token in self.tokens.values()}
+        self.server = await transport.serve(
+            "127.0.0.1",
+            0,
+            tokens=by_id.get,
+            welcome=lambda hello, role: m.Welcome(3, {"role": role}),
+            handler=self._accept,
+            tls=identity,
+        )
+
+    def _accept(self, own: Transport, hello: m.Hello, role: str) -> Recorder:
+        self.accepted.append(Recorder(own, self.react))
+        self.roles.append(role)
+        return self.accepted[-1]
+
+    def join_of(self, role: str) -> JoinString:
+        return JoinString.of(self.tokens[role], "127.0.0.1", self.server.port, self.fingerprint)
+
+    async def dial(self, role: str = "worker", join: JoinString | None = None) -> Recorder:
+        made: list[Recorder] = []
+
+        def handler(own: Transport) -> Recorder:
+            made.append(Recorder(own, ignore))
+            return made[0]
+
+        await transport.connect(
+            join or self.join_of(role),
+            role=role,
+            session_id=SESSION_ID,
+            info={"pid": os.getpid()},
+            handler=handler,
+            timeout_s=TIMEOUT_S,
+        )
+        self.dialled += made
+        return made[0]
+
+    async def close(self) -> None:
+        for recorder in self.dialled:
+            recorder.transport.abort()
+            await recorder.transport.wait_closed()
+        self.server.close()
+        async with asyncio.timeout(TIMEOUT_S):
+            await self.server.wait_closed()
+
+
+class RawPeer:
+    """A peer that does only what it is told: a socket, and a connection state for the handshake."""
+
+    def __init__(self, port: int) -> None:
+        self.sock = socket.socket()
+        self.sock.setblocking(False)
+        self.port = port
+
+    async def dial(self) -> RawPeer:
+        await asyncio.get_running_loop().sock_connect(self.sock, ("127.0.0.1", self.port))
+        return self
+
+    async def send(self, data: bytes) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            await asyncio.get_running_loop().sock_sendall(self.sock, data)
+
+    async def read(self) -> bytes:
+        async with asyncio.timeout(TIMEOUT_S):
+            return await asyncio.get_running_loop().sock_recv(self.sock, 1 << 20)
+
+    async def read_to_end(self) -> bytes:
+        data = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := await self.read():
+                data += part
+        return data
+
+    async def prove(self, token: Token) -> Connection:
+        hello = m.Hello(
+            m.PROTOCOL_VERSION, token.role, token.token_id, SESSION_ID, os.urandom(32), {}
+        )
+        connection = Connection(DiallerHandshake(hello, token.secret))
+        while connection.state is State.OPENING:
+            await self.send(b"".join(connection.data_to_send()))
+            connection.receive_data(await self.read())
+        return connection
+
+
+def parts_of(size_bytes: int, blob_id: bytes = bytes(32)) -> Iterator[m.Message]:
+    part = memoryview(bytes(m.BLOB_PART_SIZE_BYTES))
+    for offset in range(0, size_bytes, len(part)):
+        yield m.BlobPart(blob_id, offset, part)

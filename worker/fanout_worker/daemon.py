@@ -1,0 +1,362 @@
+"""The worker daemon: the shell round `worker_state.WorkerState`.
+
+It keeps one connection to the scheduler, starts and watches containers, and moves frames between
+the two. It runs no user code and unpickles nothing. All decisions are in the state; here they are
+carried out, at once, in the turn of the event loop that caused them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fanout import config
+from fanout.exceptions import AuthError, ConnectionError, InvalidError, VersionError
+from fanout.protocol import messages as m
+from fanout.protocol.blobs import BlobExchange, FileBlobStore
+from fanout.protocol.join import JoinString
+from fanout.protocol.transport import Transport, connect
+from fanout_worker import worker_state as ws
+from fanout_worker.container import Container
+from fanout_worker.host import Host, Settings
+from fanout_worker.nested import NestedServer
+
+logger = logging.getLogger("fanout.worker")
+
+RECONNECT_DELAY_MIN_S = 0.1
+RECONNECT_DELAY_MAX_S = 2.0
+#: An embedded worker leaves when its scheduler has been gone for this long in good order, or for
+#: the second time if it was killed (a client may be starting the next one).
+SCHEDULER_GONE_S = 5.0
+SCHEDULER_KILLED_S = 30.0
+
+
+@dataclass(slots=True)
+class Options:
+    """How a daemon was started; see `__main__.py`."""
+
+    join: JoinString
+    home: Path
+    name: str
+    cpu: float
+    memory_mib: int
+    is_embedded: bool
+
+
+class Daemon:
+    """One worker. `run` returns when it leaves."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._loop = asyncio.get_running_loop()
+        self._worker_id = os.urandom(16)
+        self.state = ws.WorkerState(
+            self._worker_id, options.name, options.cpu, options.memory_mib, options.is_embedded
+        )
+        # A folder of its own: the embedded scheduler has the same home, and blobs of its own in
+        # it. Nothing refers to what an earlier life left here.
+        folder = options.home / "worker"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._store = FileBlobStore(folder / "blobs")
+        self._nested = NestedServer(self._find_secret, self._send)
+        self._host = Host(
+            Settings(
+                blob_folder=str(folder / "blobs"),
+                sources_folder=str(folder / "sources"),
+                socket_path=self._nested.path,
+                is_embedded=options.is_embedded,
+                kill_grace_s=config.number_from_env("FANOUT_KILL_GRACE", config.KILL_GRACE_S),
+                variables=dict(os.environ),
+            ),
+            self.state,
+            self._act,
+            is_reaper=True,
+        )
+        self._containers: dict[int, Container] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._transport: Transport | None = None
+        self._exchange: BlobExchange | None = None
+        self._is_writable = True
+        self._is_acting = False
+        self._is_leaving = False
+        self._was_accepted = False
+        self._heartbeats = 0
+        self._leave = asyncio.Event()
+        self._unreachable_since: float | None = None
+        self._exit_code = 0
+
+    async def run(self) -> int:
+        """Serve until told to leave. Returns the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._on_terminate)
+        await self._nested.start()
+        gc.collect()
+        gc.freeze()
+        connecting = asyncio.ensure_future(self._stay_connected())
+        beating = asyncio.ensure_future(self._beat())
+        await self._leave.wait()
+        try:
+            await self._end_containers()
+        finally:
+            self._is_leaving = True
+            for task in (connecting, beating):
+                task.cancel()
+            await asyncio.gather(connecting, beating, return_exceptions=True)
+            if self._transport is not None:
+                self._transport.close(m.Goodbye("leaving", "the worker leaves"))
+                await self._transport.wait_closed()
+            self._nested.close()
+            self._host.close()
+            (self._options.home / "worker.json").unlink(missing_ok=True)
+        return self._exit_code
+
+    # --- the connection ---
+
+    async def _stay_connected(self) -> None:
+        delay_s = RECONNECT_DELAY_MIN_S
+        while True:
+            try:
+                transport = await connect(
+                    self._join(),
+                    role="worker",
+                    session_id=self._worker_id,
+                    info=self._info(),
+                    handler=self._open,
+                )
+            except (AuthError, VersionError, InvalidError) as error:
+                if not self._was_accepted:
+                    logger.error("the scheduler refuses this worker: %s", error)
+                    self._exit_code = 1
+                    self._leave.set()
+                    return
+                logger.warning("= the scheduler refuses this worker: %s", error)
+            except ConnectionError as error:
+                logger.info("= %s", error)
+            else:
+                delay_s = RECONNECT_DELAY_MIN_S
+                await transport.wait_closed()
+            if self._is_scheduler_gone():
+                logger.info("= the scheduler is gone, so the embedded worker leaves")
+                self._leave.set()
+                return
+            # Workers of one scheduler must not come back all at the same moment.
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+            delay_s = min(RECONNECT_DELAY_MAX_S, 2 * delay_s)
+
+    def _join(self) -> JoinString:
+        """Where the scheduler is. An embedded one that was started anew has another port."""
+        record = self._scheduler_record() if self._options.is_embedded else None
+        if record is not None:
+            try:
+                return JoinString.parse(record["worker_join"])
+            except (KeyError, InvalidError):
+                logger.warning("= scheduler.json holds no join string for a worker")
+        return self._options.join
+
+    def _scheduler_record(self) -> dict[str, Any] | None:
+        try:
+            record = json.loads((self._options.home / "scheduler.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) else None
+
+    def _is_scheduler_gone(self) -> bool:
+        """Whether an embedded worker has lost its scheduler for good."""
+        now = self._loop.time()
+        if self._unreachable_since is None:
+            self._unreachable_since = now
+        if not self._options.is_embedded:
+            return False
+        record = self._scheduler_record()
+        if record is None:
+            return now - self._unreachable_since > SCHEDULER_GONE_S
+        pid = record.get("pid")
+        is_alive = type(pid) is int and os.path.exists(f"/proc/{pid}")
+        return not is_alive and now - self._unreachable_since > SCHEDULER_KILLED_S
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "hostname": socket.gethostname(),
+            "pid": os.getpid(),
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "name": self._options.name,
+        }
+
+    def _open(self, transport: Transport) -> Daemon:
+        """The handshake is done."""
+        welcome = transport.peer
+        assert isinstance(welcome, m.Welcome)
+        self._transport = transport
+        self._unreachable_since = None
+        self._is_writable = True
+        self._exchange = BlobExchange(
+            self._store, transport.send, transport.send_bulk, self._blob_completed
+        )
+        self._nested.connected(welcome.epoch)
+        self.state.connected(welcome.epoch)
+        self._act()
+        return self
+
+    def messages_received(self, messages: list[m.Message]) -> None:
+        for message in messages:
+            if isinstance(message, m.Heartbeat) or self._nested.handle(message):
+                continue
+            if isinstance(message, m.Goodbye):
+                self._on_goodbye(message)
+            elif self._exchange is not None and self._exchange.handle(message):
+                if isinstance(message, m.BlobOffer) and self._store.has(message.blob_id):
+                    self.state.blob_completed(message.blob_id)
+            elif not self._leave.is_set() or not isinstance(message, m.Lease | m.StartContainer):
+                self.state.handle(message)
+                if isinstance(message, m.WorkerAccepted) and not self._was_accepted:
+                    self._was_accepted = True
+                    self._write_record()
+        self._act()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        logger.info("= lost the scheduler: %s", error or "closed in order")
+        self._transport = None
+        if self._exchange is not None:
+            self._exchange.close()
+            self._exchange = None
+        self._nested.disconnected()
+        self.state.disconnected()
+        self._is_writable = True
+        self._act()
+
+    def writable_changed(self, is_writable: bool) -> None:
+        self._is_writable = is_writable
+        self._nested.set_writable(is_writable)
+        self._act()
+
+    def _on_goodbye(self, message: m.Goodbye) -> None:
+        logger.info("= the scheduler says goodbye: %s", message.text)
+        if message.code == "shutdown" and self._options.is_embedded:
+            self._leave.set()
+
+    def _blob_completed(self, blob_id: bytes) -> None:
+        self.state.blob_completed(blob_id)
+        self._act()
+
+    def _send(self, message: m.Message) -> None:
+        transport = self._transport
+        if transport is not None and not transport.is_closed:
+            transport.send(message)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(config.HEARTBEAT_INTERVAL_S)
+            self._heartbeats += 1
+            self._send(m.Heartbeat(self._heartbeats))
+            self._host.sweep()
+
+    # --- orders of the state ---
+
+    def _act(self) -> None:
+        """Carry out what the state has decided, until it has nothing more to say."""
+        if self._is_acting:
+            # Something that we do below has told the state more; the loop below sees it.
+            return
+        self._is_acting = True
+        try:
+            while commands := self.state.take_commands():
+                for command in commands:
+                    self._carry_out(command)
+        finally:
+            self._is_acting = False
+        is_paused = self.state.is_congested or not self._is_writable
+        for container in self._containers.values():
+            container.set_paused(is_paused)
+
+    def _carry_out(self, command: ws.Command) -> None:
+        match command:
+            case ws.Send(message):
+                self._send(message)
+            case ws.GiveLease(lease):
+                container = self._containers.get(lease.container_id)
+                if container is not None:
+                    container.give(lease)
+            case ws.Start(container_id, definition):
+                self._start(container_id, definition)
+            case ws.LowerLimit(container_id, lease_id, keep, is_cancelled):
+                container = self._containers.get(container_id)
+                if container is not None:
+                    container.lower_limit(lease_id, keep, is_cancelled)
+            case ws.GiveCredit(container_id, lease_id, upto):
+                container = self._containers.get(container_id)
+                if container is not None:
+                    container.give_credit(lease_id, upto)
+            case ws.Stop(container_id, kill):
+                container = self._containers.get(container_id)
+                if container is not None:
+                    container.stop(kill)
+            case ws.OfferBlob(blob_id):
+                if self._exchange is not None:
+                    self._exchange.offer(blob_id)
+            case ws.RemoveBlob(blob_id):
+                self._store.drop(blob_id)
+
+    def _start(self, container_id: int, definition: m.DefineFunction) -> None:
+        container = Container(self._host, definition, container_id)
+        self._containers[container_id] = container
+        task = asyncio.ensure_future(self._keep(container))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _keep(self, container: Container) -> None:
+        """Start a container, and forget it when it has ended."""
+        await container.start()
+        await container.wait_ended()
+        self._containers.pop(container.container_id, None)
+
+    def _find_secret(self, container_id: int) -> bytes | None:
+        container = self._containers.get(container_id)
+        return container.secret if container is not None else None
+
+    # --- leaving ---
+
+    def _on_terminate(self) -> None:
+        if self._leave.is_set():
+            # Asked twice: there is a hurry.
+            for container in self._containers.values():
+                container.stop(kill=True)
+        self._leave.set()
+
+    async def _end_containers(self) -> None:
+        """Let what runs come to its end for a while, then kill it."""
+        deadline = self._loop.time() + self._host.settings.kill_grace_s
+        is_hurried = self._transport is None or self._options.is_embedded
+        for container in list(self._containers.values()):
+            container.stop(kill=is_hurried)
+        if self._tasks and not is_hurried:
+            await asyncio.wait(list(self._tasks), timeout=deadline - self._loop.time())
+        for container in list(self._containers.values()):
+            container.stop(kill=True)
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=config.KILL_GRACE_S)
+
+    def _write_record(self) -> None:
+        """Tell who looks into the home that this worker was accepted."""
+        record = {
+            "pid": os.getpid(),
+            "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            "started": time.time(),
+            "name": self._options.name,
+        }
+        path = self._options.home / "worker.json"
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(record))
+        draft.chmod(0o600)
+        draft.rename(path)

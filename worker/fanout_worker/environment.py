@@ -1,0 +1,94 @@
+"""Where a function's code runs on this host: interpreter, path, folder and variables."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from fanout.definition import Definition
+from fanout.exceptions import ContainerStartError
+from fanout_worker.host import Settings
+from fanout_worker.launcher import Interpreter
+
+
+@dataclass(slots=True)
+class Launch:
+    """All that a container of a function is started with."""
+
+    interpreter: Interpreter
+    path: list[str]
+    cwd: str
+    variables: dict[str, str]
+    #: Folder of the unpacked sources; "" where the client's own files are used.
+    sources: str
+
+
+async def plan_launch(definition: Definition, settings: Settings) -> Launch:
+    """What a container of this function is started with on this host.
+
+    The embedded worker uses the client's own environment. Elsewhere it is this daemon's
+    interpreter and path, with the client's sources before it.
+
+    Raises:
+        ContainerStartError: the sources cannot be unpacked.
+    """
+    environment = definition.environment
+    if settings.is_embedded:
+        interpreter = Interpreter(environment.python, environment.path, environment.variables)
+        return Launch(
+            interpreter, environment.path, environment.cwd, dict(environment.variables), ""
+        )
+    _check_version(definition)
+    folder = settings.sources_folder
+    archive = Path(settings.blob_folder) / environment.sources if environment.sources else None
+    loop = asyncio.get_running_loop()
+    sources = await loop.run_in_executor(None, unpack_sources, archive, Path(folder))
+    path = [part for part in sys.path if part]
+    interpreter = Interpreter(sys.executable, path, settings.variables)
+    return Launch(interpreter, [sources, *path], sources, dict(settings.variables), sources)
+
+
+def _check_version(definition: Definition) -> None:
+    """Code that travels by value is bytecode, which only its own version of Python can run."""
+    theirs = definition.environment.python_version
+    ours = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if definition.target.pickled and theirs and theirs != ours:
+        raise ContainerStartError(
+            f"the function travels by value and was made by Python {theirs}; this worker runs "
+            f"Python {ours}. Define it at the top level of a file, or use the same version on both"
+        )
+
+
+def unpack_sources(archive: Path | None, folder: Path) -> str:
+    """Unpack a zip of sources, once, into a folder of its own. Returns that folder.
+
+    Args:
+        archive: named by its digest; None for a function that has no files.
+        folder: where unpacked sources are kept.
+
+    Raises:
+        ContainerStartError: the archive is damaged or cannot be written.
+    """
+    target = folder / (archive.name if archive is not None else "empty")
+    if target.is_dir():
+        return str(target)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft = tempfile.mkdtemp(dir=folder)
+    try:
+        if archive is not None:
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(draft)
+        os.rename(draft, target)
+    except (OSError, zipfile.BadZipFile) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if target.is_dir():
+            # Another container of the same environment was quicker.
+            return str(target)
+        raise ContainerStartError(f"the sources cannot be unpacked: {error}") from error
+    return str(target)

@@ -1,0 +1,73 @@
+"""How inputs and containers end when it is not the user's code that ends them: texts and codes."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from fanout.protocol.messages import Status, failure_payload
+from fanout_worker import shared
+
+#: What `ContainerExited.reason` says of an input that the daemon stopped.
+REASONS = {shared.REASON_TIMEOUT: "timeout", shared.REASON_CANCELLED: "cancelled"}
+
+
+def stopped_payload(reason: int, timeout_s: float | None) -> bytes:
+    """The output of an input that the daemon stopped, for `shared.REASON_...`."""
+    if reason == shared.REASON_TIMEOUT:
+        return failure_payload("timeout", f"the input ran longer than timeout={timeout_s:g} s")
+    return failure_payload("cancelled", "the call was cancelled while the input ran")
+
+
+def exit_details(status: int | None, peak_memory_kib: int, function_name: str) -> dict[str, Any]:
+    """`ContainerExited.details` of a container that has ended.
+
+    Args:
+        status: as `os.wait` gives it; None if it is not known.
+        peak_memory_kib: its largest resident set.
+        function_name: for the text.
+    """
+    exit_code: int | None = None
+    name: str | None = None
+    if status is None:
+        how = "ended"
+    elif status & 0x7F:
+        number = status & 0x7F
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            name = f"signal {number}"
+        how = f"was killed by {name}"
+    else:
+        exit_code = status >> 8
+        how = f"exited with code {exit_code}"
+    peak_memory_mib = peak_memory_kib // 1024
+    text = f"the container of {function_name} {how}; its peak memory was {peak_memory_mib} MiB"
+    if name == "SIGKILL":
+        text += ". Nothing in fanout killed it; was the host out of memory?"
+    return {
+        "exit_code": exit_code,
+        "signal": name,
+        "peak_memory_mib": peak_memory_mib,
+        "text": text,
+    }
+
+
+def replaced(
+    segment: shared.Segment, index: int, reason: int, timeout_s: float | None
+) -> shared.Segment:
+    """The segment, with the output of the stopped input saying so, whatever the code made of it:
+    an input that ran over its time has not succeeded, even if it swallowed the signal."""
+    at = index - segment.index
+    lengths = list(memoryview(segment.lengths).cast("I"))
+    start = sum(lengths[:at])
+    payload = stopped_payload(reason, timeout_s)
+    rest = segment.payload[start + lengths[at] :]
+    lengths[at] = len(payload)
+    statuses = bytearray(segment.statuses)
+    statuses[at] = Status.FAILURE
+    return shared.Segment(
+        segment.slot, segment.kind, segment.index, segment.number, segment.count,
+        segment.busy_us, b"".join(n.to_bytes(4, "little") for n in lengths), bytes(statuses),
+        segment.payload[:start] + payload + rest,
+    )  # fmt: skip

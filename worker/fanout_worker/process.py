@@ -1,0 +1,78 @@
+"""What Linux offers beyond `os`: who dies with whom, who adopts orphans, who runs first."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+#: User code gives way to the daemon on a busy host, and to everything when memory runs out.
+CONTAINER_NICE = 5
+CONTAINER_OOM_SCORE = 500
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl({option}) failed: {os.strerror(error)}")
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent, which is `parent_pid`, dies."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        # It died before the kernel knew.
+        os._exit(1)
+
+
+def adopt_orphans(is_adopting: bool) -> None:
+    """Become, or cease to be, the parent of descendants whose own parent dies."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, int(is_adopting))
+
+
+def lower_priority() -> None:
+    """Best effort: a host may forbid either."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + CONTAINER_NICE)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "r+") as file:
+        score = int(file.read()) + CONTAINER_OOM_SCORE
+        file.seek(0)
+        file.write(str(min(score, 1000)))
+
+
+def children() -> list[int]:
+    """The pids of this process's children, adopted ones included; [] where the kernel does not
+    say."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir("/proc/self/task"):
+            with (
+                contextlib.suppress(OSError),
+                open(f"/proc/self/task/{thread}/children") as file,
+            ):
+                found += [int(pid) for pid in file.read().split()]
+    return found
+
+
+def session_members(session: int) -> list[int]:
+    """The pids of all processes in a session, from a walk through /proc."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.getsid(int(name)) == session:
+                    found.append(int(name))
+    return found
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL a container and all that is in its process group. It must not have been waited for,
+    else its number may be somebody else's."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

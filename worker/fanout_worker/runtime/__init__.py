@@ -1,0 +1,1 @@
+"""The child side of the worker: what runs in templates and containers, beside user code."""

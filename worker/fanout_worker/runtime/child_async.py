@@ -1,0 +1,141 @@
+"""Containers of async functions: one event loop, kept across inputs, one input at a time.
+
+Between inputs the loop goes on, so that what earlier inputs left running (connection pools,
+background tasks) lives. The cancel signal cancels the input's task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import signal
+import time
+from typing import Any
+
+import msgpack
+
+from fanout import context
+from fanout.exceptions import InputCancellation
+from fanout.protocol.messages import Status
+from fanout.serialization import decode_args, encode_value
+from fanout_worker import channel as ch
+from fanout_worker import shared
+from fanout_worker.runtime.runner import LeaseOrder, Runner
+
+
+class AsyncRunner(Runner):
+    """Runs coroutine functions and async generator functions."""
+
+    def serve(self) -> None:
+        with asyncio.Runner() as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[tuple[int, bytes, list[memoryview]]] | None = None
+        self._is_cancelled = False
+        loop.add_reader(self._channel.fileno(), self._on_readable)
+        loop.add_signal_handler(signal.SIGUSR1, self._on_cancel)
+        try:
+            while True:
+                while not self._channel.leases:
+                    if self._channel.is_stopping:
+                        return
+                    await self._wait_for_news()
+                await self._run_lease(self._channel.leases.popleft())
+        finally:
+            loop.remove_reader(self._channel.fileno())
+
+    def _on_readable(self) -> None:
+        self._channel.read()
+        self._news.set()
+
+    async def _wait_for_news(self) -> None:
+        self._news.clear()
+        await self._news.wait()
+
+    def _on_cancel(self) -> None:
+        if self._task is not None and not self._is_cancelled and self._gate.is_target():
+            self._is_cancelled = True
+            self._task.cancel()
+
+    async def _run_lease(self, lease: LeaseOrder) -> None:
+        self._begin_lease(lease)
+        words = self._words
+        position, skip = 0, lease.skip
+        for offset, length in enumerate(lease.lengths):
+            index = lease.start + offset
+            self._input.index = index
+            # A task that this input leaves behind keeps the context that it was made in.
+            context.current_input.set(context.InputContext(lease.call_id, index, lease.lease_id))
+            place = shared.place(lease.slot, index)
+            began = words[shared.SINCE_NS] = time.perf_counter_ns()
+            words[shared.PROGRESS] = shared.TENTATIVE | place
+            if index >= words[shared.LIMIT + lease.slot]:
+                break
+            words[shared.PROGRESS] = place
+            data = lease.payload[position : position + length]
+            self._is_cancelled = False
+            self._task = asyncio.ensure_future(self._run_input(lease, offset, data, skip))
+            self._on_cancel()
+            output = await self._task
+            self._task = None
+            position += length
+            skip = 0
+            duration_ns = time.perf_counter_ns() - began
+            status, value, buffers = output
+            if offset == 0 or self._is_generator:
+                self._writer.mark(lease.slot, shared.KIND_OUTPUT, index, 0)
+            if buffers or not self._writer.put(status, value, duration_ns):
+                self._emit(lease, shared.KIND_OUTPUT, index, 0, output, duration_ns)
+        self._end_lease()
+
+    async def _run_input(
+        self, lease: LeaseOrder, offset: int, data: bytes | memoryview, skip: int
+    ) -> tuple[int, bytes, list[memoryview]]:
+        """Run one input; whatever it raises becomes its output. SystemExit and KeyboardInterrupt
+        too: let out of a task, they would end the loop."""
+        value: Any = None
+        try:
+            buffers = self._buffers(lease, offset) if lease.blobs else []
+            args, kwargs = decode_args(data, buffers)
+            if self._is_generator:
+                number = await self._generate(lease, offset, self._function(*args, **kwargs), skip)
+                return Status.DONE, msgpack.packb(number), []
+            value = self._function(*args, **kwargs)
+            if inspect.isawaitable(value):
+                value = await value
+            encoded, out_buffers = encode_value(value)
+            return Status.VALUE, encoded, out_buffers
+        except BaseException as error:
+            if self._is_cancelled and isinstance(error, asyncio.CancelledError):
+                error = InputCancellation("the input was asked to stop")
+            status, payload = self._failure_of(error, value)
+            return status, payload, []
+
+    async def _generate(self, lease: LeaseOrder, offset: int, stream: Any, skip: int) -> int:
+        index, credit = lease.start + offset, shared.CREDIT + lease.slot
+        writer, number = self._writer, 0
+        writer.mark(lease.slot, shared.KIND_ITEM, index, skip)
+        async with contextlib.AsyncExitStack() as stack:
+            if hasattr(stream, "aclose"):
+                stack.push_async_callback(stream.aclose)
+            async for value in stream:
+                if number >= skip:
+                    if number >= self._words[credit]:
+                        await self._await_credit(lease.slot, number)
+                    data, buffers = encode_value(value)
+                    if buffers or not writer.put(Status.VALUE, data, 0):
+                        item = (int(Status.VALUE), data, buffers)
+                        self._emit(lease, shared.KIND_ITEM, index, number, item, 0)
+                number += 1
+        return number
+
+    async def _await_credit(self, slot: int, number: int) -> None:
+        began = time.perf_counter_ns()
+        self._channel.send_frame(ch.WAITS, slot, number)
+        while number >= self._words[shared.CREDIT + slot]:
+            await self._wait_for_news()
+        self._words[shared.SINCE_NS] += time.perf_counter_ns() - began

@@ -1,0 +1,260 @@
+"""What sync and async containers share: the channel to the daemon, and how outputs leave."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from fanout import context
+from fanout.exceptions import InputCancellation, InvalidError, SerializationError
+from fanout.protocol import frames
+from fanout.protocol.blobs import FileBlobStore, blob_id_of
+from fanout.protocol.messages import Status
+from fanout.serialization import encode_error
+from fanout_worker import channel as ch
+from fanout_worker import shared
+from fanout_worker.outcome import stopped_payload
+
+#: How long a container sleeps before it looks again whether the daemon made room in the ring.
+ROOM_INTERVAL_S = 0.0005
+_READ_SIZE_BYTES = 256 << 10
+#: Inputs of less than four times this are sliced by copying.
+_SMALL_SIZE_BYTES = 256
+
+
+@dataclass(slots=True)
+class LeaseOrder:
+    """A lease, as the daemon hands it over."""
+
+    lease_id: int
+    slot: int
+    call_id: bytes
+    start: int
+    lengths: memoryview
+    blobs: dict[int, list[bytes]]
+    skip: int
+    #: Bytes when the inputs are small: a slice that copies is cheaper than a view then.
+    payload: bytes | memoryview
+
+
+class Channel:
+    """The container's end of the socketpair. Blocking; threads of user code may print, so sending
+    takes a lock."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._reader = frames.FrameReader()
+        self._lock = threading.Lock()
+        self.leases: deque[LeaseOrder] = deque()
+        self.start: tuple[dict[str, Any], bytes] | None = None
+        self.is_stopping = False
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, data: bytes) -> None:
+        with self._lock:
+            self._socket.sendall(data)
+
+    def send_frame(self, *header: Any, payload: bytes = b"") -> None:
+        data = ch.prefix(*header, payload_size=len(payload))
+        with self._lock:
+            if len(payload) <= _READ_SIZE_BYTES:
+                self._socket.sendall(data + payload)
+            else:
+                self._socket.sendall(data)
+                self._socket.sendall(payload)
+
+    def ring_bell(self) -> None:
+        self.send(ch.BELL_FRAME)
+
+    def read(self) -> None:
+        """Block until at least some bytes came, and take the orders in them."""
+        data = self._socket.recv(_READ_SIZE_BYTES)
+        if not data:
+            # The daemon is gone, and with it everything that a result could go to.
+            os._exit(1)
+        for header, payload in self._reader.feed(data):
+            self._take(ch.parse(header), payload)
+
+    def _take(self, fields: list[Any], payload: bytes) -> None:
+        kind = fields[0]
+        if kind == ch.LEASE:
+            _, lease_id, slot, call_id, start, lengths, blobs, skip = fields
+            self.leases.append(
+                LeaseOrder(
+                    lease_id,
+                    slot,
+                    call_id,
+                    start,
+                    memoryview(lengths).cast("I"),
+                    dict(blobs),
+                    skip,
+                    payload
+                    if len(payload) < len(lengths) * _SMALL_SIZE_BYTES
+                    else memoryview(payload),
+                )
+            )
+        elif kind == ch.START:
+            self.start = (fields[1], payload)
+        elif kind == ch.STOP:
+            self.is_stopping = True
+
+
+class Gate:
+    """Whether the cancel signal may raise at this moment.
+
+    `is_open[0]` is true only while user code runs, so that the signal never interrupts the
+    runtime in the middle of a frame. A list, because the loop that runs inputs sets it twice for
+    each and an attribute costs more.
+    """
+
+    def __init__(self, memory: shared.SharedMemory) -> None:
+        self._words = memory.words
+        self.is_open = [0]
+
+    def is_target(self) -> bool:
+        """Whether the daemon wants the input that runs now to stop."""
+        words = self._words
+        target = words[shared.CANCEL_TARGET]
+        return target != 0 and target == words[shared.PROGRESS]
+
+    def on_signal(self, signum: int, frame: object) -> None:
+        if self.is_open[0] and self.is_target():
+            # Once for an input: the code may be cleaning up when the signal comes again.
+            self.is_open[0] = 0
+            raise InputCancellation("the input was asked to stop")
+
+
+class Runner:
+    """Base of both kinds of container."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        memory: shared.SharedMemory,
+        gate: Gate,
+        function: Callable[..., Any],
+        options: dict[str, Any],
+        blob_folder: str,
+    ) -> None:
+        self._channel = channel
+        self._memory = memory
+        self._words = memory.words
+        self._gate = gate
+        self._function = function
+        self._is_generator = bool(options.get("is_generator"))
+        self._timeout_s = options.get("timeout")
+        self._store = FileBlobStore(blob_folder)
+        self._drafts = count()
+        self._writer = shared.Writer(memory, channel.ring_bell)
+        self._input = context.InputContext(b"", 0, 0)
+
+    def serve(self) -> None:
+        """Run leases until told to stop."""
+        raise NotImplementedError
+
+    @property
+    def recent_input(self) -> context.InputContext:
+        """The input that runs or ran last, as an object that is kept up to date."""
+        return self._input
+
+    # --- around inputs ---
+
+    def _begin_lease(self, lease: LeaseOrder) -> None:
+        running = self._input
+        running.call_id, running.lease_id = lease.call_id, lease.lease_id
+        context.current_input.set(running)
+
+    def _end_lease(self) -> None:
+        self._words[shared.PROGRESS] = 0
+        self._writer.flush()
+
+    def _buffers(self, lease: LeaseOrder, offset: int) -> list[memoryview]:
+        """The large buffers of an input, each a mapping of its own that code may write to."""
+        return [self._store.private_buffer(blob_id) for blob_id in lease.blobs.get(offset, ())]
+
+    # --- outputs ---
+
+    def _emit(
+        self,
+        lease: LeaseOrder,
+        kind: int,
+        index: int,
+        number: int,
+        output: tuple[int, bytes, list[memoryview]],
+        duration_ns: int,
+    ) -> None:
+        """Hand over what did not go into the ring at the first attempt, or may not."""
+        status, data, buffers = output
+        if not buffers and len(data) <= shared.ENTRY_SIZE_BYTES_MAX:
+            # The ring is full for the moment: the daemon reads it soon, or has reason not to.
+            while not self._writer.put(status, data, duration_ns):
+                time.sleep(ROOM_INTERVAL_S)
+            return
+        try:
+            blobs = [self._write_draft(buffer) for buffer in buffers]
+        except OSError as error:
+            status, blobs = Status.ERROR, []
+            data = encode_error(
+                SerializationError(
+                    f"the output could not be written to {self._store.folder}: {error}"
+                )
+            )
+        self._channel.send_frame(
+            ch.OUTPUT, self._writer.entry, lease.slot, kind, index, number, int(status),
+            duration_ns, blobs, payload=data,
+        )  # fmt: skip
+        if kind == shared.KIND_OUTPUT:
+            self._writer.mark(lease.slot, kind, index + 1, 0)
+        else:
+            self._writer.mark(lease.slot, kind, index, number + 1)
+
+    def _write_draft(self, buffer: memoryview) -> list[Any]:
+        """Write a buffer beside the blobs; the daemon makes it one when it reads the output.
+
+        Not under its final name, as the daemon may be deleting a blob of the same content.
+        """
+        data = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
+        blob_id = blob_id_of(data)
+        name = f"{blob_id.hex()}.{os.getpid()}-{next(self._drafts)}.part"
+        path = self._store.folder / name
+        with path.open("xb", buffering=0) as file:
+            os.chmod(path, 0o600)
+            while len(data):
+                data = data[file.write(data) :]
+        return [blob_id, name]
+
+    def _failure_of(self, error: BaseException, value: object) -> tuple[int, bytes]:
+        """Status and bytes of an input that raised."""
+        if isinstance(error, InputCancellation) and self._gate.is_target():
+            return Status.FAILURE, stopped_payload(
+                self._words[shared.CANCEL_REASON], self._timeout_s
+            )
+        if isinstance(error, SerializationError):
+            error = _explained(value, error)
+        return Status.ERROR, encode_error(error)
+
+
+def _explained(value: object, error: SerializationError) -> BaseException:
+    """A function that was declared as something it is not gives a value nobody can pickle."""
+    kind = type(value).__name__
+    if kind == "coroutine":
+        value.close()  # type: ignore[attr-defined]
+        advice = "returned a coroutine: define it with `async def` itself, or await it inside"
+    elif kind == "generator":
+        advice = "returned a generator: declare it with is_generator=True, or return a list"
+    elif kind == "async_generator":
+        advice = "returned an async generator: declare it with is_generator=True, or collect it"
+    else:
+        return error
+    explained = InvalidError(f"the function {advice}")
+    explained.__cause__ = error
+    return explained

@@ -1,0 +1,67 @@
+"""`sys.stdout` and `sys.stderr` of a container: each write leaves at once, with its input's name.
+
+A process that user code forks inherits the objects but must not write to the channel, where its
+frames would fall between the container's own; there the text goes to the descriptor instead.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from typing import Any
+
+from fanout import context
+from fanout.protocol.messages import Source
+
+#: A log frame takes at most this much of one write.
+LOG_SIZE_BYTES_MAX = 64 << 10
+
+#: Called with source, call id, index and the bytes.
+SendLog = Callable[[int, bytes, int, bytes], None]
+
+
+class LogWriter(io.RawIOBase):
+    """The binary stream below; `sys.stdout.buffer` in user code."""
+
+    def __init__(self, source: Source, send: SendLog) -> None:
+        self._source = source
+        self._send = send
+        self._pid = os.getpid()
+        #: The input that ran last: for threads of user code, which have no context of their own.
+        self.recent: context.InputContext | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return int(self._source)
+
+    def isatty(self) -> bool:
+        return False
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if os.getpid() != self._pid:
+            rest = view
+            while len(rest):
+                rest = rest[os.write(int(self._source), rest) :]
+            return len(view)
+        running = context.current_input.get() or self.recent
+        call_id, index = (running.call_id, running.index) if running is not None else (b"", 0)
+        for start in range(0, len(view), LOG_SIZE_BYTES_MAX):
+            self._send(
+                self._source, call_id, index, bytes(view[start : start + LOG_SIZE_BYTES_MAX])
+            )
+        return len(view)
+
+
+def make_stream(writer: LogWriter) -> io.TextIOWrapper:
+    """A text stream that holds nothing back."""
+    return io.TextIOWrapper(
+        writer,  # type: ignore[arg-type]
+        encoding="utf-8",
+        errors="backslashreplace",
+        newline="\n",
+        write_through=True,
+    )

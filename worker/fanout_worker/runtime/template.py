@@ -1,0 +1,74 @@
+"""A warm interpreter of one environment, from which containers are forked.
+
+It has fanout's runtime imported and nothing of the user's, has one thread and no event loop, so a
+fork of it is a clean start that takes milliseconds. On each request it forks twice: the process in
+between leaves at once, so the daemon (a child subreaper) becomes the parent of the container and
+gets its exit status and its resource usage from wait. The daemon is answered after the process in
+between is gone, so a container that is told to start already has its lasting parent.
+
+The daemon's socket keeps message boundaries: each request is ``[container id]`` with the
+container's descriptors attached, each answer ``[container id, pid]``.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import struct
+import sys
+
+import cloudpickle  # noqa: F401  imported here so that containers find it warm
+import msgpack
+
+import fanout  # noqa: F401
+import fanout.serialization  # noqa: F401
+from fanout_worker import process
+from fanout_worker.runtime import child, child_async, loader, streams  # noqa: F401
+
+#: Channel, shared memory, standard output, standard error.
+DESCRIPTORS = 4
+
+
+def main(descriptor: int, daemon_pid: int) -> None:
+    """Serve the daemon until it closes the socket. In a forked container this returns into
+    `child.main`, which never returns."""
+    process.die_with_parent(daemon_pid)
+    control = socket.socket(fileno=descriptor)
+    gc.collect()
+    # What exists now is shared with all containers, as long as no collector touches it.
+    gc.freeze()
+    control.send(msgpack.packb([]))
+    descriptors = _serve(control)
+    if descriptors is None:
+        return
+    control.close()
+    sys.exit(child.main(*descriptors))
+
+
+def _serve(control: socket.socket) -> list[int] | None:
+    """Answer requests. Returns None when the daemon is gone, and in a new container that
+    container's descriptors."""
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(control, 1 << 16, DESCRIPTORS)
+        if not data:
+            return None
+        (container_id,) = msgpack.unpackb(data)
+        reader, writer = os.pipe()
+        between = os.fork()
+        if between == 0:
+            os.close(reader)
+            pid = os.fork()
+            if pid == 0:
+                os.close(writer)
+                return descriptors
+            os.write(writer, struct.pack("q", pid))
+            os._exit(0)
+        os.close(writer)
+        for number in descriptors:
+            os.close(number)
+        answer = os.read(reader, 8)
+        os.close(reader)
+        os.waitpid(between, 0)
+        if len(answer) == 8:
+            control.send(msgpack.packb([container_id, struct.unpack("q", answer)[0]]))
