@@ -13,7 +13,7 @@ import argparse
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +105,8 @@ def run_calls(engine: EngineProcess, plan: Plan, report: Report) -> None:
 
 
 def run_echo(engine: EngineProcess, plan: Plan, report: Report) -> None:
+    if engine.name == "bare":
+        return
     seconds = engine.ask("echo", count=plan.echo_count, size_bytes=MIB)
     report.add(ECHO, engine.name, plan.echo_count / seconds)
 
@@ -113,6 +115,30 @@ def warm_up(engine: EngineProcess, plan: Plan) -> None:
     """Processes are started, modules loaded and buffers grown before anything is measured."""
     engine.ask("map", count=plan.map_count // SLOW_MAPS.get(engine.name, 1), is_ordered=True)
     engine.ask("calls", count=100 // SLOW_CALLS.get(engine.name, 1))
+
+
+def run_round(engine: EngineProcess, plan: Plan, report: Report, *, has_echo: bool) -> None:
+    """One turn of one engine. What fails is not tried again; the rest goes on, with a fresh
+    engine."""
+    steps: list[tuple[list[str], Callable[[], None]]] = [
+        ([MAP_ORDERED], lambda: run_map(engine, plan, report, is_ordered=True)),
+        ([MAP_UNORDERED], lambda: run_map(engine, plan, report, is_ordered=False)),
+        ([CALL_P50, CALL_P99], lambda: run_calls(engine, plan, report)),
+    ]
+    if has_echo:
+        steps.append(([ECHO], lambda: run_echo(engine, plan, report)))
+    for figures, step in steps:
+        has_failed = (engine.name, figures[0]) in report.failed
+        try:
+            if not has_failed:
+                step()
+                continue
+        except BenchmarkError as error:
+            report.failures.append(str(error))
+            report.failed.add((engine.name, figures[0]))
+            engine.start()
+        for figure in figures:
+            report.add(figure, engine.name, None)
 
 
 def run_rounds(names: list[str], plan: Plan, report: Report) -> None:
@@ -128,11 +154,7 @@ def run_rounds(names: list[str], plan: Plan, report: Report) -> None:
             # Nobody is always the one that runs after the heaviest.
             turn = number % len(engines)
             for engine in engines[turn:] + engines[:turn]:
-                run_map(engine, plan, report, is_ordered=True)
-                run_map(engine, plan, report, is_ordered=False)
-                run_calls(engine, plan, report)
-                if engine.name != "bare" and number < plan.echo_round_count:
-                    run_echo(engine, plan, report)
+                run_round(engine, plan, report, has_echo=number < plan.echo_round_count)
 
 
 def peak_mib(case: MemoryCase, count: int) -> tuple[float, float]:
@@ -153,7 +175,11 @@ def peak_mib(case: MemoryCase, count: int) -> tuple[float, float]:
 def run_memory(plan: Plan, report: Report) -> None:
     print("\nmemory of client + scheduler + worker daemon, peak PSS (USS), MiB")
     for case in plan.memory:
-        few, many = peak_mib(case, case.few), peak_mib(case, case.many)
+        try:
+            few, many = peak_mib(case, case.few), peak_mib(case, case.many)
+        except BenchmarkError as error:
+            report.failures.append(str(error))
+            continue
         print(
             f"  {case.name}: {few[0]:.1f} ({few[1]:.1f}) at {case.few:,} inputs, "
             f"{many[0]:.1f} ({many[1]:.1f}) at {case.many:,}"
@@ -230,6 +256,8 @@ def run(plan: Plan, names: list[str], report: Report) -> None:
     print("\nbars")
     for bar in report.bars:
         print(bar.line())
+    for failure in report.failures:
+        print(f"\nfailed: {failure.strip()}")
 
 
 def main() -> int:
@@ -250,6 +278,8 @@ def main() -> int:
     print(f"\n{time.perf_counter() - begin:.0f} s")
     if arguments.json:
         report.write_json(arguments.json)
+    if report.failures:
+        return 2
     is_met = all(bar.is_met for bar in report.bars)
     return 1 if arguments.check and not is_met else 0
 

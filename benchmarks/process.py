@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 CORE_COUNT = 2
-ANSWER_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 30.0
 SAMPLE_INTERVAL_S = 0.02
 
 
@@ -64,16 +64,26 @@ class EngineProcess:
 
     def __init__(self, name: str, home: Path) -> None:
         self.name = name
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
+        self.home = home
+        self.start()
+
+    def start(self) -> None:
+        """Start the process; after a failure, start another one.
+
+        Raises:
+            BenchmarkError: it did not come up.
+        """
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `close` closes it
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.engines", name],
-            env=variables(home),
+            [sys.executable, "-m", "benchmarks.engines", self.name],
+            env=variables(self.home),
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
         )
+        self._request = "its start"
         self.pid: int = self._read()["ready"]
 
     def ask(self, measure: str, **arguments: Any) -> Any:
@@ -83,8 +93,8 @@ class EngineProcess:
             BenchmarkError: it failed, or took longer than `ANSWER_TIMEOUT_S`.
         """
         assert self.process.stdin is not None
-        request = json.dumps({"measure": measure, "arguments": arguments})
-        self.process.stdin.write(request + "\n")
+        self._request = json.dumps({"measure": measure, "arguments": arguments})
+        self.process.stdin.write(self._request + "\n")
         self.process.stdin.flush()
         return self._read()["result"]
 
@@ -110,7 +120,10 @@ class EngineProcess:
             self._errors.seek(0)
             text = self._errors.read()[-4000:]
             self.close()
-            raise BenchmarkError(f"engine {self.name} failed or took too long:\n{text}")
+            raise BenchmarkError(
+                f"engine {self.name} failed, or took over {ANSWER_TIMEOUT_S:g} s, at "
+                f"{self._request}\n{text}"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 

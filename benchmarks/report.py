@@ -70,6 +70,10 @@ class Report:
     series: dict[str, dict[str, Series]] = field(default_factory=dict)
     bars: list[Bar] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    #: What went wrong; the other figures stand.
+    failures: list[str] = field(default_factory=list)
+    #: (engine, figure) of what failed while the rounds ran.
+    failed: set[tuple[str, str]] = field(default_factory=set)
 
     def add(self, figure: str, engine: str, value: float | None) -> None:
         self.series.setdefault(figure, {}).setdefault(engine, Series()).values.append(value)
@@ -116,6 +120,7 @@ class Report:
             },
             "bars": [{**vars(bar), "is_met": bar.is_met} for bar in self.bars],
             "details": self.details,
+            "failures": self.failures,
         }
 
     def write_json(self, path: Path) -> None:

@@ -21,7 +21,7 @@ from fanout.function import Function, Options
 from fanout.retries import Retries, as_retries
 
 if TYPE_CHECKING:
-    from fanout.client.session import AppRun
+    from fanout.client.app_run import AppRun
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -245,7 +245,7 @@ class App:
         if self._run is not None:
             return self._run
         if context.container is not None:
-            from fanout.client.session import AppRun
+            from fanout.client.app_run import AppRun
 
             self._run = AppRun(context.container.app_name, context.container.app_id)
             return self._run
@@ -257,7 +257,7 @@ class App:
     @staticmethod
     def _joined(name: str | None, app_id: bytes) -> App:
         """An app of which only a handle came here, as running as it is over there."""
-        from fanout.client.session import AppRun
+        from fanout.client.app_run import AppRun
 
         app = App(name)
         app._run = AppRun(name or "", app_id)
@@ -322,7 +322,7 @@ class RunningApp:
 
     def _begin(self) -> AppRun:
         from fanout import source
-        from fanout.client.session import AppRun
+        from fanout.client.app_run import AppRun
 
         if self._app._run is not None:
             raise InvalidError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from fanout.exceptions import InvalidError, NotFoundError
-from fanout.twin import Twin, static_twin, twin
+from fanout.twin import Twin, twin
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 PREFIX = "fc-"
 
@@ -147,25 +148,39 @@ class FunctionCall(Generic[R]):
             )
         return stop
 
+    #: The first result of each of several calls.
+    gather: ClassVar[_Gather]
     get = twin(_get)
     num_inputs = twin(_num_inputs)
     cancel = twin(_cancel)
     iter = Twin(_iter, _iter_aio)
 
-    @staticmethod
-    async def _gather(*calls: FunctionCall[R]) -> list[R]:
+
+class _Gather:
+    """`FunctionCall.gather`: blocking when called, `aio` for asyncio. Written out, because a
+    `Twin` is a method of an object."""
+
+    def __call__(self, *calls: FunctionCall[T]) -> list[T]:
         """The first result of each call, in order. Raises the first error; the other calls go
         on."""
+        from fanout.client import loop
+
+        loop.forbid_in_loop("FunctionCall.gather", "await FunctionCall.gather.aio(...)")
+        return loop.run(lambda: self.aio(*calls))
+
+    async def aio(self, *calls: FunctionCall[T]) -> list[T]:
+        """The same for asyncio."""
         import asyncio
 
-        tasks = [asyncio.ensure_future(call._get()) for call in calls]
+        tasks = [asyncio.ensure_future(call.get.aio()) for call in calls]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
 
-    gather = static_twin(_gather)
+
+FunctionCall.gather = _Gather()
 
 
 def not_found(object_id: str) -> NotFoundError:

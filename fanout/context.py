@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fanout.definition import Environment
+if TYPE_CHECKING:
+    from fanout.definition import Environment
 
 
 @dataclass(slots=True)

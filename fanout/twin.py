@@ -69,42 +69,10 @@ def twin(
     def blocking(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         from fanout.client import loop
 
-        loop.forbid_in_loop(f"{type(self).__name__}.{name}", f"await {name}.aio(...)")
+        loop.forbid_in_loop(f"{type(self).__name__}.{name}", f"await call.{name}.aio(...)")
         return loop.run(lambda: aio(self, *args, **kwargs))
 
     name = aio.__name__.lstrip("_")
     blocking.__name__ = aio.__name__
     blocking.__doc__ = aio.__doc__
     return Twin(blocking, aio)
-
-
-class StaticTwin(Generic[P, R, A]):
-    """A twin of a static method."""
-
-    def __init__(self, blocking: Callable[P, R], aio: Callable[P, A]) -> None:
-        self._blocking = blocking
-        self._aio = aio
-        self.__doc__ = blocking.__doc__ or aio.__doc__
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._blocking(*args, **kwargs)
-
-    def aio(self, *args: P.args, **kwargs: P.kwargs) -> A:
-        """The same for asyncio."""
-        return self._aio(*args, **kwargs)
-
-
-def static_twin(
-    aio: Callable[P, Coroutine[Any, Any, R]],
-) -> StaticTwin[P, R, Coroutine[Any, Any, R]]:
-    """Make a twin of a coroutine function, for use as a static method."""
-
-    def blocking(*args: P.args, **kwargs: P.kwargs) -> R:
-        from fanout.client import loop
-
-        loop.forbid_in_loop(name, f"await {name}.aio(...)")
-        return loop.run(lambda: aio(*args, **kwargs))
-
-    name = aio.__name__.lstrip("_")
-    blocking.__doc__ = aio.__doc__
-    return StaticTwin(blocking, aio)

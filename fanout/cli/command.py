@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+import fanout
 from fanout.cli import cluster, daemon
 
 app = typer.Typer(
@@ -21,17 +22,8 @@ app = typer.Typer(
 
 def _show_version(is_wanted: bool) -> None:
     if is_wanted:
-        typer.echo(f"fanout {_version()}")
+        typer.echo(f"fanout {fanout.__version__}")
         raise typer.Exit
-
-
-def _version() -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version("fanout-runtime")
-    except importlib.metadata.PackageNotFoundError:
-        return "(source tree, not installed)"
 
 
 @app.callback()
@@ -51,6 +43,7 @@ def root(
     # All of it is for the parser of `fanout.cli.run`; typer only lists the command.
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     add_help_option=False,
+    short_help="Run an entrypoint or a function of a file.",
 )
 def run(context: typer.Context) -> None:
     """Run a local entrypoint or a function of FILE[::NAME]; see `fanout run --help`."""
@@ -59,7 +52,7 @@ def run(context: typer.Context) -> None:
     raise typer.Exit(main(context.args))
 
 
-app.command("scheduler")(daemon.scheduler)
-app.command("worker")(daemon.worker)
-app.command("status")(cluster.status)
-app.command("stop")(cluster.stop)
+app.command("scheduler", short_help="Run a scheduler for several hosts.")(daemon.scheduler)
+app.command("worker", short_help="Run a worker on this host.")(daemon.worker)
+app.command("status", short_help="Show what runs, and what waits for what.")(cluster.status)
+app.command("stop", short_help="End the daemons that fanout started here by itself.")(cluster.stop)

@@ -43,8 +43,9 @@ def _strip(shown: traceback.TracebackException) -> None:
             continue
         seen.add(id(current))
         kept = [frame for frame in current.stack if not _is_ours(frame.filename)]
-        # A syntax error has no frame of the file it is in; it names the file by itself.
-        if kept or _is_syntax_error(current):
+        # A syntax error has no frame of the file it is in and names that file by itself. One with a
+        # cause may have come from a container, whose frames the cause shows.
+        if kept or _is_syntax_error(current) or current.__cause__ is not None:
             current.stack = traceback.StackSummary.from_list(kept)
         pending += [current.__cause__, current.__context__]
         pending += current.exceptions or []

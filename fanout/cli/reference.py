@@ -37,7 +37,7 @@ class Runnable:
 
     app: App
     name: str
-    target: LocalEntrypoint | Function[..., Any, Any]
+    target: LocalEntrypoint[..., Any] | Function[..., Any, Any]
     is_entrypoint: bool
     #: Defined in the named module itself, not imported by it.
     is_own: bool

@@ -21,13 +21,17 @@ from fanout.cli.failure import (
 )
 from fanout.cli.flag import UsageError, parse_flags
 from fanout.cli.reference import Runnable, find_runnable, import_reference, parse_reference
-from fanout.exceptions import ConnectionError
+from fanout.exceptions import ConnectionError, Error
 
 _EPILOG = """\
 NAME is a local entrypoint or a function; it may be left out where the file has only one of them.
 Flags after FILE come from its parameters: `max_size: int = 3` is typed as --max-size 10.
 `fanout run FILE[::NAME] --help` lists them.
 """
+
+
+class NotStartedError(Exception):
+    """The run did not begin, for a reason outside of the user's code; the text says which."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,13 +49,13 @@ def main(arguments: Sequence[str]) -> int:
         reference = parse_reference(reference_text, options.m)
         module = import_reference(reference, flags)
         runnable = find_runnable(module, reference)
-        bound = _bind(runnable, f"{reference_text}", flags)
+        bound = _bind(runnable, reference_text, flags)
         app_name = runnable.app.name or ""
         _run(runnable, bound, is_quiet=options.quiet)
     except UsageError as error:
         complain(str(error))
         return EXIT_USAGE
-    except ConnectionError as error:
+    except (ConnectionError, NotStartedError) as error:
         complain(str(error))
         return EXIT_ERROR
     except KeyboardInterrupt:
@@ -91,10 +95,12 @@ def _split(arguments: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]
 
 def _bind(runnable: Runnable, text: str, flags: list[str]) -> inspect.BoundArguments:
     """The arguments for the entrypoint or the function, from the flags."""
-    if runnable.is_entrypoint:
-        return parse_flags(runnable.target.raw_f, text, flags)
+    from fanout.app import LocalEntrypoint
+
     raw_f = runnable.target.get_raw_f()
-    if inspect.isgeneratorfunction(raw_f) or inspect.isasyncgenfunction(raw_f):
+    if isinstance(runnable.target, LocalEntrypoint):
+        return parse_flags(raw_f, text, flags)
+    if runnable.target.is_generator:
         raise UsageError(
             f"{runnable.name} is a generator function, whose items nobody here would take. "
             f"Write an @app.local_entrypoint() that loops over {runnable.name}.remote_gen(...)."
@@ -105,8 +111,13 @@ def _bind(runnable: Runnable, text: str, flags: list[str]) -> inspect.BoundArgum
 def _run(runnable: Runnable, bound: inspect.BoundArguments, is_quiet: bool) -> None:
     from fanout.output import enable_output
 
-    output: Any = contextlib.nullcontext() if is_quiet else enable_output()
-    with output, runnable.app.run():
+    with contextlib.ExitStack() as stack:
+        if not is_quiet:
+            stack.enter_context(enable_output())
+        try:
+            stack.enter_context(runnable.app.run())
+        except Error as error:
+            raise NotStartedError(str(error)) from error
         target: Any = runnable.target
         if not runnable.is_entrypoint:
             target.remote(*bound.args, **bound.kwargs)

@@ -349,7 +349,7 @@ class CallState:
                 chunk = cut(chunk, chunk.start, middle)
             else:
                 self._pending.popleft()
-                self._send(chunk)
+            self._send(chunk)
         if self._is_sealed and not self._is_seal_sent:
             self._is_seal_sent = True
             self.outgoing.append(m.SealCall(self.call_id, self._added_count))

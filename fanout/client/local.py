@@ -100,12 +100,11 @@ def _start_missing(home: str, deadline: float) -> Daemon:
         scheduler = None
     worker = find_daemon(home, "worker")
     if scheduler is None:
-        port = _port_of_dead(home)
-        scheduler = _start_scheduler(home, port, deadline)
-        if worker is not None and scheduler.port != port:
-            # It looks for a scheduler at an address where none will be again.
+        if worker is not None and not _has_died(home):
+            # The scheduler took its leave, so the worker is leaving too and would not take work.
             end_daemon(worker)
             worker = None
+        scheduler = _start_scheduler(home, _port_of_dead(home), deadline)
     if worker is None:
         _start_worker(home, scheduler, deadline)
     return scheduler
@@ -127,11 +126,16 @@ def _wait_leaving(home: str, scheduler: Daemon | None, deadline: float) -> None:
         ) from None
 
 
+def _has_died(home: str) -> bool:
+    """Whether the last scheduler was killed: one that leaves in good order takes its file along.
+    Its worker then waits for the successor, with its containers and what they have finished."""
+    return os.path.exists(os.path.join(home, "scheduler.json"))
+
+
 def _port_of_dead(home: str) -> int:
     """The port of a scheduler that died without leaving word, if it is free; else 0.
 
-    At its old address the successor is found again by the workers and clients that outlived it. One
-    that left in good order has removed its file and told them.
+    At its old address the successor is found again by clients that outlived it.
     """
     try:
         with open(os.path.join(home, "scheduler.json"), "rb") as file:
@@ -359,7 +363,12 @@ def _ask(join: JoinString, request: m.Message, answer_kind: type[Any]) -> Any:
             return answer
 
         transport = await connect(
-            join, role="client", session_id=os.urandom(16), info={}, handler=handler
+            join,
+            role="client",
+            session_id=os.urandom(16),
+            info={},
+            handler=handler,
+            timeout_s=ANSWER_TIMEOUT_S,
         )
         try:
             transport.send(request)

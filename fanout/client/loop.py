@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import contextlib
 import os
 import sys
@@ -194,3 +195,36 @@ def run(make: Callable[[], Coroutine[Any, Any, R]]) -> R:
         raise error
     result: R = running.result
     return result
+
+
+async def in_thread(action: Callable[[], R]) -> R:
+    """Run something that blocks. In a thread of its own that is gone afterwards, since the pool of
+    the loop is the user's, and its threads would stay."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[R] = loop.create_future()
+
+    def settle(settled: concurrent.futures.Future[R]) -> None:
+        # The loop may be gone by now, with whoever waited.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_copy_result, settled, future)
+
+    def work() -> None:
+        try:
+            done.set_result(action())
+        except BaseException as error:
+            done.set_exception(error)
+
+    done: concurrent.futures.Future[R] = concurrent.futures.Future()
+    done.add_done_callback(settle)
+    threading.Thread(target=work, name="fanout-start", daemon=True).start()
+    return await future
+
+
+def _copy_result(source: concurrent.futures.Future[R], target: asyncio.Future[R]) -> None:
+    if target.done():
+        return
+    error = source.exception()
+    if error is not None:
+        target.set_exception(error)
+    else:
+        target.set_result(source.result())

@@ -31,7 +31,9 @@ from collections import deque
 from typing import Any
 
 from fanout import config, context
+from fanout.client.app_run import AppRun
 from fanout.client.calls import LiveCall, LiveFetch
+from fanout.client.loop import in_thread
 from fanout.exceptions import (
     AuthError,
     ConnectionError,
@@ -59,21 +61,6 @@ LAZY_DELAY_S = 0.002
 LAST_WORDS_MAX = 1024
 
 _BLOB_KINDS = frozenset({m.BlobOffer, m.BlobWanted, m.BlobHeld, m.BlobPart})
-
-
-class AppRun:
-    """One run of an app: from entering `app.run()` until leaving it."""
-
-    def __init__(self, name: str, app_id: bytes) -> None:
-        self.name = name
-        self.app_id = app_id
-        self.is_open = True
-        #: The session that opened it over there; any other session only uses it.
-        self.owner: Session | None = None
-        #: Life of the scheduler in which it was last opened.
-        self.opened_epoch = -1
-        #: Definitions made for this run, by function name.
-        self.definitions: dict[Any, Any] = {}
 
 
 class Session:
@@ -229,7 +216,7 @@ class Session:
         from fanout.client import local
 
         # The embedded default may have left meanwhile, or be another one now: look each time.
-        return await self.loop.run_in_executor(None, local.ensure_cluster)
+        return await in_thread(local.ensure_cluster)
 
     async def _await_apps(self, transport: wire.Transport) -> None:
         """After the scheduler's restart an app must be opened by its owner, on another loop's

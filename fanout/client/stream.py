@@ -22,13 +22,14 @@ from queue import SimpleQueue
 from typing import Any
 
 from fanout import config
+from fanout.client.app_run import AppRun
 from fanout.client.call_state import CallState
 from fanout.client.calls import BufferTable, LiveCall
 from fanout.client.chunk import Batch, Ready
 from fanout.client.decode import decode, error_of
 from fanout.client.inputs import Encoded, Encoder, Puller, Rows, encode_one
 from fanout.client.loop import background_loop
-from fanout.client.session import AppRun, Session, connected, session_here
+from fanout.client.session import Session, connected, session_here
 from fanout.exceptions import InternalError
 from fanout.protocol import messages as m
 
@@ -98,6 +99,7 @@ class _Opener:
         self.call: LiveCall | None = None
         self.is_cancelled = False
         self._is_waiting = False
+        self._is_wait_told = False
         self._task: asyncio.Task[None] | None = None
 
     def open(self) -> None:
@@ -117,6 +119,8 @@ class _Opener:
         if not self.is_cancelled:
             self.call = self.plan.open(session, self)
             self.opened(self.call)
+            if self._is_waiting:
+                self.begin_wait()
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -125,13 +129,16 @@ class _Opener:
             self.call.close()
 
     def begin_wait(self) -> None:
-        if self.call is not None and not self._is_waiting:
-            self._is_waiting = True
+        """The user's thread has nothing to do but wait. It may be so before the call is open."""
+        self._is_waiting = True
+        if self.call is not None and not self._is_wait_told:
+            self._is_wait_told = True
             self.call.session.begin_wait()
 
     def end_wait(self) -> None:
-        if self._is_waiting:
-            self._is_waiting = False
+        self._is_waiting = False
+        if self._is_wait_told:
+            self._is_wait_told = False
             assert self.call is not None
             self.call.session.end_wait()
 

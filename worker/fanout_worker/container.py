@@ -55,8 +55,9 @@ class _Given:
     start: int
     stop: int
     done: int = 0
-    #: Its generator waits for credit.
+    #: Its generator waits for items from `waits_upto` on to be allowed.
     is_waiting: bool = False
+    waits_upto: int = 0
 
 
 @dataclass(slots=True)
@@ -178,7 +179,8 @@ class Container:
             return
         words = self._memory.words
         words[shared.CREDIT + given.slot] = max(upto, words[shared.CREDIT + given.slot])
-        if given.is_waiting:
+        # Credit that was given before may be given again: it ends no wait.
+        if given.is_waiting and upto > given.waits_upto:
             given.is_waiting = False
             self._wire.write([ch.CREDIT_FRAME])
 
@@ -351,6 +353,7 @@ class Container:
             self._wire.write([ch.CREDIT_FRAME])
             return
         given.is_waiting = True
+        given.waits_upto = upto
         self._host.events.lease_waits(given.lease_id, upto)
 
     def _on_output_frame(self, fields: list[Any], payload: bytes) -> None:
@@ -545,11 +548,12 @@ class Container:
         # While it has not been waited for, its number is its own, and its group's.
         self._host.unwatch(pid)
         process.kill_group(pid)
-        try:
+        status, peak_memory_kib = None, 0
+        with contextlib.suppress(ChildProcessError):
             _, status, usage = os.wait4(pid, 0)
-            details = outcome.exit_details(status, usage.ru_maxrss, self._message.name)
-        except ChildProcessError:
-            details = outcome.exit_details(None, 0, self._message.name)
+            peak_memory_kib = usage.ru_maxrss
+        name, is_started = self._message.name, self.is_started
+        details = outcome.exit_details(status, peak_memory_kib, name, is_started)
         self._release()
         self._host.bury(pid)
         self._remove_drafts(pid)
@@ -582,10 +586,11 @@ class Container:
         if self._is_kill_ordered or (self._is_stop_ordered and running is None):
             return "stopped", None
         if not self.is_started:
-            details["text"] += " while it loaded the user's code"
             return "start", None
         if self._fault:
             details["text"] = self._fault
+        elif details["signal"] == "SIGKILL":
+            details["text"] += ". Nothing in fanout killed it; was the host out of memory?"
         return "crash", running
 
     def _make_output(self) -> None:

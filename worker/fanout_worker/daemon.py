@@ -102,6 +102,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_terminate)
         await self._nested.start()
+        self._host.guard()
         gc.collect()
         gc.freeze()
         connecting = asyncio.ensure_future(self._stay_connected())

@@ -120,8 +120,7 @@ class Host:
 
     def watch(self, pid: int) -> None:
         """Have a container's session killed should this daemon die."""
-        if self._guardian is None:
-            self._start_guardian()
+        self.guard()
         with contextlib.suppress(BrokenPipeError):
             os.write(self._guardian_pipe, b"+%d\n" % pid)
 
@@ -179,7 +178,10 @@ class Host:
         if any(container.is_active for container in self.containers.values()):
             self.activate()
 
-    def _start_guardian(self) -> None:
+    def guard(self) -> None:
+        """Start the guardian, if there is none. It also removes the socket's folder."""
+        if self._guardian is not None:
+            return
         reader, self._guardian_pipe = os.pipe()
         folder = os.path.dirname(self.settings.socket_path)
         self._guardian = subprocess.Popen(

@@ -19,13 +19,16 @@ def stopped_payload(reason: int, timeout_s: float | None) -> bytes:
     return failure_payload("cancelled", "the call was cancelled while the input ran")
 
 
-def exit_details(status: int | None, peak_memory_kib: int, function_name: str) -> dict[str, Any]:
+def exit_details(
+    status: int | None, peak_memory_kib: int, function_name: str, is_started: bool
+) -> dict[str, Any]:
     """`ContainerExited.details` of a container that has ended.
 
     Args:
         status: as `os.wait` gives it; None if it is not known.
         peak_memory_kib: its largest resident set.
         function_name: for the text.
+        is_started: whether it had loaded the user's code.
     """
     exit_code: int | None = None
     name: str | None = None
@@ -42,9 +45,9 @@ def exit_details(status: int | None, peak_memory_kib: int, function_name: str) -
         exit_code = status >> 8
         how = f"exited with code {exit_code}"
     peak_memory_mib = peak_memory_kib // 1024
-    text = f"the container of {function_name} {how}; its peak memory was {peak_memory_mib} MiB"
-    if name == "SIGKILL":
-        text += ". Nothing in fanout killed it; was the host out of memory?"
+    when = "" if is_started else " while it loaded the user's code"
+    peak = f"its peak memory was {peak_memory_mib} MiB"
+    text = f"the container of {function_name} {how}{when}; {peak}"
     return {
         "exit_code": exit_code,
         "signal": name,

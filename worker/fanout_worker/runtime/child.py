@@ -52,12 +52,12 @@ class SyncRunner(Runner):
         # need.
         self._begin_lease(lease)
         words, running, is_open = self._words, self._input, self._gate.is_open
+        is_holding = self._is_holding
         function, put, clock = self._function, self._writer.put, time.perf_counter_ns
         slot, payload, has_blobs = lease.slot, lease.payload, bool(lease.blobs)
         limit = shared.LIMIT + slot
         progress, since = shared.PROGRESS, shared.SINCE_NS
-        position = 0
-        index = lease.start - 1
+        position, index = 0, lease.start - 1
         tentative = (shared.TENTATIVE | shared.place(slot, lease.start)) - 1
         bit = shared.TENTATIVE
         self._writer.mark(slot, shared.KIND_OUTPUT, lease.start, 0)
@@ -95,6 +95,8 @@ class SyncRunner(Runner):
                 buffers = []
                 status, data = self._failure_of(error, None)
             value = args = kwargs = None  # type: ignore[assignment]
+            if is_holding[0]:
+                self._flush_streams()
             position = end
             then, now = now, clock()
             if buffers or not put(status, data, now - then):
@@ -125,6 +127,8 @@ class SyncRunner(Runner):
                 status, data = self._failure_of(error, None)
             position += length
             skip = 0
+            if self._is_holding[0]:
+                self._flush_streams()
             duration_ns = time.perf_counter_ns() - began
             self._writer.mark(lease.slot, shared.KIND_OUTPUT, index, 0)
             if not self._writer.put(status, data, duration_ns):
@@ -193,6 +197,8 @@ def main(channel_fd: int, memory_fd: int, stdout_fd: int, stderr_fd: int) -> int
     _leave_template(channel_fd, memory_fd, stdout_fd, stderr_fd)
     channel = Channel(socket.socket(fileno=channel_fd))
     memory = shared.SharedMemory(memory_fd)
+    # The mapping has a descriptor of its own.
+    os.close(memory_fd)
     gate = Gate(memory)
     signal.signal(signal.SIGUSR1, gate.on_signal)
     while channel.start is None:
@@ -202,6 +208,9 @@ def main(channel_fd: int, memory_fd: int, stdout_fd: int, stderr_fd: int) -> int
     try:
         runner = _prepare(info, unpack_definition(payload), channel, memory, gate)
     except BaseException as error:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
         channel.send_frame(ch.START_FAILED, payload=encode_error(error))
         return 1
     channel.send(ch.STARTED_FRAME)
@@ -268,8 +277,7 @@ def _prepare(
     else:
         kind = SyncRunner
     runner = kind(channel, memory, gate, function, options, info["blob_folder"])
-    for writer in writers:
-        writer.recent = runner.recent_input
+    runner.add_streams(writers)
     return runner
 
 

@@ -84,6 +84,8 @@ class AsyncRunner(Runner):
             self._task = None
             position += length
             skip = 0
+            if self._is_holding[0]:
+                self._flush_streams()
             duration_ns = time.perf_counter_ns() - began
             status, value, buffers = output
             if offset == 0 or self._is_generator:

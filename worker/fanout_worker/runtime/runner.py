@@ -21,6 +21,7 @@ from fanout.serialization import encode_error
 from fanout_worker import channel as ch
 from fanout_worker import shared
 from fanout_worker.outcome import stopped_payload
+from fanout_worker.runtime.streams import LogWriter
 
 #: How long a container sleeps before it looks again whether the daemon made room in the ring.
 ROOM_INTERVAL_S = 0.0005
@@ -156,15 +157,23 @@ class Runner:
         self._drafts = count()
         self._writer = shared.Writer(memory, channel.ring_bell)
         self._input = context.InputContext(b"", 0, 0)
+        self._streams: list[LogWriter] = []
+        self._is_holding = [0]
 
     def serve(self) -> None:
         """Run leases until told to stop."""
         raise NotImplementedError
 
-    @property
-    def recent_input(self) -> context.InputContext:
-        """The input that runs or ran last, as an object that is kept up to date."""
-        return self._input
+    def add_streams(self, streams: list[LogWriter]) -> None:
+        """The streams that are to be flushed before each output."""
+        self._streams = streams
+        for stream in streams:
+            stream.recent = self._input
+            stream.is_holding = self._is_holding
+
+    def _flush_streams(self) -> None:
+        for stream in self._streams:
+            stream.flush()
 
     # --- around inputs ---
 

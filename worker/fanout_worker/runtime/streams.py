@@ -1,4 +1,7 @@
-"""`sys.stdout` and `sys.stderr` of a container: each write leaves at once, with its input's name.
+"""`sys.stdout` and `sys.stderr` of a container: each line leaves at once, with its input's name.
+
+What has no newline yet waits for it, for `flush`, or for the end of the input, as on a terminal;
+`print` writes each of its arguments on its own.
 
 A process that user code forks inherits the objects but must not write to the channel, where its
 frames would fall between the container's own; there the text goes to the descriptor instead.
@@ -28,6 +31,9 @@ class LogWriter(io.RawIOBase):
         self._source = source
         self._send = send
         self._pid = os.getpid()
+        self._held = b""
+        #: Whether anything is held; a list, as the loop that runs inputs asks after each of them.
+        self.is_holding = [0]
         #: The input that ran last: for threads of user code, which have no context of their own.
         self.recent: context.InputContext | None = None
 
@@ -47,17 +53,31 @@ class LogWriter(io.RawIOBase):
             while len(rest):
                 rest = rest[os.write(int(self._source), rest) :]
             return len(view)
+        data = self._held + bytes(view)
+        if not data.endswith(b"\n") and len(data) < LOG_SIZE_BYTES_MAX:
+            self._held = data
+            self.is_holding[0] = 1
+        else:
+            self._held = b""
+            self._emit(data)
+        return len(view)
+
+    def flush(self) -> None:
+        """Let go of what has no newline."""
+        data, self._held = self._held, b""
+        self.is_holding[0] = 0
+        if data and os.getpid() == self._pid:
+            self._emit(data)
+
+    def _emit(self, data: bytes) -> None:
         running = context.current_input.get() or self.recent
         call_id, index = (running.call_id, running.index) if running is not None else (b"", 0)
-        for start in range(0, len(view), LOG_SIZE_BYTES_MAX):
-            self._send(
-                self._source, call_id, index, bytes(view[start : start + LOG_SIZE_BYTES_MAX])
-            )
-        return len(view)
+        for start in range(0, len(data), LOG_SIZE_BYTES_MAX):
+            self._send(self._source, call_id, index, data[start : start + LOG_SIZE_BYTES_MAX])
 
 
 def make_stream(writer: LogWriter) -> io.TextIOWrapper:
-    """A text stream that holds nothing back."""
+    """A text stream that holds nothing back from the writer below."""
     return io.TextIOWrapper(
         writer,  # type: ignore[arg-type]
         encoding="utf-8",

@@ -1,0 +1,23 @@
+"""One run of an app, as all sessions of this process see it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fanout.client.session import Session
+
+
+class AppRun:
+    """One run of an app: from entering `app.run()` until leaving it."""
+
+    def __init__(self, name: str, app_id: bytes) -> None:
+        self.name = name
+        self.app_id = app_id
+        self.is_open = True
+        #: The session that opened it over there; any other session only uses it.
+        self.owner: Session | None = None
+        #: Life of the scheduler in which it was last opened.
+        self.opened_epoch = -1
+        #: Definitions made for this run, by function name.
+        self.definitions: dict[Any, Any] = {}
