@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_FACTOR = float(os.environ.get("FANOUT_TEST_TIMEOUT_FACTOR") or 1)
@@ -334,6 +335,12 @@ def _close_client() -> None:
     loop = sys.modules.get("fanout.client.loop")
     if loop is not None:
         loop.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loop_of_libuv() -> None:
+    """The first loop of a process makes a pipe that libuv keeps for ever, which is no leak."""
+    uvloop.new_event_loop().close()
 
 
 @pytest.fixture(autouse=True)

@@ -343,6 +343,7 @@ class SimContainer:
         self.waits = False
         self.nested: SimCall | None = None
         self.nested_session = b""
+        self.was_connected = False
         self.wait_frames = 0
         worker.containers[container_id] = self
         self._later(0.02 + self.world.random.random() * 0.1, self._started)
@@ -527,14 +528,16 @@ class SimContainer:
         )
         self.nested = SimCall(call, plan, self.plan.nested_count, self)
         self.nested_session = self.world.random.randbytes(16)
+        self.was_connected = False
         self.world.counts["nested call"] += 1
         self.reconnect_nested()
 
     def reconnect_nested(self) -> None:
         if self.nested is None or self.worker.link is None:
             return
-        if self.nested.call.is_opened or self.wait_frames:
+        if self.was_connected:
             self.nested.call.resume()
+        self.was_connected = True
         self.wait_frames = 0
         self.worker.send(m.SessionOpened(self.nested_session, self.container_id))
         definition = self.nested.plan

@@ -7,9 +7,9 @@ order, and hands out the latter.
 
 States, each a pair of flags::
 
-    opening    OpenCall is sent, CallOpened is not here. Inputs may go out already, within the
-               smallest window that a scheduler gives, so a single call costs one round trip.
-    open       The scheduler told the window.
+    open       From the beginning: OpenCall goes out with the first inputs, within the smallest
+               window that a scheduler gives, and the scheduler says so when there is more. So a
+               single call costs one round trip and no frame beside it.
     resuming   The connection is new. OpenCall is sent again, and nothing else until CallOpened
                says which inputs the scheduler still has; then the others are sent again.
     finished   Sealed, and each input has its output here. The last `Ack` has gone out.
@@ -102,6 +102,7 @@ class CallState:
         self.is_generator = is_generator
         self.parent = parent
 
+        self.is_resuming = False
         #: Messages for the scheduler, in order. The owner sends them and clears the list.
         self.outgoing: list[m.Message] = [self._open_message()]
         #: Blobs that no input needs any more, once for each input that named them.
@@ -111,8 +112,6 @@ class CallState:
 
         self.window_count = WINDOW_COUNT_MIN
         self.window_bytes = WINDOW_BYTES
-        self.is_opened = False
-        self.is_resuming = False
         self.is_cancelled = False
         #: The scheduler has all of a durable call on disk.
         self.is_stored = False
@@ -297,12 +296,16 @@ class CallState:
 
     def _open_message(self) -> m.OpenCall:
         return m.OpenCall(
-            self.call_id, self.function_id, self.is_durable, self.is_ordered, self.parent
+            self.call_id,
+            self.function_id,
+            self.is_durable,
+            self.is_ordered,
+            self.parent,
+            self.is_resuming,
         )
 
     def _on_opened(self, message: m.CallOpened) -> None:
         self._set_window(message.window_count, message.window_bytes)
-        self.is_opened = True
         if self.is_resuming:
             self.is_resuming = False
             self._resend(message.present)

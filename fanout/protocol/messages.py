@@ -375,8 +375,9 @@ class DefineFunction(Message):
 
 @_message(23)
 class OpenCall(Message):
-    """A call begins. Sent again under the same id after a reconnect; the answer, `CallOpened`,
-    says which inputs the scheduler still has.
+    """A call begins. Sent again under the same id after a reconnect, with `is_resumed`; the
+    answer, `CallOpened`, says which inputs the scheduler still has. A new attached call gets no
+    answer: it begins with the smallest window, and an answer would cost each single call a frame.
 
     `is_durable`: a spawned call; it outlives the client and is acknowledged only when stored.
     `parent`: (lease id, index) of the input that makes this nested call, None at top level.
@@ -387,6 +388,7 @@ class OpenCall(Message):
     is_durable: Flag
     is_ordered: Flag
     parent: MaybePair
+    is_resumed: Flag = False
 
 
 @_message(24)

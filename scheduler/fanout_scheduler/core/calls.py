@@ -192,7 +192,7 @@ def on_open_call(state: State, peer: Peer, message: m.OpenCall) -> None:
     session.calls[call.call_id] = function.app.calls[call.call_id] = call
     if message.is_durable:
         durable.store_open(state, call, message)
-    else:
+    elif message.is_resumed:
         send_opened(state, call)
 
 
