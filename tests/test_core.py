@@ -17,6 +17,7 @@ def test_a_single_call_is_leased_delivered_and_forgotten() -> None:
     bench.finish(worker, lease)
     outputs = bench.take(m.Outputs, client)
     assert (outputs.start, bytes(outputs.payload)) == (0, b"v")
+    bench.later(0.03)
     assert bench.take(m.OutputsAck).sequence == 1
     bench.frame(client, ack(call_id, 0, 1, 1))
     bench.nothing_left()
@@ -372,8 +373,10 @@ def test_nothing_of_a_spawned_call_is_acknowledged_before_it_is_stored() -> None
     assert [s.stored for s in bench.take_all(m.InputsStored)] == [[(0, 1)], []]
     lease = bench.started_lease(worker)
     bench.finish(worker, lease)
+    bench.later(0.03)
     assert bench.take_all(m.OutputsAck) == []
     bench.store()
+    bench.later(0.03)
     assert bench.take(m.OutputsAck).sequence == 1
 
 
@@ -430,13 +433,16 @@ def test_an_output_that_cannot_be_stored_is_offered_again() -> None:
     store = next(order for order in bench.orders if isinstance(order, Store))
     bench.orders.clear()
     bench.tell(StoreFailed(store.sequence, "disk is full"))
+    bench.later(0.03)
     assert bench.take_all(m.OutputsAck) == []
     # Something else gets written meanwhile: that does not make the output safe.
     bench.open(client, call=2, count=1, is_durable=True)
     bench.store()
+    bench.later(0.03)
     assert bench.take_all(m.OutputsAck) == []
     bench.later(1.1)
     assert [type(record) for record in bench.store()[0].records] == [m.Outputs]
+    bench.later(0.03)
     assert bench.take(m.OutputsAck).sequence == 1
 
 

@@ -64,8 +64,10 @@ class LiveCall:
                 for _, blob_ids in message.blobs:
                     for blob_id in blob_ids:
                         session.offer(blob_id)
-            session.send(message)
-        outgoing.clear()
+            session.queue(message)
+        if outgoing:
+            outgoing.clear()
+            session.flush()
 
     def receive(self, message: m.Message) -> bool:
         """Take a message, or keep it while its blobs are on their way. False if it waits."""

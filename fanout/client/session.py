@@ -151,7 +151,7 @@ class Session:
             else:
                 self._fail_all(error)
         finally:
-            self._send_lazy()
+            self._queue_lazy()
             if self.transport is not None:
                 self.transport.close(m.Goodbye("closed", "the client has closed"))
                 with contextlib.suppress(TimeoutError, asyncio.CancelledError):
@@ -390,8 +390,21 @@ class Session:
         if transport is None or transport.is_closed:
             return
         if self._lazy:
-            self._send_lazy()
+            self._queue_lazy()
         transport.send(message)
+
+    def queue(self, message: m.Message) -> None:
+        """Like `send`, for a caller that has more to say and calls `flush` when it is done."""
+        transport = self.transport
+        if transport is not None and not transport.is_closed:
+            if self._lazy:
+                self._queue_lazy()
+            transport.queue(message)
+
+    def flush(self) -> None:
+        """Write what was queued, without waiting for the loop's next turn."""
+        if self.transport is not None and not self.transport.is_closed:
+            self.transport.flush()
 
     def send_lazily(self, message: m.Message) -> None:
         """Send with the next message, or alone in a moment.
@@ -401,16 +414,20 @@ class Session:
         """
         self._lazy.append(message)
         if self._lazy_timer is None:
-            self._lazy_timer = self.loop.call_later(LAZY_DELAY_S, self._send_lazy)
+            self._lazy_timer = self.loop.call_later(LAZY_DELAY_S, self._send_lazy_alone)
 
-    def _send_lazy(self) -> None:
+    def _send_lazy_alone(self) -> None:
+        self._queue_lazy()
+        self.flush()
+
+    def _queue_lazy(self) -> None:
         if self._lazy_timer is not None:
             self._lazy_timer.cancel()
             self._lazy_timer = None
         lazy, self._lazy = self._lazy, []
         if self.transport is not None and not self.transport.is_closed:
             for message in lazy:
-                self.transport.send(message)
+                self.transport.queue(message)
 
     def say_last(self, message: m.Message) -> None:
         """The last word about a call that is forgotten here with it."""

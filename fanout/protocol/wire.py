@@ -137,6 +137,23 @@ class Transport(asyncio.Protocol):
             self._is_flush_due = True
             self._loop.call_soon(self._flush)
 
+    def queue(self, message: m.Message) -> None:
+        """Like `send`, for a caller that has more to say and calls `flush` when it is done: that
+        saves a turn of the event loop.
+
+        Raises:
+            ProtocolError: as `send`.
+        """
+        connection = self._connection
+        connection.send(message)
+        if connection.outgoing_size > PENDING_SIZE_BYTES_MAX:
+            self._flush()
+
+    def flush(self) -> None:
+        """Write what is queued. While a read is handled that happens at its end anyway."""
+        if not self._is_receiving:
+            self._flush()
+
     def send_bulk(self, messages: Iterator[m.Message]) -> None:
         """Send what the iterator gives, one by one and only while little is unsent. Several
         iterators take turns. What was not pulled when the connection closes is dropped."""

@@ -19,6 +19,10 @@ class Carrier(Protocol):
 
     def send(self, message: m.Message) -> None: ...
 
+    def queue(self, message: m.Message) -> None: ...
+
+    def flush(self) -> None: ...
+
     def send_bulk(self, messages: Iterator[m.Message]) -> None: ...
 
 
@@ -41,6 +45,14 @@ class VirtualTransport:
         """Send a frame to the nested client; nothing once the session is closed."""
         if not self.is_closed:
             self._carrier.send(wrap(self.session_id, message))
+
+    def queue(self, message: m.Message) -> None:
+        """Like `send`, for a caller that flushes when it has said all."""
+        if not self.is_closed:
+            self._carrier.queue(wrap(self.session_id, message))
+
+    def flush(self) -> None:
+        self._carrier.flush()
 
     def send_bulk(self, messages: Iterator[m.Message]) -> None:
         """Send these frames behind the carrier's other traffic, while the session is open."""

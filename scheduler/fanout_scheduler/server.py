@@ -60,6 +60,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fanout.scheduler")
 
+#: Turns less than this apart mean load: then events are gathered.
+BUSY_GAP_S = 0.0001
+
 #: How often the clock is looked at when nothing happens, and what beyond that is a gap.
 TICK_INTERVAL_S = 0.5
 GAP_S = 1.0
@@ -176,7 +179,7 @@ class Peer:
         finally:
             # A ProtocolError goes on to the transport, which closes the connection; what the peer
             # sent before it is good.
-            server.schedule_turn()
+            server.turn_soon()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.lose(self, self.reason or (str(error) if error is not None else "closed"))
@@ -263,6 +266,7 @@ class SchedulerServer:
         self._peers: dict[PeerId, Peer] = {}
         self._peer_count = 0
         self._is_turn_due = False
+        self._turn_ended_at = 0.0
         self._decide_failures = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_deadline = 0.0
@@ -415,8 +419,23 @@ class SchedulerServer:
             self._is_turn_due = True
             self._loop.call_soon(self._turn)
 
+    def turn_soon(self) -> None:
+        """Have a turn now, when the last one is a while ago: then nothing else is likely to be
+        ready, and waiting for the loop's next round would only cost time. Under load the last one
+        was just now; then one turn serves all sockets that are ready."""
+        if self._is_turn_due or self._is_leaving:
+            return
+        if time.monotonic() - self._turn_ended_at > BUSY_GAP_S:
+            self._turn()
+        else:
+            self.schedule_turn()
+
     def _turn(self) -> None:
         self._is_turn_due = False
+        self._take_turn()
+        self._turn_ended_at = time.monotonic()
+
+    def _take_turn(self) -> None:
         core = self.core
         now = self.clock.now()
         events, self.events = self.events, []
@@ -446,12 +465,14 @@ class SchedulerServer:
 
     def _execute(self, commands: list[Command], now: float) -> None:
         peers = self._peers
+        addressed: dict[int, AnyTransport] = {}
         for command in commands:
             if type(command) is Send:
                 peer = peers.get(command.peer_id)
                 if peer is not None:
+                    addressed[command.peer_id] = peer.transport
                     try:
-                        peer.transport.send(command.message)
+                        peer.transport.queue(command.message)
                     except ProtocolError as error:
                         self._core_failed(error, command)
             else:
@@ -459,6 +480,8 @@ class SchedulerServer:
                     self._execute_rare(command, now)
                 except Exception as error:
                     self._core_failed(error, command)
+        for transport in addressed.values():
+            transport.flush()
 
     def _execute_rare(self, command: Command, now: float) -> None:
         if isinstance(command, Store):

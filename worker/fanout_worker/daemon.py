@@ -254,13 +254,14 @@ class Daemon:
     def _send(self, message: m.Message) -> None:
         transport = self._transport
         if transport is not None and not transport.is_closed:
-            transport.send(message)
+            transport.queue(message)
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(config.HEARTBEAT_INTERVAL_S)
             self._heartbeats += 1
             self._send(m.Heartbeat(self._heartbeats))
+            self._act()
             self._host.sweep()
 
     # --- orders of the state ---
@@ -277,6 +278,8 @@ class Daemon:
                     self._carry_out(command)
         finally:
             self._is_acting = False
+        if self._transport is not None:
+            self._transport.flush()
         is_paused = self.state.is_congested or not self._is_writable
         for container in self._containers.values():
             container.set_paused(is_paused)

@@ -421,6 +421,7 @@ class WorkerState:
             self.container_exited(container.container_id, "start", None, {"text": text})
             return
         self._commands.append(Start(container.container_id, definition))
+        self._give_parked(container)
 
     def _on_stop_container(self, message: m.StopContainer) -> None:
         container = self.containers.get(message.container_id)
@@ -457,7 +458,10 @@ class WorkerState:
         self._give_parked(container)
 
     def _give_parked(self, container: Container) -> None:
-        """Hand over the leases that have all they need, in order, up to one that has not."""
+        """Hand over the leases that have all they need, in order, up to one that has not; none
+        before the container is started, which its function's blobs may delay."""
+        if container.missing:
+            return
         for lease in container.leases.values():
             if lease.message is None:
                 continue

@@ -144,7 +144,8 @@ def end_lease(state: State, lease: Lease) -> None:
     end_wait(state, container)
     release_core(container)
     container.idle_since = state.now
-    if container.state != "stopping":
+    if container.state != "stopping" and not container.has_idle_deadline:
+        container.has_idle_deadline = True
         state.at(state.now + scaledown_s(container), "idle", container)
 
 

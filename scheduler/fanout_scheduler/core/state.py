@@ -262,6 +262,7 @@ class Container:
     #: Frames that end the wait, kept until the core is there.
     deferred: list[Send] = field(default_factory=list)
     idle_since: float = 0.0
+    has_idle_deadline: bool = False
     nested_peers: dict[PeerId, Peer] = field(default_factory=dict)
 
     @property
@@ -287,6 +288,8 @@ class Worker:
     #: Reports not yet acknowledged, as (sequence, store sequence it waits for or 0).
     unsafe: deque[tuple[int, int]] = field(default_factory=deque)
     acknowledged: int = 0
+    #: When its reports are acknowledged at the latest; 0 when none waits.
+    acknowledge_at: float = 0.0
 
 
 @dataclass(slots=True)

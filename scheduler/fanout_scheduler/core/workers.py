@@ -5,9 +5,13 @@ from __future__ import annotations
 from fanout.config import WORKER_DEADLINE_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core import calls, durable, outputs
-from fanout_scheduler.core.events import Disconnect, PeerId
+from fanout_scheduler.core.events import Disconnect, PeerId, Send
 from fanout_scheduler.core.leasing import give_back_lease, release_core
 from fanout_scheduler.core.state import Container, Function, Peer, State, Worker
+
+#: Reports of a worker that wait to be acknowledged, at most, and for how long.
+ACKNOWLEDGE_COUNT = 64
+ACKNOWLEDGE_DELAY_S = 0.02
 
 #: Containers of a function that die in a row before they are ready, without an exception of the
 #: user's to show for it; then the function's calls fail.
@@ -164,25 +168,45 @@ def _on_start_failure(state: State, function: Function, message: m.ContainerExit
 
 
 def on_idle_deadline(state: State, container: Container, window_s: float) -> None:
-    """A container that has been idle for its scaledown window leaves."""
+    """A container that has been idle for its scaledown window leaves. It has one deadline at a
+    time, which moves on when it comes too early."""
+    container.has_idle_deadline = False
     if state.containers.get(container.container_id) is not container or not container.is_idle:
         return
     if container.idle_since + window_s <= state.now:
         calls.stop_container(state, container)
+    else:
+        container.has_idle_deadline = True
+        state.at(container.idle_since + window_s, "idle", container)
 
 
 def acknowledge(state: State) -> None:
-    """Tell workers which reports are safe, once a turn."""
+    """Tell workers which reports are safe: together with something else that is sent to them, or
+    when there are many, or after a moment. On its own after each report it would cost a worker as
+    much as the report did."""
+    if not state.acknowledging:
+        return
+    addressed = {c.peer_id for c in state.commands if type(c) is Send}
     for worker in list(state.acknowledging.values()):
-        unsafe = worker.unsafe
-        sequence = worker.acknowledged
-        while unsafe and durable.is_safe(state, unsafe[0][1]):
-            sequence = unsafe.popleft()[0]
-        if not unsafe:
-            del state.acknowledging[worker.worker_id]
-        if sequence > worker.acknowledged:
-            worker.acknowledged = sequence
-            state.send(worker.peer_id, m.OutputsAck(sequence))
+        is_due = state.now >= worker.acknowledge_at > 0.0
+        if worker.peer_id in addressed or len(worker.unsafe) >= ACKNOWLEDGE_COUNT or is_due:
+            worker.acknowledge_at = 0.0
+            _acknowledge(state, worker)
+        elif worker.acknowledge_at == 0.0:
+            worker.acknowledge_at = state.now + ACKNOWLEDGE_DELAY_S
+            state.at(worker.acknowledge_at, "look", None)
+
+
+def _acknowledge(state: State, worker: Worker) -> None:
+    unsafe = worker.unsafe
+    sequence = worker.acknowledged
+    while unsafe and durable.is_safe(state, unsafe[0][1]):
+        sequence = unsafe.popleft()[0]
+    # What is not on disk yet comes back here when it is.
+    del state.acknowledging[worker.worker_id]
+    if sequence > worker.acknowledged:
+        worker.acknowledged = sequence
+        state.send(worker.peer_id, m.OutputsAck(sequence))
 
 
 def on_worker_lost(state: State, peer_id: PeerId, peer: Peer) -> None:
