@@ -13,6 +13,9 @@ from typing import Any
 
 import msgpack
 
+#: Paths and environment variables may be any bytes, and are text with surrogates then.
+_UNICODE_ERRORS = "surrogateescape"
+
 
 @dataclass(slots=True)
 class Environment:
@@ -20,7 +23,7 @@ class Environment:
 
     On the embedded worker a container uses all of it. On another host the worker's own interpreter
     runs, `sources` is unpacked into a folder of its own that comes first on the path, and the
-    variables, cwd and path of the client are not used.
+    cwd and path of the client are not used; its variables do not even travel.
     """
 
     #: Interpreter of the client (`sys.executable`), and "3.11" for messages and checks.
@@ -45,7 +48,8 @@ class Environment:
                 sorted(self.variables.items()),
                 self.sources,
                 self.code_digest,
-            ]
+            ],
+            unicode_errors=_UNICODE_ERRORS,
         )
         return hashlib.sha256(packed).hexdigest()[:32]
 
@@ -79,7 +83,7 @@ class Definition:
 
 def pack_definition(definition: Definition) -> bytes:
     """The bytes of a definition, for `DefineFunction.payload`."""
-    packed: bytes = msgpack.packb(asdict(definition))
+    packed: bytes = msgpack.packb(asdict(definition), unicode_errors=_UNICODE_ERRORS)
     return packed
 
 
@@ -89,7 +93,7 @@ def unpack_definition(payload: bytes | memoryview) -> Definition:
     Raises:
         ValueError: the bytes are not one.
     """
-    data = msgpack.unpackb(payload, raw=False)
+    data = msgpack.unpackb(payload, raw=False, unicode_errors=_UNICODE_ERRORS)
     try:
         return Definition(
             environment=Environment(**data["environment"]),

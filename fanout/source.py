@@ -16,10 +16,9 @@ import os
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 from fanout import context
@@ -30,6 +29,11 @@ from fanout.serialization import is_main_importable, pickle_by_value
 #: What may travel to other hosts. Larger projects are installed on the workers instead.
 SOURCES_SIZE_BYTES_MAX = 16 << 20
 SOURCES_COUNT_MAX = 2000
+#: Files and folders that are looked at for Python files. Where nothing travels, looking only tells
+#: an edited program from an old one, and must not cost more than starting (a script in a home
+#: folder); what is imported already is looked at in any case.
+ENTRIES_COUNT_MAX = 20_000
+ENTRIES_COUNT_MAX_REMOTE = 1_000_000
 #: A function by value larger than this has most likely caught data that belongs in an argument.
 PICKLED_SIZE_BYTES_MAX = 16 << 20
 
@@ -47,14 +51,20 @@ def main_name() -> str | None:
         return None
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
-    if spec is not None and spec.name:
-        name: str = spec.name.removesuffix(".__main__")
-        return name if spec.name != "__main__" else _stem(main)
-    return _stem(main)
+    if spec is not None and spec.name and spec.name != "__main__":
+        name: str = spec.name
+        return name
+    return script_name(str(main.__file__))
 
 
-def _stem(main: ModuleType) -> str:
-    return os.path.splitext(os.path.basename(str(main.__file__)))[0]
+def script_name(file: str) -> str:
+    """The module name of a file that is run by its path: its stem, or that of its folder for the
+    `__main__.py` of a folder that was run. A dot would make it a module of some package."""
+    folder, name = os.path.split(os.path.abspath(file))
+    stem = os.path.splitext(name)[0]
+    if stem == "__main__":
+        stem = os.path.basename(folder) or "main"
+    return stem.replace(".", "_")
 
 
 def alias_main() -> None:
@@ -179,14 +189,22 @@ def capture(is_remote: bool) -> Code:
     """
     if context.container is not None:
         return Code(context.container.environment, None)
-    files = dict(_source_files())
+    files, is_whole = _source_files(is_remote)
+    if is_remote and not is_whole:
+        raise InvalidError(
+            f"{source_root()} holds more than {SOURCES_COUNT_MAX} Python files (or more than "
+            f"{ENTRIES_COUNT_MAX_REMOTE} files of any kind), and its Python files would have to "
+            "travel to the workers; put the script in a folder of its own, or install the project "
+            "on the workers"
+        )
     archive = _zip(files) if is_remote else None
     environment = Environment(
         python=sys.executable,
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
         path=[os.path.abspath(folder or os.curdir) for folder in sys.path],
         cwd=os.getcwd(),
-        variables=dict(os.environ),
+        # Not used on another host, and full of secrets.
+        variables={} if is_remote else dict(os.environ),
         sources="" if archive is None else hashlib.sha256(archive).hexdigest(),
         code_digest=_digest(files),
     )
@@ -209,8 +227,11 @@ def source_root() -> str:
     if _is_tool(file):
         # `fanout run script.py`: the entry file is the script, whose folder it puts first.
         return os.path.abspath(sys.path[0] or os.curdir)
+    # A script's own folder comes first on its path, also when that is inside a package. A module
+    # run with -m is found below the folder of its outermost package.
     folder = os.path.dirname(file)
-    while os.path.isfile(os.path.join(folder, "__init__.py")) and folder != os.sep:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    for _ in range(spec.name.count(".") if spec is not None else 0):
         folder = os.path.dirname(folder)
     return folder
 
@@ -234,45 +255,66 @@ def _is_installed(file: str) -> bool:
     return file.startswith(_installed_folders())
 
 
-def _source_files() -> Iterator[tuple[str, str]]:
-    """(name in the archive, path) of each source file of the program."""
+def _source_files(is_remote: bool) -> tuple[dict[str, str], bool]:
+    """The path of each source file of the program by its name in the archive, and whether these
+    are all of them."""
     root = source_root()
+    is_whole = True
+    files: dict[str, str] = {}
     if main_name() is not None:
-        for path in _python_files(root):
-            yield os.path.relpath(path, root), path
+        paths, is_whole = _python_files(
+            root, ENTRIES_COUNT_MAX_REMOTE if is_remote else ENTRIES_COUNT_MAX
+        )
+        files = {os.path.relpath(path, root): path for path in paths}
+    main = sys.modules.get("__main__")
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if not isinstance(file, str) or name == "__main__" or not file.endswith(".py"):
+        if module is main or not isinstance(file, str) or not file.endswith(".py"):
             continue
         path = os.path.abspath(file)
-        if _is_installed(path) or path.startswith(os.path.join(root, "")):
+        if _is_installed(path) or not _is_text(path):
             continue
+        # What is below the root may have been imported from a folder of its own on the path.
         parts = name.split(".")
-        is_package = os.path.basename(path) == "__init__.py"
-        yield (
-            os.path.join(*parts, "__init__.py") if is_package else (os.path.join(*parts) + ".py"),
-            path,
-        )
+        if os.path.basename(path) == "__init__.py":
+            files[os.path.join(*parts, "__init__.py")] = path
+        else:
+            files[os.path.join(*parts) + ".py"] = path
+    return files, is_whole
 
 
-def _python_files(root: str) -> Iterator[str]:
-    """Python files at and below a folder, in a stable order; not those of environments, hidden
-    folders, or folders that somebody else's project lives in."""
-    count = 0
+def _python_files(root: str, entries_count_max: int) -> tuple[list[str], bool]:
+    """Python files at and below a folder, in a stable order, and whether these are all of them;
+    not those of environments, hidden folders, or folders that somebody else's project lives in."""
+    paths: list[str] = []
+    entries_count = 0
     for folder, subfolders, names in os.walk(root):
+        entries_count += len(subfolders) + len(names)
         subfolders[:] = sorted(
             name
             for name in subfolders
             if not name.startswith(".")
             and name not in _SKIPPED_FOLDERS
+            and _is_text(name)
             and not os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))
         )
-        for name in sorted(names):
-            if name.endswith(".py"):
-                count += 1
-                if count > SOURCES_COUNT_MAX:
-                    return
-                yield os.path.join(folder, name)
+        paths += [
+            os.path.join(folder, name)
+            for name in sorted(names)
+            if name.endswith(".py") and _is_text(name)
+        ]
+        if len(paths) > SOURCES_COUNT_MAX or entries_count > entries_count_max:
+            return paths[:SOURCES_COUNT_MAX], False
+    return paths, True
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file name is text at all; no module can be imported from one that is not."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _digest(files: dict[str, str]) -> str:
@@ -284,7 +326,8 @@ def _digest(files: dict[str, str]) -> str:
             status = os.stat(path)
         except OSError:
             continue
-        digest.update(f"{name}\0{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        line = f"{name}\0{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
+        digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:32]
 
 

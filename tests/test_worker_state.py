@@ -113,7 +113,10 @@ def test_unacknowledged_reports_are_sent_again_after_a_reconnect_in_order() -> N
     kit.state.connected(1)
     sent = kit.sent()
     assert isinstance(sent[0], m.WorkerReady)
-    assert [one.sequence for one in sent[1:-1]] == [2, 3, 4]
+    assert [one.start for one in sent[1:-1]] == [1, 2, 3]
+    numbers = [one.sequence for one in sent[1:-1]]
+    assert numbers == sorted(numbers)
+    assert numbers[0] > 1
     assert isinstance(sent[-1], m.ContainerExited)
 
 
@@ -283,16 +286,31 @@ def test_a_blob_of_an_output_is_offered_before_its_report_and_again_after_a_reco
     kit.state.take_commands()
     kit.outputs(1, 0, 1, blobs=[(0, [BLOB])])
     kinds = [type(command) for command in kit.state.take_commands()]
-    assert kinds == [ws.OfferBlob, ws.Send]
+    assert kinds == [ws.OfferBlob]
     kit.state.disconnected()
     kit.state.connected(1)
     assert kit.commands(ws.OfferBlob) == [ws.OfferBlob(BLOB)]
+
+
+def test_a_report_is_sent_when_its_blob_is_delivered_and_what_follows_it_behind_it() -> None:
+    kit = Kit()
+    kit.lease(1, 3)
+    kit.state.take_commands()
+    kit.outputs(1, 0, 1, blobs=[(0, [BLOB])])
+    kit.outputs(1, 1, 1)
+    kit.state.container_exited(7, "crash", None, {})
+    assert kit.sent() == []
+    kit.state.blob_delivered(BLOB)
+    sent = kit.sent()
+    assert [type(one) for one in sent] == [m.LeaseOutputs, m.LeaseOutputs, m.ContainerExited]
+    assert [one.start for one in sent[:2]] == [0, 1]
 
 
 def test_a_blob_of_an_output_is_removed_when_its_report_is_safe() -> None:
     kit = Kit()
     kit.lease(1, 1)
     kit.outputs(1, 0, 1, blobs=[(0, [BLOB])])
+    kit.state.blob_delivered(BLOB)
     kit.state.take_commands()
     kit.state.handle(m.OutputsAck(1))
     assert kit.commands(ws.RemoveBlob) == [ws.RemoveBlob(BLOB)]
@@ -313,6 +331,7 @@ def test_an_output_that_is_also_an_input_blob_stays_for_the_next_lease() -> None
     kit.state.blob_completed(BLOB)
     kit.lease(1, 1, blobs=[(0, [BLOB])])
     kit.outputs(1, 0, 1, blobs=[(0, [BLOB])])
+    kit.state.blob_delivered(BLOB)
     kit.state.handle(m.OutputsAck(1))
     assert kit.commands(ws.RemoveBlob) == []
     kit.lease(2, 1, blobs=[(0, [BLOB])])

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fanout.cli.flag import UsageError
+from fanout.source import script_name
 
 if TYPE_CHECKING:
     from fanout.app import App, LocalEntrypoint
@@ -99,7 +100,7 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_script(path: str) -> ModuleType:
-    name = os.path.splitext(os.path.basename(path))[0]
+    name = script_name(path)
     taken = sys.modules.get(name)
     if taken is not None or name in sys.stdlib_module_names:
         where = getattr(taken, "__file__", None) or "the standard library"

@@ -257,6 +257,8 @@ class BlobExchange:
         send: sends a message.
         send_bulk: sends what an iterator gives, behind and between other messages.
         completed: told the id of each blob that arrived whole over this connection.
+        delivered: told the id of each offered blob once the peer has it, or its last part was
+            sent: a frame that names the blob and is sent now comes behind it.
     """
 
     def __init__(
@@ -265,11 +267,13 @@ class BlobExchange:
         send: Callable[[m.Message], None],
         send_bulk: Callable[[Iterator[m.Message]], None],
         completed: Callable[[bytes], None],
+        delivered: Callable[[bytes], None] = lambda blob_id: None,
     ) -> None:
         self._store = store
         self._send = send
         self._send_bulk = send_bulk
         self._completed = completed
+        self._delivered = delivered
         #: Offered, not yet answered. The content is held, so that a drop in between does no harm.
         self._offered: dict[bytes, memoryview] = {}
         #: Being streamed. Offering one of these or of those above again changes nothing.
@@ -311,6 +315,7 @@ class BlobExchange:
             self._on_wanted(message.blob_id)
         elif isinstance(message, m.BlobHeld):
             self._take_offered(message.blob_id, "BlobHeld")
+            self._delivered(message.blob_id)
         else:
             return False
         return True
@@ -351,6 +356,8 @@ class BlobExchange:
                 # With the last part on its way, another offer comes behind it and is in order.
                 self._streaming.discard(blob_id)
             yield m.BlobPart(blob_id, offset, content[offset:stop])
+        if not self._is_closed:
+            self._delivered(blob_id)
 
     # --- receiving ---
 

@@ -125,10 +125,14 @@ class Home:
         """Take the lock that clients hold while they look for a scheduler or start one.
 
         Returns False, at once, when somebody holds it. It is kept to the end of the process: who
-        gets it then also finds `scheduler.lock` free.
+        gets it then also finds `scheduler.lock` free. When the folder is gone nobody can look for
+        a scheduler in it, and the answer is True.
         """
         path = self.path / "start.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            return True
         if not _try_flock(descriptor):
             os.close(descriptor)
             return False

@@ -439,6 +439,8 @@ class SchedulerServer:
         core = self.core
         now = self.clock.now()
         events, self.events = self.events, []
+        if self.blobs.has_dropped:
+            self._revive_blobs(events, now)
         for event in events:
             try:
                 core.handle(event, now)
@@ -458,8 +460,6 @@ class SchedulerServer:
             return
         if commands:
             self._execute(commands, now)
-        if self.blobs.has_dropped:
-            self._revive_blobs(events)
         if deadline is not None:
             self._arm(deadline, now)
 
@@ -508,13 +508,13 @@ class SchedulerServer:
         if isinstance(peer.transport, VirtualTransport):
             self.lose(peer, text)
 
-    def _revive_blobs(self, events: list[Event]) -> None:
-        """Tell the core of blobs that it let go of and that frames of this turn name again."""
+    def _revive_blobs(self, events: list[Event], now: float) -> None:
+        """Tell the core of blobs that it let go of and that frames of this turn name again, before
+        it sees the frames."""
         for event in events:
             if type(event) is FrameReceived and type(event.message) in _NAMING_TYPES:
                 for blob_id in self.blobs.revive(event.message):
-                    self.events.append(BlobCompleted(blob_id))
-                    self.schedule_turn()
+                    self.core.handle(BlobCompleted(blob_id), now)
 
     def _arm(self, deadline: float, now: float) -> None:
         """Have a turn when the core's next deadline comes. A timer that is set for an earlier time

@@ -47,7 +47,9 @@ _FIELDS: dict[int, tuple[type, ...]] = {
 }
 _FIELDS |= {WAITS: (int, int), LOG: (int, bytes, int)}
 
-_pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+#: Paths and environment variables may be any bytes, and are text with surrogates then.
+_UNICODE_ERRORS = "surrogateescape"
+_pack = msgpack.Packer(use_bin_type=True, autoreset=True, unicode_errors=_UNICODE_ERRORS).pack
 
 
 def prefix(*header: Any, payload_size: int = 0) -> bytes:
@@ -64,7 +66,7 @@ STARTED_FRAME = prefix(STARTED)
 
 def parse(header: bytes) -> list[Any]:
     """The fields of a header, kind first, unchecked: for what comes from the daemon."""
-    fields: list[Any] = msgpack.unpackb(header, raw=False)
+    fields: list[Any] = msgpack.unpackb(header, raw=False, unicode_errors=_UNICODE_ERRORS)
     return fields
 
 

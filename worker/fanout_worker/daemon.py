@@ -70,7 +70,7 @@ class Daemon:
         folder = options.home / "worker"
         shutil.rmtree(folder, ignore_errors=True)
         self._store = FileBlobStore(folder / "blobs")
-        self._nested = NestedServer(self._find_secret, self._send)
+        self._nested = NestedServer(self._find_secret, self._send_soon)
         self._host = Host(
             Settings(
                 blob_folder=str(folder / "blobs"),
@@ -203,7 +203,11 @@ class Daemon:
         self._unreachable_since = None
         self._is_writable = True
         self._exchange = BlobExchange(
-            self._store, transport.send, transport.send_bulk, self._blob_completed
+            self._store,
+            transport.send,
+            transport.send_bulk,
+            self._blob_completed,
+            self._blob_delivered,
         )
         self._nested.connected(welcome.epoch)
         self.state.connected(welcome.epoch)
@@ -214,6 +218,9 @@ class Daemon:
         for message in messages:
             if isinstance(message, m.Heartbeat) or self._nested.handle(message):
                 continue
+            if isinstance(message, m.BlobOffer):
+                # A removal that was decided just before must not hit what is now said to be here.
+                self._act()
             if isinstance(message, m.Goodbye):
                 self._on_goodbye(message)
             elif self._exchange is not None and self._exchange.handle(message):
@@ -251,10 +258,20 @@ class Daemon:
         self.state.blob_completed(blob_id)
         self._act()
 
+    def _blob_delivered(self, blob_id: bytes) -> None:
+        self.state.blob_delivered(blob_id)
+        self._act()
+
     def _send(self, message: m.Message) -> None:
         transport = self._transport
         if transport is not None and not transport.is_closed:
             transport.queue(message)
+
+    def _send_soon(self, message: m.Message) -> None:
+        """For those that speak outside `_act`, which is where what `_send` queues leaves."""
+        transport = self._transport
+        if transport is not None and not transport.is_closed:
+            transport.send(message)
 
     async def _beat(self) -> None:
         while True:

@@ -32,14 +32,15 @@ class Launch:
 async def plan_launch(definition: Definition, settings: Settings) -> Launch:
     """What a container of this function is started with on this host.
 
-    The embedded worker uses the client's own environment. Elsewhere it is this daemon's
-    interpreter and path, with the client's sources before it.
+    The embedded worker uses the client's own environment. Elsewhere, and for a client that took
+    this host for another one (it came by `FANOUT_URL`), it is this daemon's interpreter and path,
+    with the client's sources before it.
 
     Raises:
         ContainerStartError: the sources cannot be unpacked.
     """
     environment = definition.environment
-    if settings.is_embedded:
+    if settings.is_embedded and not environment.sources:
         interpreter = Interpreter(environment.python, environment.path, environment.variables)
         return Launch(
             interpreter, environment.path, environment.cwd, dict(environment.variables), ""

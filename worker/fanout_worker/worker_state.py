@@ -22,8 +22,10 @@ A container::
     stopping  told to leave
     gone      its exit is reported
 
-Reports (outputs, items, exits) have to arrive. Each stays in `_unacknowledged`, in order, until
-`OutputsAck`; after a reconnect they are sent again behind `WorkerReady`. An exit has no sequence
+Reports (outputs, items, exits) have to arrive. One that names blobs is held back until they are
+delivered (`blob_delivered`), and with it what follows it in its lease; so whoever gets a report
+has its blobs. Then it is numbered and sent, and stays in `_unacknowledged`, in order, until
+`OutputsAck`; after a reconnect those are sent again behind `WorkerReady`. An exit has no sequence
 number of its own, so it stays until a later report was acknowledged; a scheduler that knows it
 already ignores it. When too much is unacknowledged, `is_congested` says that containers should
 not be read any more: they then wait, before their next input.
@@ -145,12 +147,14 @@ class Container:
 
 @dataclass(slots=True)
 class _Report:
-    #: It is safe when a report with this sequence number is acknowledged.
+    #: It is safe when a report with this sequence number is acknowledged; 0 until it is sent.
     sequence: int
-    message: m.Message
+    message: m.LeaseOutputs | m.LeaseItems | m.ContainerExited
     size_bytes: int
     blobs: tuple[bytes, ...]
     is_numbered: bool
+    #: Reports of one lease keep their order, and an exit comes behind those of its container.
+    container_id: int
 
 
 class WorkerState:
@@ -182,6 +186,10 @@ class WorkerState:
         self._epoch = -1
         self._sequence = 0
         self._unacknowledged: deque[_Report] = deque()
+        #: Reports whose blobs are on their way, and those behind them, in order.
+        self._held_back: list[_Report] = []
+        #: Blobs of outputs that the scheduler has, as far as this connection tells.
+        self._delivered: set[bytes] = set()
         self._unacknowledged_bytes = 0
         #: Exits do not count: they cannot be acknowledged alone, so they must stop nothing.
         self._numbered_count = 0
@@ -244,10 +252,15 @@ class WorkerState:
             leases=list(self.leases),
         )
         self._send(ready)
-        for report in self._unacknowledged:
+        # What has to be sent again goes the way of what is new, with the numbers it has.
+        self._delivered.clear()
+        again = [*self._unacknowledged, *self._held_back]
+        self._unacknowledged.clear()
+        self._held_back = again
+        for report in again:
             for blob_id in report.blobs:
                 self._commands.append(OfferBlob(blob_id))
-            self._send(report.message)
+        self._send_held_back()
         for lease in self.leases.values():
             if lease.waits_upto is not None:
                 self._send(m.LeaseWaits(lease.lease_id, lease.waits_upto))
@@ -309,7 +322,9 @@ class WorkerState:
         for lease in list(container.leases.values()):
             self._forget_lease(lease)
         self._report(
-            m.ContainerExited(container_id, reason, running, details, payload), is_numbered=False
+            m.ContainerExited(container_id, reason, running, details, payload),
+            container_id,
+            is_numbered=False,
         )
 
     def lease_outputs(
@@ -330,9 +345,10 @@ class WorkerState:
             return
         self._report(
             m.LeaseOutputs(
-                self._sequence + 1, lease_id, lease.call_id, start, busy_us, lengths, statuses,
+                0, lease_id, lease.call_id, start, busy_us, lengths, statuses,
                 blobs, payload,
             ),
+            lease.container_id,
             blobs=blobs,
         )  # fmt: skip
         lease.done += len(statuses)
@@ -355,9 +371,8 @@ class WorkerState:
             return
         lease.waits_upto = None
         self._report(
-            m.LeaseItems(
-                self._sequence + 1, lease_id, lease.call_id, index, number, lengths, blobs, payload
-            ),
+            m.LeaseItems(0, lease_id, lease.call_id, index, number, lengths, blobs, payload),
+            lease.container_id,
             blobs=blobs,
         )
 
@@ -537,23 +552,53 @@ class WorkerState:
     def _report(
         self,
         message: m.LeaseOutputs | m.LeaseItems | m.ContainerExited,
+        container_id: int,
         blobs: Iterable[tuple[int, list[bytes]]] = (),
         is_numbered: bool = True,
     ) -> None:
         blob_ids = tuple(blob_id for _, ids in blobs for blob_id in ids)
         self._held.update(blob_ids)
         size_bytes = len(message.payload) + _REPORT_SIZE_BYTES
-        self._unacknowledged.append(
-            _Report(self._sequence + 1, message, size_bytes, blob_ids, is_numbered)
-        )
+        report = _Report(0, message, size_bytes, blob_ids, is_numbered, container_id)
         self._unacknowledged_bytes += size_bytes
         self._numbered_count += is_numbered
-        if is_numbered:
-            self._sequence += 1
         if self.is_connected:
             for blob_id in blob_ids:
                 self._commands.append(OfferBlob(blob_id))
-            self._commands.append(Send(message))
+        if self._must_wait(report):
+            self._held_back.append(report)
+        else:
+            self._send_report(report)
+
+    def blob_delivered(self, blob_id: bytes) -> None:
+        """The scheduler has this blob: reports that waited for it may go."""
+        self._delivered.add(blob_id)
+        self._send_held_back()
+
+    def _must_wait(self, report: _Report) -> bool:
+        if any(blob_id not in self._delivered for blob_id in report.blobs):
+            return True
+        return any(held.container_id == report.container_id for held in self._held_back)
+
+    def _send_held_back(self) -> None:
+        waiting, self._held_back = self._held_back, []
+        for report in waiting:
+            if self._must_wait(report):
+                self._held_back.append(report)
+            else:
+                self._send_report(report)
+
+    def _send_report(self, report: _Report) -> None:
+        """Number it and send it. One that was numbered in an earlier connection gets a new number:
+        numbers only grow in the order of sending."""
+        if report.is_numbered:
+            self._sequence += 1
+            report.message.sequence = self._sequence  # type: ignore[union-attr]
+            report.sequence = self._sequence
+        else:
+            report.sequence = self._sequence + 1
+        self._unacknowledged.append(report)
+        self._send(report.message)
 
     def _end_if_done(self, lease: Lease) -> None:
         if lease.start + lease.done >= lease.stop:
@@ -575,7 +620,8 @@ class WorkerState:
             return
         if any(blob_id in lease.blobs for lease in self.leases.values()):
             return
-        if any(blob_id in report.blobs for report in self._unacknowledged):
+        if any(blob_id in r.blobs for r in (*self._unacknowledged, *self._held_back)):
             return
+        self._delivered.discard(blob_id)
         self._held.discard(blob_id)
         self._commands.append(RemoveBlob(blob_id))

@@ -17,6 +17,7 @@ from fanout_scheduler.core import blobs, durable
 from fanout_scheduler.core.events import PeerId, Send, SendBlob
 from fanout_scheduler.core.leasing import (
     close_inputs,
+    requeue,
     wake_call,
 )
 from fanout_scheduler.core.state import Call, Function, GeneratorState, Lease, State
@@ -54,6 +55,13 @@ def _accept(state: State, message: m.LeaseOutputs) -> int:
         state.note("output of an ended call")
         if lease is not None:
             close_inputs(state, lease, start, stop)
+        return 0
+    if not state.present_blobs.issuperset(blobs.ids(message.blobs)):
+        # A worker sends the blobs first, so this one broke the order: run the inputs again.
+        state.note("report without its blobs")
+        if lease is not None:
+            close_inputs(state, lease, start, stop)
+            requeue(state, call, start, stop)
         return 0
     store_sequence = 0
     fresh = 0
