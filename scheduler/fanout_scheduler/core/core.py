@@ -58,7 +58,7 @@ CALL_MESSAGES: dict[type[m.Message], Callable[[State, Call, Any], None]] = {
 PEER_MESSAGES: dict[type[m.Message], Callable[[State, Peer, Any], None]] = {
     m.OpenApp: calls.on_open_app,
     m.CloseApp: calls.on_close_app,
-    m.DefineFunction: calls.on_define_function,
+    m.DefineFunction: workers.on_define_function,
     m.OpenCall: calls.on_open_call,
     m.FetchOutputs: calls.on_fetch_outputs,
     m.StopFetch: calls.on_stop_fetch,
@@ -225,6 +225,8 @@ class Scheduler:
                 calls.on_session_deadline(state, what)
             elif kind == "worker":
                 workers.on_worker_deadline(state, what)
+            elif kind == "unclaimed":
+                workers.on_unclaimed_deadline(state, what)
             elif kind == "store":
                 durable.on_store_retry(state, what)
             elif kind == "forget":

@@ -284,6 +284,9 @@ class Worker:
     heard_at: float
     containers: dict[int, Container] = field(default_factory=dict)
     functions: set[bytes] = field(default_factory=set)
+    #: Function ids by container id, of containers from before the scheduler's restart whose
+    #: client has not come back yet.
+    unclaimed: dict[int, bytes] = field(default_factory=dict)
     blobs: set[bytes] = field(default_factory=set)
     #: Reports not yet acknowledged, as (sequence, store sequence it waits for or 0).
     unsafe: deque[tuple[int, int]] = field(default_factory=deque)

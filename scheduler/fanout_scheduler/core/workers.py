@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fanout.config import WORKER_DEADLINE_S
+from typing import Any
+
+from fanout.config import CLIENT_GRACE_S, WORKER_DEADLINE_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core import calls, durable, outputs
 from fanout_scheduler.core.events import Disconnect, PeerId, Send
@@ -40,27 +42,63 @@ def on_worker_ready(state: State, peer: Peer, message: m.WorkerReady) -> None:
     )
     state.workers[worker.worker_id] = worker
     peer.worker = worker
-    keep = [c for c in message.containers if _adopt(state, worker, c)]
+    known = [c for c in message.containers if _is_container(c)]
+    keep = [c for c in known if _adopt(state, worker, *c) or _hold(state, worker, *c)]
     state.send(peer.peer_id, m.WorkerAccepted([c[0] for c in keep]))
+    if worker.unclaimed:
+        state.at(state.now + CLIENT_GRACE_S, "unclaimed", worker)
     for lease_id in message.leases:
         if type(lease_id) is int and lease_id not in state.leases:
             state.send(peer.peer_id, m.CancelLease(lease_id))
     state.at(state.now + WORKER_DEADLINE_S, "worker", worker)
 
 
-def _adopt(state: State, worker: Worker, container: list[object]) -> bool:
+def _is_container(record: list[Any]) -> bool:
+    return len(record) == 2 and type(record[0]) is int and type(record[1]) is bytes
+
+
+def _adopt(state: State, worker: Worker, container_id: int, function_id: bytes) -> bool:
     """Keep a warm container of a function that is known here, also after a restart."""
-    if len(container) != 2 or type(container[0]) is not int or type(container[1]) is not bytes:
-        return False
-    function = state.functions.get(container[1])
-    if function is None or function.app.is_closing or container[0] in state.containers:
+    function = state.functions.get(function_id)
+    if function is None or function.app.is_closing or container_id in state.containers:
         return False
     limit = function.max_containers
     if limit is not None and len(function.containers) >= limit:
         return False
     worker.functions.add(function.function_id)
-    add_container(state, worker, function, container[0], "ready")
+    add_container(state, worker, function, container_id, "ready")
     return True
+
+
+def _hold(state: State, worker: Worker, container_id: int, function_id: bytes) -> bool:
+    """Keep a container from before a restart for a while: its client, which will define its
+    function again, may just be later than its worker."""
+    if function_id in state.functions or container_id >> m.EPOCH_SHIFT >= state.epoch:
+        return False
+    worker.unclaimed[container_id] = function_id
+    return True
+
+
+def on_define_function(state: State, peer: Peer, message: m.DefineFunction) -> None:
+    """A function becomes known, and the containers that were held for it are its own again."""
+    calls.on_define_function(state, peer, message)
+    function_id = message.function_id
+    if function_id not in state.functions:
+        return
+    for worker in state.workers.values():
+        held = [c for c, wanted in worker.unclaimed.items() if wanted == function_id]
+        for container_id in held:
+            del worker.unclaimed[container_id]
+            if not _adopt(state, worker, container_id, function_id):
+                state.send(worker.peer_id, m.StopContainer(container_id, True))
+
+
+def on_unclaimed_deadline(state: State, worker: Worker) -> None:
+    """Whoever has not come back by now lost its calls too."""
+    if state.workers.get(worker.worker_id) is worker:
+        for container_id in worker.unclaimed:
+            state.send(worker.peer_id, m.StopContainer(container_id, True))
+        worker.unclaimed.clear()
 
 
 def add_container(
@@ -136,6 +174,8 @@ def on_container_started(state: State, peer: Peer, message: m.ContainerStarted) 
 
 def on_container_exited(state: State, peer: Peer, message: m.ContainerExited) -> None:
     container = state.containers.get(message.container_id)
+    if peer.worker is not None:
+        peer.worker.unclaimed.pop(message.container_id, None)
     if container is None or container.worker is not peer.worker:
         state.note("exit of an unknown container")
         return
