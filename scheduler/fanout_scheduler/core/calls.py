@@ -107,22 +107,32 @@ def close_app(state: State, app: App) -> None:
 
 
 def close_app_if_done(state: State, app: App) -> None:
+    """Once nothing of a closed app runs, its containers and functions go. The results of its
+    spawned calls are kept, and the functions that those name."""
     if not app.is_closing or any(not call.is_over for call in app.calls.values()):
         return
-    for function in app.functions.values():
+    kept = {call.function.function_id for call in app.calls.values()}
+    for function in list(app.functions.values()):
         for container in list(function.containers.values()):
             stop_container(state, container)
-    if app.calls:
-        return  # results of spawned calls are kept; their functions are what they belong to
-    durable.forget_app(state, app)
-    state.apps.pop(app.app_id, None)
-    for function_id in app.functions:
-        state.functions.pop(function_id, None)
-        state.ready_functions.pop(function_id, None)
-        for worker in state.workers.values():
-            if function_id in worker.functions:
-                worker.functions.discard(function_id)
-                state.send(worker.peer_id, m.DropFunction(function_id))
+        if function.function_id not in kept:
+            _drop_function(state, function)
+    if not app.calls:
+        durable.forget_app(state, app)
+        state.apps.pop(app.app_id, None)
+
+
+def _drop_function(state: State, function: Function) -> None:
+    function_id = function.function_id
+    function.app.functions.pop(function_id, None)
+    state.functions.pop(function_id, None)
+    state.ready_functions.pop(function_id, None)
+    if not function.is_stored:
+        blobs.release(state, function.definition.blobs)
+    for worker in state.workers.values():
+        if function_id in worker.functions:
+            worker.functions.discard(function_id)
+            state.send(worker.peer_id, m.DropFunction(function_id))
 
 
 def stop_container(state: State, container: Container) -> None:

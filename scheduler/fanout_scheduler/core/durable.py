@@ -59,7 +59,7 @@ def store_open(state: State, call: Call, message: m.OpenCall) -> None:
     if not function.is_stored:
         function.is_stored = True
         records.append(function.definition)
-        blobs.keep(state, function.definition.blobs)
+        app.stored_blobs += function.definition.blobs
     records.append(message)
     _store(state, call, records)
 
@@ -97,9 +97,7 @@ def forget_call(state: State, call_id: bytes) -> None:
 
 def forget_app(state: State, app: App) -> None:
     if app.is_stored:
-        for function in app.functions.values():
-            if function.is_stored:
-                blobs.release(state, function.definition.blobs)
+        blobs.release(state, app.stored_blobs)
         _store(state, None, [ForgetApp(app.app_id)])
 
 

@@ -43,6 +43,7 @@ def _restore_record(state: State, record: Record) -> bool:
             function = make_function(record, owner, state.next_number())
             function.is_stored = True
             state.functions[record.function_id] = owner.functions[record.function_id] = function
+            owner.stored_blobs += record.blobs
             blobs.keep(state, record.blobs)
             blobs.await_definition(state, function)
     elif isinstance(record, m.OpenCall):

@@ -35,7 +35,7 @@ def snapshot(state: State) -> dict[str, Any]:
                 "containers": len(function.containers),
                 "max_containers": function.max_containers,
             }
-            for function in list(state.functions.values())[:ROWS_MAX]
+            for function in [f for f in state.functions.values() if not f.app.is_closing][:ROWS_MAX]
         ],
         "calls": [_call(call) for call in list(state.calls.values())[:ROWS_MAX]],
         "call_count": len(state.calls),
@@ -54,8 +54,17 @@ def _container(container: Container) -> dict[str, Any]:
         "worker": container.worker.name,
         "state": state,
         "leases": len(container.leases),
-        "waits": container.is_waiting,
+        "waits": _wait_of(container),
     }
+
+
+def _wait_of(container: Container) -> str:
+    """What a container without a core waits for, by name."""
+    if not container.is_waiting:
+        return ""
+    if container.deferred:
+        return "its core"
+    return "its consumer" if container.function.is_generator else "its own calls"
 
 
 def _call(call: Call) -> dict[str, Any]:

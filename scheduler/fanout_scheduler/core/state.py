@@ -34,6 +34,8 @@ class App:
     #: The run is over; the app goes when its spawned calls have ended.
     is_closing: bool = False
     is_stored: bool = False
+    #: Blobs that its stored definitions name; kept until the store forgets the app.
+    stored_blobs: list[bytes] = field(default_factory=list)
 
 
 @dataclass(slots=True)
