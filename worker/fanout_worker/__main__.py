@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import logging
 import os
 import socket
@@ -31,11 +32,34 @@ def main() -> int:
     )
     try:
         options = _parse(sys.argv[1:])
+        if not options.is_embedded:
+            _take_home(options.home)
     except InvalidError as error:
         sys.stderr.write(f"fanout worker: {error}\n")
         return 2
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(options))
+
+
+def _take_home(home: Path) -> None:
+    """Become the one worker of a folder, for as long as the process lives: a worker begins by
+    deleting what an earlier one has left there.
+
+    Raises:
+        InvalidError: another process is; says which.
+    """
+    descriptor = os.open(home / "worker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        os.close(descriptor)
+        raise InvalidError(
+            f"another worker (pid {pid}) uses the folder {home}. One worker gives out all of a "
+            f"host; for a second one choose another --name or --home, and divide the cores by --cpu"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
 
 
 async def _run(options: Options) -> int:

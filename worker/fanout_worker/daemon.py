@@ -144,7 +144,10 @@ class Daemon:
                     return
                 logger.warning("= the scheduler refuses this worker: %s", error)
             except ConnectionError as error:
-                logger.info("= %s", error)
+                is_news = self._unreachable_since is None and not self._options.is_embedded
+                logger.log(
+                    logging.WARNING if is_news else logging.INFO, "= %s; trying again", error
+                )
             else:
                 delay_s = RECONNECT_DELAY_MIN_S
                 await transport.wait_closed()
@@ -231,6 +234,7 @@ class Daemon:
                 if isinstance(message, m.WorkerAccepted) and not self._was_accepted:
                     self._was_accepted = True
                     self._write_record()
+                    self._tell_joined()
         self._act()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -367,6 +371,16 @@ class Daemon:
             container.stop(kill=True)
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=config.KILL_GRACE_S)
+
+    def _tell_joined(self) -> None:
+        options = self._options
+        if options.is_embedded:
+            return
+        sys.stdout.write(
+            f"fanout worker {options.name} has joined the scheduler at {options.join.host}:"
+            f"{options.join.port} with {options.cpu:g} cores and {options.memory_mib} MiB\n"
+        )
+        sys.stdout.flush()
 
     def _write_record(self) -> None:
         """Tell who looks into the home that this worker was accepted."""

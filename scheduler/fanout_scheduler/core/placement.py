@@ -169,7 +169,7 @@ def _is_worth_a_container(state: State, call: Call) -> bool:
     if not any(_can_prefetch(state, c) for c in function.containers.values()):
         return True
     # Should that container get stuck, the question is asked again.
-    state.at(state.now + STUCK_S, "look", None)
+    state.look(state.now + STUCK_S)
     return False
 
 
@@ -341,7 +341,7 @@ def _reclaim_tails(state: State) -> None:
         reclaim(state, lease, keep)
     state.reclaim_after = state.now + RECLAIM_INTERVAL_S
     if is_stuck_possible:
-        state.at(state.now + STUCK_S / 2, "look", None)
+        state.look(state.now + STUCK_S / 2)
 
 
 def _is_stuck(state: State, lease: Lease) -> bool:

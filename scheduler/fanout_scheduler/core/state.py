@@ -293,7 +293,7 @@ class Worker:
     #: Reports not yet acknowledged, as (sequence, store sequence it waits for or 0).
     unsafe: deque[tuple[int, int]] = field(default_factory=deque)
     acknowledged: int = 0
-    #: When its reports are acknowledged at the latest; 0 when none waits.
+    #: When its reports are acknowledged at the latest.
     acknowledge_at: float = 0.0
 
 
@@ -365,6 +365,7 @@ class State:
     acknowledging: dict[bytes, Worker] = field(default_factory=dict)
     #: Tails are not looked at again before this time.
     reclaim_after: float = 0.0
+    next_look: float = 0.0
     started_at: float = 0.0
     store_sequence: int = 0
     counter: int = 0
@@ -387,6 +388,13 @@ class State:
     def at(self, when: float, kind: str, what: Any) -> None:
         """Have `kind` looked at when the time comes."""
         heappush(self.deadlines, (when, self.next_number(), kind, what))
+
+    def look(self, when: float) -> None:
+        """Decide again at this time, at the latest. One deadline serves all who ask."""
+        if self.now < self.next_look <= when:
+            return
+        self.next_look = when
+        self.at(when, "look", None)
 
     def send(self, peer_id: PeerId, message: m.Message) -> None:
         """Order a frame to be sent. To a container that waits, one that would end the wait is kept

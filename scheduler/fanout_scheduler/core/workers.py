@@ -228,13 +228,14 @@ def acknowledge(state: State) -> None:
         return
     addressed = {c.peer_id for c in state.commands if type(c) is Send}
     for worker in list(state.acknowledging.values()):
-        is_due = state.now >= worker.acknowledge_at > 0.0
-        if worker.peer_id in addressed or len(worker.unsafe) >= ACKNOWLEDGE_COUNT or is_due:
+        if worker.acknowledge_at == 0.0:
+            worker.acknowledge_at = state.now + ACKNOWLEDGE_DELAY_S
+        is_due = state.now >= worker.acknowledge_at
+        if is_due or worker.peer_id in addressed or len(worker.unsafe) >= ACKNOWLEDGE_COUNT:
             worker.acknowledge_at = 0.0
             _acknowledge(state, worker)
-        elif worker.acknowledge_at == 0.0:
-            worker.acknowledge_at = state.now + ACKNOWLEDGE_DELAY_S
-            state.at(worker.acknowledge_at, "look", None)
+        else:
+            state.look(worker.acknowledge_at)
 
 
 def _acknowledge(state: State, worker: Worker) -> None:
