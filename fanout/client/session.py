@@ -345,9 +345,9 @@ class Session:
     # --- calls and questions ---------------------------------------------------------------------
 
     def open_call(self, call: LiveCall) -> None:
-        """Send a call's messages from now on, and give it what arrives for it."""
+        """Send a call's messages from its next flush on, and give it what arrives for it. So the
+        call and its first inputs leave in one write."""
         self._calls[call.state.call_id] = call
-        call.flush()
 
     def close_call(self, call: LiveCall) -> None:
         """Nobody is interested in the call any more."""

@@ -187,9 +187,9 @@ class BlockingCall(_Opener):
     def opened(self, call: LiveCall) -> None:
         add_to(call, self._encoded)
         call.state.seal()
+        call.flush()
         if call.session.is_nested:
             self.begin_wait()
-        call.flush()
         self.call_changed()
 
     def call_changed(self) -> None:
