@@ -75,7 +75,7 @@ def test_a_single_call_goes_out_in_one_go() -> None:
     call.add([b"input"])
     call.seal()
     kinds = [type(message) for message in taken(call)]
-    assert kinds == [m.OpenCall, m.Inputs, m.SealCall]
+    assert kinds == [m.SubmitCall]
     call.handle(m.CallOpened(CALL, WINDOW_COUNT_MIN, WINDOW_BYTES, []))
     assert taken(call) == []
     call.handle(outputs(0, [b"output"]))

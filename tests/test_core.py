@@ -596,3 +596,46 @@ def test_idle_containers_leave_after_their_window() -> None:
     assert bench.take_all(m.StopContainer) == []
     bench.later(0.2)
     assert bench.take(m.StopContainer).kill is False
+
+
+def restarted_with_container(bench: Bench, container_id: int) -> int:
+    """A worker that comes back to a scheduler in its second life, with a container from the first
+    one whose function nobody has defined yet."""
+    worker = bench.connect("worker")
+    containers = [[container_id, b"f" * 16]]
+    ready = m.WorkerReady(b"\1" * 16, "w1", 1.0, 1000, False, containers, [])
+    bench.frame(worker, ready)
+    return worker
+
+
+OLD_CONTAINER = 1 << m.EPOCH_SHIFT | 7
+
+
+def test_container_from_before_a_restart_serves_its_client_when_it_is_back() -> None:
+    bench = Bench(epoch=2)
+    worker = restarted_with_container(bench, OLD_CONTAINER)
+    assert bench.take(m.WorkerAccepted).keep == [OLD_CONTAINER]
+    client = bench.client(f={})
+    bench.open(client, count=1)
+    assert bench.take(m.Lease, worker).container_id == OLD_CONTAINER
+    bench.later(31)
+    assert bench.take_all(m.StopContainer) == []
+
+
+def test_container_from_before_a_restart_leaves_when_nobody_claims_it() -> None:
+    bench = Bench(epoch=2)
+    worker = restarted_with_container(bench, OLD_CONTAINER)
+    bench.take(m.WorkerAccepted)
+    bench.later(14)
+    bench.frame(worker, m.Heartbeat(1))
+    bench.later(14)
+    bench.frame(worker, m.Heartbeat(2))
+    assert bench.take_all(m.StopContainer) == []
+    bench.later(3)
+    assert bench.take(m.StopContainer).container_id == OLD_CONTAINER
+
+
+def test_container_of_a_function_that_was_dropped_in_this_life_is_not_kept() -> None:
+    bench = Bench(epoch=1)
+    restarted_with_container(bench, OLD_CONTAINER)
+    assert bench.take(m.WorkerAccepted).keep == []

@@ -355,7 +355,26 @@ class CallState:
             self._send(chunk)
         if self._is_sealed and not self._is_seal_sent:
             self._is_seal_sent = True
-            self.outgoing.append(m.SealCall(self.call_id, self._added_count))
+            self._say_seal()
+
+    def _say_seal(self) -> None:
+        """The seal; in one frame with the rest, if nothing of the call has left yet."""
+        match self.outgoing:
+            case [m.OpenCall(is_resumed=False) as opening, m.Inputs(start=0) as inputs]:
+                self.outgoing[:] = [
+                    m.SubmitCall(
+                        self.call_id,
+                        self.function_id,
+                        opening.is_durable,
+                        opening.is_ordered,
+                        opening.parent,
+                        inputs.lengths,
+                        inputs.blobs,
+                        inputs.payload,
+                    )
+                ]
+            case _:
+                self.outgoing.append(m.SealCall(self.call_id, self._added_count))
 
     def _fitting_count(self, chunk: Chunk) -> int:
         """How many inputs of the chunk the credit allows; at least one if nothing is in flight."""

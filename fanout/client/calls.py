@@ -60,7 +60,7 @@ class LiveCall:
             outgoing.clear()
             return
         for message in outgoing:
-            if isinstance(message, m.Inputs):
+            if isinstance(message, m.Inputs | m.SubmitCall):
                 for _, blob_ids in message.blobs:
                     for blob_id in blob_ids:
                         session.offer(blob_id)

@@ -29,6 +29,7 @@ This module is sans-IO and knows nothing of sockets, clocks or processes.
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from operator import attrgetter
 from typing import (
     Annotated,
     Any,
@@ -72,6 +73,9 @@ class Status(IntEnum):
     #: fanout ended the input: msgpack ``[code, text, details]``; see `FAILURE_CODES`.
     FAILURE = 3
 
+
+#: Looked up for each frame: asking an enum costs more than the rest of the check.
+STATUS_MAX = int(max(Status))
 
 #: The first element of a `Status.FAILURE` payload, and what the client raises for it.
 FAILURE_CODES = (
@@ -225,10 +229,12 @@ class Message:
     __slots__ = ()
     KIND: ClassVar[int]
     CHECKS: ClassVar[tuple[tuple[str, Check], ...]]
+    #: Gives the values of all fields but the payload.
+    FIELDS: ClassVar[Callable[[Any], tuple[Any, ...]]]
     HAS_PAYLOAD: ClassVar[bool]
 
     def _values(self) -> list[Any]:
-        values = [getattr(self, name) for name, _ in self.CHECKS]
+        values = list(type(self).FIELDS(self))
         if self.HAS_PAYLOAD:
             values.append(bytes(self.payload))  # type: ignore[attr-defined]
         return values
@@ -245,6 +251,13 @@ class Message:
         if self.HAS_PAYLOAD:
             shown += f", payload of {len(self.payload)} bytes"  # type: ignore[attr-defined]
         return f"{type(self).__name__}({shown})"
+
+
+def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
+    if len(names) > 1:
+        return attrgetter(*names)
+    first = attrgetter(names[0])
+    return lambda message: (first(message),)
 
 
 #: Which class a kind is.
@@ -273,6 +286,7 @@ def _message(kind: int) -> Callable[[type[M]], type[M]]:
         assert "payload" not in names[:-1], "the payload is the last field"
         made.KIND = kind  # type: ignore[attr-defined]
         made.CHECKS = tuple(checks)  # type: ignore[attr-defined]
+        made.FIELDS = staticmethod(_getter([name for name, _ in checks]))  # type: ignore[attr-defined]
         made.HAS_PAYLOAD = "payload" in names  # type: ignore[attr-defined]
         KINDS[kind] = made  # type: ignore[assignment]
         return made
@@ -487,6 +501,21 @@ class AskShutdown(Message):
 
     request_id: RequestId
     force: Flag
+
+
+@_message(36)
+class SubmitCall(Message):
+    """`OpenCall`, `Inputs` from index 0 and `SealCall` in one frame, for a call whose inputs are
+    all there when it begins. A single call costs one frame instead of three."""
+
+    call_id: CallId
+    function_id: FunctionId
+    is_durable: Flag
+    is_ordered: Flag
+    parent: MaybePair
+    lengths: Lengths
+    blobs: BlobRefs
+    payload: Payload
 
 
 # --- scheduler to client -------------------------------------------------------------------------
@@ -850,7 +879,8 @@ _BLOBS = frozenset({BlobOffer, BlobWanted, BlobHeld, BlobPart})
 
 #: A worker's token cannot submit calls: these sets are checked against the role that was proved.
 FROM_CLIENT: frozenset[type[Message]] = _BLOBS | {
-    Goodbye, Heartbeat, OpenApp, CloseApp, DefineFunction, OpenCall, Inputs, SealCall, Ack,
+    Goodbye, Heartbeat, OpenApp, CloseApp, DefineFunction, OpenCall, SubmitCall, Inputs, SealCall,
+    Ack,
     ItemCredit, CancelCall, FetchOutputs, StopFetch, AskCall, AskStatus, AskShutdown,
 }  # fmt: skip
 FROM_NESTED_CLIENT: frozenset[type[Message]] = (FROM_CLIENT | {SessionWaits}) - {
@@ -883,9 +913,7 @@ _pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
 
 def encode_header(message: Message) -> bytes:
     """The header of a message's frame, without the payload."""
-    values: list[Any] = [message.KIND]
-    values += [getattr(message, name) for name, _ in message.CHECKS]
-    header: bytes = _pack(values)
+    header: bytes = _pack((message.KIND, *type(message).FIELDS(message)))
     return header
 
 
@@ -960,7 +988,7 @@ def _check_table(message: Message) -> None:
         return
     if 4 * len(statuses) != len(table):
         raise ProtocolError(f"{name} has {len(statuses)} statuses for {len(table) // 4} outputs")
-    if statuses and max(statuses) > max(Status):
+    if statuses and max(statuses) > STATUS_MAX:
         raise ProtocolError(f"{name}.statuses holds the unknown status {max(statuses)}")
 
 

@@ -155,7 +155,9 @@ async def _dial(
             try:
                 await create()
             except OSError as error:
-                raise ConnectionError(f"cannot reach {where}: {error}; {advice}") from error
+                raise ConnectionError(
+                    f"cannot reach {where}: {_reason(error)}; {advice}"
+                ) from error
             await transport.wait_open()
     except TimeoutError:
         transport.abort()
@@ -163,6 +165,12 @@ async def _dial(
     except BaseException:
         transport.abort()
         raise
+
+
+def _reason(error: OSError) -> str:
+    """In the system's words; event loops replace them by the address, which is told already."""
+    is_of_system = error.errno is not None and not isinstance(error, socket.gaierror)
+    return os.strerror(error.errno) if is_of_system else str(error)
 
 
 # --- listening ------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ _SHELL_TYPES: frozenset[type[m.Message]] = _BLOB_TYPES | {
 }  # fmt: skip
 #: Frames that name blobs; see `blobs.py`.
 _NAMING_TYPES: frozenset[type[m.Message]] = frozenset(
-    {m.DefineFunction, m.Inputs, m.LeaseOutputs, m.LeaseItems}
+    {m.DefineFunction, m.Inputs, m.SubmitCall, m.LeaseOutputs, m.LeaseItems}
 )
 
 

@@ -171,17 +171,57 @@ def on_open_call(state: State, peer: Peer, message: m.OpenCall) -> None:
     if known is not None:
         _resume_call(state, session, known)
         return
+    call = _new_call(state, peer, message)
+    if call is None:
+        return
+    if message.is_durable:
+        durable.store_open(state, call, message)
+    elif message.is_resumed:
+        send_opened(state, call)
+
+
+def on_submit_call(state: State, peer: Peer, message: m.SubmitCall) -> None:
+    """A call with all its inputs."""
+    opening = m.OpenCall(
+        message.call_id,
+        message.function_id,
+        message.is_durable,
+        message.is_ordered,
+        message.parent,
+    )
+    if message.call_id in state.calls:
+        state.note("duplicate call")
+        return
+    call = _new_call(state, peer, opening)
+    if call is None:
+        return
+    inputs = m.Inputs(message.call_id, 0, message.lengths, message.blobs, message.payload)
+    count = len(message.lengths) // 4
+    if message.is_durable:
+        durable.store_open(state, call, opening)
+        durable.store_inputs(state, call, inputs)
+        durable.store_seal(state, call, m.SealCall(message.call_id, count))
+        return
+    blobs.keep(state, blobs.ids(message.blobs))
+    durable.queue_inputs(state, call, inputs)
+    call.sealed_count = count
+
+
+def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
+    """The call that a client opens, or None if it is refused."""
+    session = peer.session
+    assert session is not None
     function = state.functions.get(message.function_id)
     ancestors: tuple[Container, ...] = ()
     depth = 0
     if function is None or not may_use(peer, function.app):
         _refuse_call(state, peer, message, "internal", "its function is not defined")
-        return
+        return None
     if message.parent is not None:
         lease = state.leases.get(message.parent[0])
         if lease is None or lease.container is not session.container:
             _refuse_call(state, peer, message, "cancelled", "the input that made it has ended")
-            return
+            return None
         ancestors = (lease.container, *lease.call.ancestors)
         depth = lease.call.depth + 1
     call = Call(
@@ -200,10 +240,7 @@ def on_open_call(state: State, peer: Peer, message: m.OpenCall) -> None:
     )
     state.calls[call.call_id] = call
     session.calls[call.call_id] = function.app.calls[call.call_id] = call
-    if message.is_durable:
-        durable.store_open(state, call, message)
-    elif message.is_resumed:
-        send_opened(state, call)
+    return call
 
 
 def _refuse_call(state: State, peer: Peer, message: m.OpenCall, code: str, why: str) -> None:

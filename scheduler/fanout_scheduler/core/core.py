@@ -60,6 +60,7 @@ PEER_MESSAGES: dict[type[m.Message], Callable[[State, Peer, Any], None]] = {
     m.CloseApp: calls.on_close_app,
     m.DefineFunction: workers.on_define_function,
     m.OpenCall: calls.on_open_call,
+    m.SubmitCall: calls.on_submit_call,
     m.FetchOutputs: calls.on_fetch_outputs,
     m.StopFetch: calls.on_stop_fetch,
     m.AskCall: calls.on_ask_call,
