@@ -60,6 +60,12 @@ class IntervalSet:
         """One more than the largest member; 0 when empty."""
         return self._stops[-1] if self._stops else 0
 
+    def clear(self) -> None:
+        """Remove everything."""
+        self._starts.clear()
+        self._stops.clear()
+        self.count = 0
+
     def covers(self, start: int, stop: int) -> bool:
         """Whether all of ``[start, stop)`` is in the set; an empty range is."""
         if start >= stop:
@@ -72,8 +78,13 @@ class IntervalSet:
         if start >= stop:
             return 0
         starts, stops = self._starts, self._stops
-        # The usual case: the range continues the last one.
-        if starts and start == stops[-1]:
+        # The usual cases: the set is empty, or the range continues the last one.
+        if not starts:
+            starts.append(start)
+            stops.append(stop)
+            self.count = stop - start
+            return stop - start
+        if start == stops[-1]:
             stops[-1] = stop
             self.count += stop - start
             return stop - start
@@ -95,6 +106,8 @@ class IntervalSet:
     def remove(self, start: int, stop: int) -> int:
         """Remove ``[start, stop)``; return how many of it were there."""
         starts, stops = self._starts, self._stops
+        if not starts:
+            return 0
         low = bisect_right(stops, start)
         high = bisect_left(starts, stop)
         if start >= stop or low >= high:

@@ -338,7 +338,9 @@ def leave(code: Any) -> None:
 
 @app.function()
 def give(kind: str) -> Any:
-    return {"lock": threading.Lock, "refuses": RefusesToBeRebuilt, "point": lambda: Point(1)}[kind]()
+    return {"lock": threading.Lock, "refuses": RefusesToBeRebuilt, "point": lambda: Point(1)}[
+        kind
+    ]()
 
 
 @app.function()

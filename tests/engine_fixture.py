@@ -50,6 +50,12 @@ def _engine(tmp_path_factory: pytest.TempPathFactory, cpu: str) -> Iterator[Clus
             yield made
         finally:
             made.stop()
+        for path in home.rglob("*.output"):
+            text = path.read_text(errors="replace")
+            assert "Traceback" not in text, f"{path.name} tells of a bug: {text[-4000:]}"
+        for path in home.rglob("*.log"):
+            text = path.read_text(errors="replace")
+            assert "ERROR" not in text, f"{path.name} tells of a bug: {text[-4000:]}"
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,12 +47,15 @@ while True:
 
 def require_namespaces() -> None:
     """Skip the test where namespaces cannot be made; in CI that is a failure."""
-    done = subprocess.run(
-        ["unshare", *_NAMESPACES, "true"], capture_output=True, text=True, check=False
-    )
-    if done.returncode == 0:
-        return
-    reason = f"this test makes network namespaces, which needs root: {done.stderr.strip()}"
+    missing = [tool for tool in ("ip", "mount", "nsenter", "unshare") if not shutil.which(tool)]
+    if missing:
+        reason = f"this test makes hosts of namespaces, and there is no {', '.join(missing)} here"
+    else:
+        command = ["unshare", *_NAMESPACES, "true"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        reason = f"this test makes network namespaces, which needs root: {done.stderr.strip()}"
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
@@ -158,6 +162,14 @@ class Network:
 
     def __getitem__(self, name: str) -> Host:
         return self.hosts[name]
+
+    def cut_cable(self, name: str) -> None:
+        """Nothing reaches this host any more, nor leaves it; nobody is told."""
+        self._on_host(self.hosts[name], "ip link set eth0 down")
+
+    def plug_in(self, name: str) -> None:
+        """Undo `cut_cable`."""
+        self._on_host(self.hosts[name], "ip link set eth0 up", "ip route add default dev eth0")
 
     def start_sniffer(self) -> None:
         """From now on keep all bytes that travel between hosts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from fanout.definition import Definition, Environment, Target
 from fanout.exceptions import ContainerStartError
-from fanout_worker.environment import plan_launch
+from fanout_worker.environment import Launch, plan_launch
 from fanout_worker.host import Settings
 from tests.conftest import ROOT, TIMEOUT_FACTOR, Cluster, HandStarted, environment
 
@@ -102,7 +103,8 @@ SHOWS_ITSELF = """
 
     @app.function()
     def show():
-        return [os.environ.get("COLOUR"), os.fsencode(os.environ["ODD"]).hex(), os.getcwd(), answer()]
+        odd = os.fsencode(os.environ["ODD"])
+        return [os.environ.get("COLOUR"), odd.hex(), os.getcwd(), answer()]
 
     if __name__ == "__main__":
         with app.run():
@@ -361,7 +363,7 @@ def test_looking_for_sources_ends_in_a_folder_without_end(tmp_path: Path) -> Non
     assert int(done.stdout) == 2
 
 
-async def test_other_version_of_python_matters_only_to_code_by_value(tmp_path: Path) -> None:
+def test_other_version_of_python_matters_only_to_code_by_value(tmp_path: Path) -> None:
     settings = Settings(
         blob_folder=str(tmp_path / "blobs"),
         sources_folder=str(tmp_path / "sources"),
@@ -372,10 +374,14 @@ async def test_other_version_of_python_matters_only_to_code_by_value(tmp_path: P
     )
     theirs = Environment("/usr/bin/python", "3.99", [], "/", {})
     ours = f"{sys.version_info.major}.{sys.version_info.minor}"
-    by_name = await plan_launch(Definition(theirs, Target("job", "work")), settings)
+
+    def plan(target: Target) -> Launch:
+        return asyncio.run(plan_launch(Definition(theirs, target), settings))
+
+    by_name = plan(Target("job", "work"))
     assert by_name.interpreter.python == sys.executable
     with pytest.raises(ContainerStartError) as caught:
-        await plan_launch(Definition(theirs, Target("m", "f", pickled=b"code")), settings)
+        plan(Target("m", "f", pickled=b"code"))
     assert "Python 3.99" in str(caught.value)
     assert f"Python {ours}" in str(caught.value)
     assert "Define it at the top level of a file" in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -202,6 +203,35 @@ sys.stdout.write(connection.recv(1 << 16).hex())
     assert answer.stdout == "" or answer.stdout.startswith("15"), answer
 
 
+@pytest.mark.root
+@pytest.mark.slow
+def test_host_that_falls_silent_is_replaced_and_taken_back(network: Network) -> None:
+    client_join, worker_join = start_scheduler(network["headnode"])
+    start_worker(network["first"], worker_join)
+    start_worker(network["second"], worker_join)
+    laptop = network["laptop"]
+    script = write_project(laptop.folder)
+    run = [sys.executable, str(script), "60", "0.05", str(script)]
+
+    def ready_count() -> int:
+        command = [sys.executable, "-m", "fanout.cli.main", "status", "--json"]
+        done = laptop.run(*command, FANOUT_URL=client_join)
+        return len(json.loads(done.stdout)["workers"]) if done.returncode == 0 else 0
+
+    client = laptop.start(*run, FANOUT_URL=client_join)
+    assert client.stdout is not None
+    head = "".join(client.stdout.readline() for _ in range(10))
+    network.cut_cable("first")
+    stdout = head + client.stdout.read()
+    assert client.wait() == 0, stdout
+    assert [each["number"] for each in seen_in(stdout)] == list(range(60))
+    assert ready_count() == 1
+    network.plug_in("first")
+    poll_until(lambda: ready_count() == 2, "the first host is a worker again", 30)
+    again = laptop.run(*run, FANOUT_URL=client_join)
+    assert {each["host"] for each in seen_in(again.stdout)} == {"first", "second"}, again.stderr
+
+
 # --- the same over loopback -----------------------------------------------------------------------
 
 
@@ -328,7 +358,7 @@ def test_worker_keeps_its_warm_container_over_a_restart_of_the_scheduler(
 
 
 @pytest.mark.slow
-def test_container_that_nobody_claims_after_a_restart_goes_when_its_worker_does(
+def test_worker_that_leaves_takes_containers_along_that_nobody_claimed_after_a_restart(
     scheduler_and_workers: StartCluster, tmp_path: Path
 ) -> None:
     started = scheduler_and_workers(1, cpu=1)
@@ -358,6 +388,51 @@ def test_container_that_nobody_claims_after_a_restart_goes_when_its_worker_does(
     assert worker.wait(15 * TIMEOUT_FACTOR) == 0
     assert not is_alive(container)
     assert not any(map(is_alive, before))
+
+
+SPAWNS = """
+import sys, time
+import fanout
+app = fanout.App("spawns")
+
+@app.function()
+def slow(number):
+    from helper import doubled
+    time.sleep(0.1)
+    return doubled(number)
+
+if __name__ == "__main__":
+    with app.run():
+        sys.stdout.write(slow.spawn_map(range(12)).object_id)
+"""
+COLLECTS = """
+import json, sys
+import fanout
+sys.stdout.write(json.dumps(list(fanout.FunctionCall.from_id(sys.argv[1]).iter())))
+"""
+
+
+@pytest.mark.slow
+def test_spawned_call_outlives_client_worker_and_scheduler_with_its_sources(
+    scheduler_and_workers: StartCluster, tmp_path: Path
+) -> None:
+    started = scheduler_and_workers(1, cpu=1)
+    write_project(tmp_path / "project")
+    script = tmp_path / "project" / "spawns.py"
+    script.write_text(SPAWNS)
+    spawned = started.python(script)
+    assert spawned.returncode == 0, spawned.stderr
+    for process in (started.scheduler, started.workers["w1"]):
+        assert process is not None
+        process.kill()
+        process.wait()
+    # What the next worker needs of the script is with the scheduler alone.
+    shutil.rmtree(tmp_path / "project")
+    started.start_scheduler()
+    started.start_worker("w2", cpu=2)
+    collected = started.python("-c", COLLECTS, spawned.stdout)
+    assert collected.returncode == 0, collected.stderr
+    assert json.loads(collected.stdout) == [2 * number for number in range(12)]
 
 
 # --- what a worker in the foreground tells --------------------------------------------------------

@@ -68,5 +68,3 @@ def test_a_call_that_only_its_ancestors_block_ends_with_the_chain(
         function.remote(3)
     assert all(name in str(caught.value) for name in names), str(caught.value)
     assert function.remote(0) == 0
-
-

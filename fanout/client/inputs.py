@@ -105,9 +105,9 @@ class Encoder:
         encoded.size += len(data)
 
     def _pin_known(self, buffer: memoryview) -> Pin | None:
-        """The blob of the common keyword arguments, or the blob of an earlier input, if this buffer has the same content: the usual thing where
-        all inputs share an array. Comparing costs a tenth of copying and hashing, and such a
-        buffer takes no room of its own on the way."""
+        """The blob of the common keyword arguments, or of an earlier input with the same content:
+        the usual thing where all inputs share an array. Comparing costs a tenth of copying and
+        hashing, and such a buffer takes no room of its own on the way."""
         if self._common_pin is not None and buffer is self._common_pin[1]:
             return self._common_pin
         for content, pin in self._recent:

@@ -155,9 +155,8 @@ async def _dial(
             try:
                 await create()
             except OSError as error:
-                raise ConnectionError(
-                    f"cannot reach {where}: {_reason(error)}; {advice}"
-                ) from error
+                reason = _reason(error)
+                raise ConnectionError(f"cannot reach {where}: {reason}; {advice}") from error
             await transport.wait_open()
     except TimeoutError:
         transport.abort()
@@ -169,8 +168,9 @@ async def _dial(
 
 def _reason(error: OSError) -> str:
     """In the system's words; event loops replace them by the address, which is told already."""
-    is_of_system = error.errno is not None and not isinstance(error, socket.gaierror)
-    return os.strerror(error.errno) if is_of_system else str(error)
+    if error.errno is None or isinstance(error, socket.gaierror):
+        return str(error)
+    return os.strerror(error.errno)
 
 
 # --- listening ------------------------------------------------------------------------------------

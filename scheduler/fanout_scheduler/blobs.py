@@ -59,7 +59,8 @@ class BlobKeeper:
 
     def revive(self, message: m.Message) -> list[bytes]:
         """The dropped blobs that a received frame names; they are kept again."""
-        revived = [blob_id for blob_id in named_by(message) if blob_id in self._dropped]
+        # All inputs of a frame may name the same one.
+        revived = list({blob_id for blob_id in named_by(message) if blob_id in self._dropped})
         for blob_id in revived:
             del self._dropped[blob_id]
         return revived

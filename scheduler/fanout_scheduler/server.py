@@ -460,6 +460,11 @@ class SchedulerServer:
             return
         if commands:
             self._execute(commands, now)
+            if self.blobs.has_dropped:
+                # What was let go of in this very turn may be named by a frame of it, too.
+                for blob_id in self._revived(events):
+                    self.events.append(BlobCompleted(blob_id))
+                    self.schedule_turn()
         if deadline is not None:
             self._arm(deadline, now)
 
@@ -511,10 +516,14 @@ class SchedulerServer:
     def _revive_blobs(self, events: list[Event], now: float) -> None:
         """Tell the core of blobs that it let go of and that frames of this turn name again, before
         it sees the frames."""
+        for blob_id in self._revived(events):
+            self.core.handle(BlobCompleted(blob_id), now)
+
+    def _revived(self, events: list[Event]) -> Iterator[bytes]:
+        """The dropped blobs that these frames name. They are kept again."""
         for event in events:
             if type(event) is FrameReceived and type(event.message) in _NAMING_TYPES:
-                for blob_id in self.blobs.revive(event.message):
-                    self.core.handle(BlobCompleted(blob_id), now)
+                yield from self.blobs.revive(event.message)
 
     def _arm(self, deadline: float, now: float) -> None:
         """Have a turn when the core's next deadline comes. A timer that is set for an earlier time

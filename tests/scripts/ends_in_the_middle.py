@@ -21,9 +21,14 @@ def consume(results: Any) -> None:
 
 
 def main(way: str) -> None:
-    if way == "generator":
+    if way in ("generator", "thread"):
         # Never left in order: the interpreter ends with the app running.
         app.run().__enter__()
+        if way == "thread":
+            thread = threading.Thread(
+                target=consume, args=(same.map(itertools.count()),), daemon=True
+            )
+            thread.start()
         results = same.map(itertools.count())
         next(results)
         return
@@ -36,11 +41,6 @@ def main(way: str) -> None:
                 sys.exit(3)
             if way == "error":
                 raise ZeroDivisionError("division by zero")
-            if way == "thread":
-                thread = threading.Thread(
-                    target=consume, args=(same.map(itertools.count()),), daemon=True
-                )
-                thread.start()
             return
 
 

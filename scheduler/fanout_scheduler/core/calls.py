@@ -337,8 +337,8 @@ def end_call_if_done(state: State, call: Call) -> None:
 def drop_call(state: State, call: Call) -> None:
     """Forget everything of a call. Leases that still run it report to nobody."""
     call.is_over = True
-    call.queued = type(call.queued)()
-    call.parked = type(call.queued)()
+    call.queued.clear()
+    call.parked.clear()
     call.backing_off.clear()
     for lease in list(call.leases.values()):
         cancel_lease(state, lease)
@@ -379,8 +379,8 @@ def fail_call(state: State, call: Call, failure: m.CallFailed) -> None:
     call.waits_for = ""
     if call.session is not None and call.session.peer_id is not None:
         state.send(call.session.peer_id, failure)
-    call.queued = type(call.queued)()
-    call.parked = type(call.queued)()
+    call.queued.clear()
+    call.parked.clear()
     call.backing_off.clear()
     for lease in list(call.leases.values()):
         cancel_lease(state, lease)

@@ -176,10 +176,10 @@ class Scheduler:
                 peer.worker.heard_at = state.now
             elif kind is not m.WorkerReady:
                 return
-        if kind in LEASE_MESSAGES:
-            LEASE_MESSAGES[kind](state, event.peer_id, message)
-        elif kind in PEER_MESSAGES:
-            PEER_MESSAGES[kind](state, peer, message)
+        if (about_lease := LEASE_MESSAGES.get(kind)) is not None:
+            about_lease(state, event.peer_id, message)
+        elif (of_peer := PEER_MESSAGES.get(kind)) is not None:
+            of_peer(state, peer, message)
         elif kind is m.ContainerLog:
             calls.container_log(state, message)  # type: ignore[arg-type]
         else:

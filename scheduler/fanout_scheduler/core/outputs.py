@@ -64,19 +64,25 @@ def _accept(state: State, message: m.LeaseOutputs) -> int:
             requeue(state, call, start, stop)
         return 0
     store_sequence = 0
-    fresh = 0
     outputs = _as_outputs(message)
-    for low, high in call.received.common(start, stop):
-        for free_low, free_high in call.finished.missing(low, high):
-            for new_low, new_high in call.storing.missing(free_low, free_high):
-                fresh += new_high - new_low
-                part = cut_outputs(outputs, new_low, new_high)
-                store_sequence = max(store_sequence, _take(state, call, lease, part))
-    if fresh < stop - start:
+    fresh = _fresh(call, start, stop)
+    for low, high in fresh:
+        part = cut_outputs(outputs, low, high)
+        store_sequence = max(store_sequence, _take(state, call, lease, part))
+    if fresh != [(start, stop)]:
         state.note("duplicate output")
     if lease is not None:
         close_inputs(state, lease, start, stop)
     return store_sequence
+
+
+def _fresh(call: Call, start: int, stop: int) -> list[tuple[int, int]]:
+    """The ranges of these inputs that have no output yet."""
+    fresh = call.received.common(start, stop)
+    for taken in (call.finished, call.storing):
+        if taken:
+            fresh = [gap for low, high in fresh for gap in taken.missing(low, high)]
+    return fresh
 
 
 def _measure(function: Function, message: m.LeaseOutputs) -> None:
@@ -187,8 +193,9 @@ def deliver(state: State, call: Call, outputs: m.Outputs) -> int:
     start, stop = outputs.start, outputs.start + len(outputs.statuses)
     call.queued.remove(start, stop)
     call.parked.remove(start, stop)
-    for index in [i for i in call.backing_off if start <= i < stop]:
-        del call.backing_off[index]
+    if call.backing_off:
+        for index in [i for i in call.backing_off if start <= i < stop]:
+            del call.backing_off[index]
     blobs.keep(state, blobs.ids(outputs.blobs))
     if call.is_durable:
         call.storing.add(start, stop)

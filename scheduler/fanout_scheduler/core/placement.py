@@ -61,11 +61,14 @@ NO_BLOB = "blobs that are still on their way"
 
 def place(state: State) -> None:
     """Decide everything that can be decided now."""
-    _resume(state)
-    _place_ready(state)
-    # A call that failed just now may be what a container waited for.
-    _resume(state)
-    if state.now >= state.reclaim_after:
+    if state.resuming:
+        _resume(state)
+    if state.ready_functions:
+        _place_ready(state)
+        # A call that failed just now may be what a container waited for.
+        if state.resuming:
+            _resume(state)
+    if state.leases and state.now >= state.reclaim_after:
         _reclaim_tails(state)
 
 

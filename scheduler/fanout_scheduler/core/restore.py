@@ -86,8 +86,8 @@ def _restore_call_record(state: State, call: Call, record: Record) -> None:
         call.sealed_count = record.count
     elif isinstance(record, m.CallFailed):
         call.failure = record
-        call.queued = type(call.queued)()
-        call.parked = type(call.parked)()
+        call.queued.clear()
+        call.parked.clear()
     elif isinstance(record, m.Outputs):
         start, stop = record.start, record.start + len(record.statuses)
         for low, high in call.finished.missing(start, stop):
