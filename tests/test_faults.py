@@ -23,7 +23,6 @@ from tests.conftest import (
     TIMEOUT_FACTOR,
     Cluster,
     HandStarted,
-    children_of,
     environment,
     is_alive,
     poll_until,
@@ -244,6 +243,22 @@ def test_a_nested_map_goes_on_when_the_scheduler_comes_back(
     assert got == [2 * (x + 2) for x in range(60)]
 
 
+def test_a_known_function_gets_more_containers_after_the_scheduler_came_back(
+    scheduler_and_workers: Start,
+) -> None:
+    cluster = scheduler_and_workers(1, cpu=2)
+    with kit.app.run():
+        _, first = kit.nap.remote(0)
+        assert cluster.scheduler is not None
+        kill(cluster.scheduler)
+        cluster.start_scheduler()
+        pids: set[int] = set()
+        results = kit.nap.map(range(40), kwargs={"seconds": 0.05})
+        assert inputs_of(results, pids, 40) == list(range(40))
+    assert first in pids, "the warm container is kept"
+    assert len(pids) == 2
+
+
 # --- daemons that leave ---------------------------------------------------------------------------
 
 
@@ -263,17 +278,6 @@ def test_an_idle_scheduler_leaves_although_its_folder_is_gone(tmp_path: Path) ->
             assert process.wait(10 * TIMEOUT_FACTOR) == 0
         finally:
             process.kill()
-
-
-async def test_a_client_with_nothing_to_do_lets_the_daemons_stay_away(cluster: Cluster) -> None:
-    """`fanout stop` is the last word, although a program is still connected."""
-    from fanout.client.session import session_here
-
-    async with kit.app.run():
-        assert await kit.same.remote.aio(1) == 1
-        session = session_here()
-        assert session.is_connected
-        assert children_of(os.getpid()) is not None
 
 
 @pytest.mark.parametrize("victims", [("scheduler",), ("worker",), ("scheduler", "worker")])

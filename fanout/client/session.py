@@ -60,8 +60,6 @@ LAZY_DELAY_S = 0.002
 #: Last words about calls that have ended, repeated after a reconnect in case they were lost.
 LAST_WORDS_MAX = 1024
 
-_BLOB_KINDS = frozenset({m.BlobOffer, m.BlobWanted, m.BlobHeld, m.BlobPart})
-
 
 class Session:
     """See the module's text."""
@@ -488,7 +486,7 @@ class Session:
         has_ended_wait = False
         for message in messages:
             kind = type(message)
-            if kind in _BLOB_KINDS:
+            if kind in m.BLOB_KINDS:
                 assert self.exchange is not None
                 self.exchange.handle(message)
                 continue

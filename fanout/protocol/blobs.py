@@ -7,6 +7,7 @@ it, and whoever receives it can tell whether it is whole. One transfer::
       | -- BlobOffer(id, size) ----> |   has it?  BlobHeld, and that is all
       | <------------- BlobWanted -- |   no: wants it, a few at a time
       | -- BlobPart, BlobPart ... -> |   64 KiB each, in order, between other frames
+      | <------------- BlobCredit -- |   so much more may be under way
       |                              |   digest right: the blob is there, and named aloud
 
 `BlobExchange` does this for one connection, in both directions; it is sans-IO but for the store
@@ -29,7 +30,7 @@ from fanout.protocol import messages as m
 
 #: Blobs that one connection receives at the same time. A receiver wants no more before one of
 #: these is whole, which bounds its open files whatever the sender offers.
-INCOMING_COUNT_MAX = 16
+INCOMING_COUNT_MAX = 4
 #: Offers that wait for their turn. A call's credit keeps honest senders far below.
 WAITING_COUNT_MAX = 64 << 10
 
@@ -240,13 +241,29 @@ class _FileWriter:
 class _Incoming:
     """A blob that the peer streams to us."""
 
-    __slots__ = ("digest", "offset", "size", "writer")
+    __slots__ = ("digest", "offset", "size", "upto", "writer")
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.offset = 0
+        #: What the peer may send.
+        self.upto = m.BLOB_CREDIT_BYTES
         self.digest = hashlib.sha256()
         self.writer: BlobWriter | None = None
+
+
+class _Outgoing:
+    """A blob that we stream to the peer."""
+
+    __slots__ = ("content", "is_active", "offset", "upto")
+
+    def __init__(self, content: memoryview) -> None:
+        self.content = content
+        self.offset = 0
+        #: What may be sent.
+        self.upto = m.BLOB_CREDIT_BYTES
+        #: An iterator over its parts is with the transport.
+        self.is_active = False
 
 
 class BlobExchange:
@@ -277,7 +294,7 @@ class BlobExchange:
         #: Offered, not yet answered. The content is held, so that a drop in between does no harm.
         self._offered: dict[bytes, memoryview] = {}
         #: Being streamed. Offering one of these or of those above again changes nothing.
-        self._streaming: set[bytes] = set()
+        self._streaming: dict[bytes, _Outgoing] = {}
         self._incoming: dict[bytes, _Incoming] = {}
         #: Offers of the peer that wait for one of `_incoming` to end: id to size.
         self._waiting: deque[tuple[bytes, int]] = deque()
@@ -313,6 +330,8 @@ class BlobExchange:
             self._on_offer(message)
         elif isinstance(message, m.BlobWanted):
             self._on_wanted(message.blob_id)
+        elif isinstance(message, m.BlobCredit):
+            self._on_credit(message)
         elif isinstance(message, m.BlobHeld):
             self._take_offered(message.blob_id, "BlobHeld")
             self._delivered(message.blob_id)
@@ -342,22 +361,41 @@ class BlobExchange:
 
     def _on_wanted(self, blob_id: bytes) -> None:
         content = self._take_offered(blob_id, "BlobWanted")
-        self._streaming.add(blob_id)
-        self._send_bulk(self._parts(blob_id, content))
+        self._streaming[blob_id] = _Outgoing(content)
+        self._stream(blob_id)
 
-    def _parts(self, blob_id: bytes, content: memoryview) -> Iterator[m.Message]:
+    def _on_credit(self, credit: m.BlobCredit) -> None:
+        outgoing = self._streaming.get(credit.blob_id)
+        # For a blob that is all sent it comes too late, which is in order.
+        if outgoing is not None and credit.upto > outgoing.upto:
+            outgoing.upto = credit.upto
+            self._stream(credit.blob_id)
+
+    def _stream(self, blob_id: bytes) -> None:
+        """Send what the credit allows, unless that is under way."""
+        outgoing = self._streaming[blob_id]
+        if not outgoing.is_active:
+            outgoing.is_active = True
+            self._send_bulk(self._parts(blob_id, outgoing))
+
+    def _parts(self, blob_id: bytes, outgoing: _Outgoing) -> Iterator[m.Message]:
+        content = outgoing.content
         size = len(content)
-        # An empty blob has one part too: the last part is what completes it.
-        for offset in range(0, max(size, 1), m.BLOB_PART_SIZE_BYTES):
+        while outgoing.offset < outgoing.upto:
             if self._is_closed:
                 return
-            stop = offset + m.BLOB_PART_SIZE_BYTES
+            offset = outgoing.offset
+            stop = outgoing.offset = offset + m.BLOB_PART_SIZE_BYTES
             if stop >= size:
                 # With the last part on its way, another offer comes behind it and is in order.
-                self._streaming.discard(blob_id)
+                self._streaming.pop(blob_id, None)
             yield m.BlobPart(blob_id, offset, content[offset:stop])
-        if not self._is_closed:
-            self._delivered(blob_id)
+            # An empty blob has one part too: the last part is what completes it.
+            if stop >= size:
+                if not self._is_closed:
+                    self._delivered(blob_id)
+                return
+        outgoing.is_active = False
 
     # --- receiving ---
 
@@ -391,6 +429,10 @@ class BlobExchange:
                 f"a part of {_shown(blob_id)} at {part.offset} instead of {incoming.offset}"
             )
         stop = incoming.offset + len(part.payload)
+        if stop > incoming.upto:
+            raise ProtocolError(
+                f"a part of {_shown(blob_id)} up to {stop}; the credit is {incoming.upto}"
+            )
         if stop > incoming.size or (stop == part.offset and incoming.size):
             raise ProtocolError(
                 f"a part of {_shown(blob_id)} up to {stop} after {part.offset}; it was announced "
@@ -404,6 +446,9 @@ class BlobExchange:
         incoming.offset = stop
         if stop == incoming.size:
             self._complete(blob_id, incoming)
+        elif incoming.upto < incoming.size and incoming.upto - stop <= m.BLOB_CREDIT_BYTES // 2:
+            incoming.upto = stop + m.BLOB_CREDIT_BYTES
+            self._send(m.BlobCredit(blob_id, incoming.upto))
 
     def _complete(self, blob_id: bytes, incoming: _Incoming) -> None:
         del self._incoming[blob_id]

@@ -58,6 +58,8 @@ INDEX_MAX = 1 << 40
 ID_MAX = (1 << 63) - 1
 BLOB_PART_SIZE_BYTES = 64 << 10
 BLOB_SIZE_BYTES_MAX = 1 << 40
+#: What a sender may have under way of one blob.
+BLOB_CREDIT_BYTES = 4 * BLOB_PART_SIZE_BYTES
 EPOCH_SHIFT = 40
 
 
@@ -873,12 +875,23 @@ class BlobDrop(Message):
     blob_id: BlobId
 
 
+@_message(105)
+class BlobCredit(Message):
+    """Bytes of the blob below `upto` may be sent. `BlobWanted` allows the first
+    `BLOB_CREDIT_BYTES`. So only little of a blob is ever on the wire, and a small frame behind it
+    waits for that little and not for what all buffers on the way hold."""
+
+    blob_id: BlobId
+    upto: Annotated[int, Between(0, 2 * BLOB_SIZE_BYTES_MAX)]
+
+
 # --- who may send what ----------------------------------------------------------------------------
 
-_BLOBS = frozenset({BlobOffer, BlobWanted, BlobHeld, BlobPart})
+#: What transfers of blobs consist of.
+BLOB_KINDS = frozenset({BlobOffer, BlobWanted, BlobHeld, BlobPart, BlobCredit})
 
 #: A worker's token cannot submit calls: these sets are checked against the role that was proved.
-FROM_CLIENT: frozenset[type[Message]] = _BLOBS | {
+FROM_CLIENT: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, OpenApp, CloseApp, DefineFunction, OpenCall, SubmitCall, Inputs, SealCall,
     Ack,
     ItemCredit, CancelCall, FetchOutputs, StopFetch, AskCall, AskStatus, AskShutdown,
@@ -886,15 +899,15 @@ FROM_CLIENT: frozenset[type[Message]] = _BLOBS | {
 FROM_NESTED_CLIENT: frozenset[type[Message]] = (FROM_CLIENT | {SessionWaits}) - {
     AskShutdown, OpenApp, CloseApp,
 }  # fmt: skip
-FROM_WORKER: frozenset[type[Message]] = _BLOBS | {
+FROM_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, WorkerReady, ContainerStarted, ContainerExited, LeaseOutputs, LeaseItems,
     Reclaimed, LeaseWaits, ContainerLog, SessionOpened, SessionClosed, Relay,
 }  # fmt: skip
-TO_CLIENT: frozenset[type[Message]] = _BLOBS | {
+TO_CLIENT: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, CallOpened, Window, Outputs, Items, CallFailed, InputsStored, CallInfo,
     StatusInfo, Log, Notice, ShutdownInfo,
 }  # fmt: skip
-TO_WORKER: frozenset[type[Message]] = _BLOBS | {
+TO_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, WorkerAccepted, DefineFunction, DropFunction, StartContainer,
     StopContainer, Lease, Reclaim, CancelLease, LeaseCredit, OutputsAck, Relay, SessionClosed,
     BlobDrop,

@@ -77,9 +77,8 @@ _DECIDE_RETRY_S = 0.05
 EXIT_OK = 0
 EXIT_BROKEN = 70
 
-_BLOB_TYPES = frozenset({m.BlobOffer, m.BlobWanted, m.BlobHeld, m.BlobPart})
 #: Frames that the shell deals with itself or must look into; all others go straight to the core.
-_SHELL_TYPES: frozenset[type[m.Message]] = _BLOB_TYPES | {
+_SHELL_TYPES: frozenset[type[m.Message]] = m.BLOB_KINDS | {
     m.Relay, m.SessionOpened, m.SessionClosed, m.Goodbye,
 }  # fmt: skip
 #: Frames that name blobs; see `blobs.py`.

@@ -227,10 +227,11 @@ def _final_reason(state: State, call: Call, reason: str) -> str:
 
 
 def _start_container(state: State, worker: Worker, function: Function) -> Container:
+    # A worker that kept containers over a restart knows the function, and has dropped its blobs.
+    for blob_id in function.definition.blobs:
+        send_blob_once(state, worker, blob_id)
     if function.function_id not in worker.functions:
         worker.functions.add(function.function_id)
-        for blob_id in function.definition.blobs:
-            send_blob_once(state, worker, blob_id)
         state.send(worker.peer_id, function.definition)
     container = add_container(state, worker, function, state.next_id(), "starting")
     state.send(worker.peer_id, m.StartContainer(container.container_id, function.function_id))
