@@ -39,6 +39,8 @@ EXECUTOR_COUNT = 2
 #: Batches that an executor has at a time: one that runs and one that waits.
 PREFETCH = 2
 WINDOW = 16 * BATCH
+#: Large values under way in an echo.
+ECHO_WINDOW = 8
 
 LENGTH = struct.Struct("<I")
 pack: Callable[[Any], bytes] = msgpack.Packer(autoreset=True).pack
@@ -227,9 +229,23 @@ class Chain:
 
     def map_s(self, count: int) -> float:
         """Seconds for an ordered map over `range(count)`, consumed by `async for`."""
-        return uvloop.run(self._map_s(count))
+        expected = count * (count - 1) // 2
+        return uvloop.run(self._map_s(iter(range(count)), count, BATCH, WINDOW, int, expected))
 
-    async def _map_s(self, count: int) -> float:
+    def echo_s(self, count: int, size_bytes: int) -> float:
+        """Seconds to have `count` values of this size sent back, each in a frame of its own."""
+        values = (bytes([n % 256]) * size_bytes for n in range(count))
+        return uvloop.run(self._map_s(values, count, 1, ECHO_WINDOW, len, count * size_bytes))
+
+    async def _map_s(
+        self,
+        inputs: Iterator[Any],
+        count: int,
+        batch: int,
+        window: int,
+        measure: Callable[[Any], int],
+        expected: int,
+    ) -> float:
         ready: dict[int, list[bytes]] = {}
         wake = asyncio.Event()
 
@@ -240,10 +256,10 @@ class Chain:
         loop = asyncio.get_running_loop()
         _, peer = await loop.create_connection(lambda: Peer(on_outputs), "127.0.0.1", self.port)
         start, total = time.perf_counter(), 0
-        async for value in ordered_map(peer, ready, wake, iter(range(count)), count):
-            total += value
+        async for value in ordered_map(peer, ready, wake, inputs, count, batch, window):
+            total += measure(value)
         seconds = time.perf_counter() - start
-        assert total == count * (count - 1) // 2
+        assert total == expected
         peer.transport.close()
         return seconds
 
@@ -284,13 +300,15 @@ async def ordered_map(
     peer: Peer,
     ready: dict[int, list[bytes]],
     wake: asyncio.Event,
-    inputs: Iterator[int],
+    inputs: Iterator[Any],
     count: int,
-) -> AsyncIterator[int]:
+    batch: int,
+    window: int,
+) -> AsyncIterator[Any]:
     sent = consumed = 0
     while consumed < count:
-        while sent < count and sent - consumed < WINDOW:
-            size = min(BATCH, count - sent)
+        while sent < count and sent - consumed < window:
+            size = min(batch, count - sent)
             peer.send(sent, [pickle.dumps((next(inputs),), 5) for _ in range(size)])
             sent += size
         outputs = ready.pop(consumed, None)

@@ -105,8 +105,6 @@ def run_calls(engine: EngineProcess, plan: Plan, report: Report) -> None:
 
 
 def run_echo(engine: EngineProcess, plan: Plan, report: Report) -> None:
-    if engine.name == "bare":
-        return
     seconds = engine.ask("echo", count=plan.echo_count, size_bytes=MIB)
     report.add(ECHO, engine.name, plan.echo_count / seconds)
 

@@ -121,7 +121,7 @@ class Fanout(Engine):
 
 
 class Bare(Engine):
-    """The chain of `bare.py`; an ordered map and single calls are all it can do."""
+    """The chain of `bare.py`: an ordered map, an echo and single calls are all it can do."""
 
     def __init__(self, stack: ExitStack) -> None:
         from benchmarks.bare import Chain
@@ -135,6 +135,9 @@ class Bare(Engine):
 
     def calls_s(self, count: int) -> list[float]:
         return self.chain.calls_s(count)
+
+    def echo_s(self, count: int, size_bytes: int) -> float:
+        return self.chain.echo_s(count, size_bytes)
 
 
 class Executor(Engine):
