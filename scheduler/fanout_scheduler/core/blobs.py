@@ -31,8 +31,7 @@ def release(state: State, blob_ids: list[bytes]) -> None:
             state.blob_references[blob_id] = count
             continue
         state.blob_references.pop(blob_id, None)
-        if blob_id in state.present_blobs:
-            state.present_blobs.discard(blob_id)
+        if state.present_blobs.pop(blob_id, None) is not None:
             state.commands.append(DropBlob(blob_id))
         for worker in state.workers.values():
             if blob_id in worker.blobs:
@@ -42,7 +41,7 @@ def release(state: State, blob_ids: list[bytes]) -> None:
 
 def when_present(state: State, blob_ids: list[bytes], then: Callable[[], None]) -> bool:
     """Do something once these blobs are all here. Returns whether that was at once."""
-    missing = set(blob_ids) - state.present_blobs
+    missing = set(blob_ids) - state.present_blobs.keys()
     if not missing:
         then()
         return True
@@ -52,9 +51,14 @@ def when_present(state: State, blob_ids: list[bytes], then: Callable[[], None]) 
     return False
 
 
-def on_completed(state: State, blob_id: bytes) -> None:
+def size_bytes(state: State, blobs: list[BlobRef]) -> int:
+    """Bytes of the blobs that these references name."""
+    return sum(state.present_blobs.get(blob_id, 0) for blob_id in ids(blobs)) if blobs else 0
+
+
+def on_completed(state: State, blob_id: bytes, size_bytes: int) -> None:
     """A blob is whole: what waited for no other one goes on."""
-    state.present_blobs.add(blob_id)
+    state.present_blobs[blob_id] = size_bytes
     for wait in state.blob_waiters.pop(blob_id, []):
         wait.missing.discard(blob_id)
         if not wait.missing:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fanout.config import CLIENT_GRACE_S, WINDOW_BYTES, WINDOW_COUNT_MAX, WINDOW_COUNT_MIN
+from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs, durable, outputs
-from fanout_scheduler.core.events import Disconnect, Exit
+from fanout_scheduler.core.events import Disconnect, Exit, PeerId
 from fanout_scheduler.core.leasing import cancel_lease
 from fanout_scheduler.core.snapshot import describe_busy, snapshot
 from fanout_scheduler.core.state import (
@@ -36,6 +37,7 @@ def on_client_connected(state: State, peer: Peer, container: Container | None) -
         old = session.peer_id
         state.commands.append(Disconnect(old, "replaced", "the session has a newer connection"))
         state.peers.pop(old, None)
+        _detach(state, session, old)
     session.peer_id = peer.peer_id
     peer.session = session
     if container is not None:
@@ -46,18 +48,24 @@ def on_client_lost(state: State, peer: Peer) -> None:
     session = peer.session
     if session is None or session.peer_id != peer.peer_id:
         return
-    session.peer_id = None
     session.lost_at = state.now
-    for call in state.calls.values():
-        for key in [key for key in call.fetches if key[0] == peer.peer_id]:
-            del call.fetches[key]
+    _detach(state, session, peer.peer_id)
     if session.container is not None:
-        session.container.nested_peers.pop(peer.peer_id, None)
         end_session(state, session)
     elif session.calls or session.apps:
         state.at(state.now + CLIENT_GRACE_S, "session", session)
     else:
         end_session(state, session)
+
+
+def _detach(state: State, session: Session, peer_id: PeerId) -> None:
+    """Nothing is owed to a connection that is gone."""
+    session.peer_id = None
+    for call in state.calls.values():
+        for key in [key for key in call.fetches if key[0] == peer_id]:
+            del call.fetches[key]
+    if session.container is not None:
+        session.container.nested_peers.pop(peer_id, None)
 
 
 def on_session_deadline(state: State, session: Session) -> None:
@@ -84,6 +92,8 @@ def on_open_app(state: State, peer: Peer, message: m.OpenApp) -> None:
     if app is None:
         app = state.apps[message.app_id] = App(message.app_id, message.name, None)
     app.is_closing = False
+    if app.session is not None and app.session is not peer.session:
+        app.session.apps.pop(app.app_id, None)
     app.session = peer.session
     peer.session.apps[app.app_id] = app
 
@@ -109,7 +119,7 @@ def close_app(state: State, app: App) -> None:
 def close_app_if_done(state: State, app: App) -> None:
     """Once nothing of a closed app runs, its containers and functions go. The results of its
     spawned calls are kept, and the functions that those name."""
-    if not app.is_closing or any(not call.is_over for call in app.calls.values()):
+    if not app.is_closing or app.open_count:
         return
     kept = {call.function.function_id for call in app.calls.values()}
     for function in list(app.functions.values()):
@@ -230,17 +240,19 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
         number=state.next_number(),
         session=session,
         is_durable=message.is_durable,
-        is_ordered=message.is_ordered,
         parent=message.parent,
         depth=depth,
         ancestors=ancestors,
-        window_count=WINDOW_COUNT_MIN,
         service_s=state.service_clock_s,
-        opened_at=state.now,
     )
-    state.calls[call.call_id] = call
-    session.calls[call.call_id] = function.app.calls[call.call_id] = call
+    add_call(state, call)
+    session.calls[call.call_id] = call
     return call
+
+
+def add_call(state: State, call: Call) -> None:
+    state.calls[call.call_id] = call.function.app.calls[call.call_id] = call
+    call.function.app.open_count += 1
 
 
 def _refuse_call(state: State, peer: Peer, message: m.OpenCall, code: str, why: str) -> None:
@@ -260,7 +272,7 @@ def _resume_call(state: State, session: Session, call: Call) -> None:
     if session.peer_id is None:
         return
     if call.is_durable:
-        durable.tell_stored(state, call, list(call.received)[: m.LIST_LENGTH_MAX])
+        durable.tell_stored(state, call, pairs_of(call.received))
     else:
         for kept in call.outputs:
             outputs.send_outputs(state, session.peer_id, kept)
@@ -274,11 +286,15 @@ def _resume_call(state: State, session: Session, call: Call) -> None:
 def send_opened(state: State, call: Call) -> None:
     session = call.session
     if session is not None and session.peer_id is not None:
-        present = [(start, stop - start) for start, stop in call.received][: m.LIST_LENGTH_MAX]
-        state.send(
-            session.peer_id,
-            m.CallOpened(call.call_id, call.window_count, WINDOW_BYTES, present),
+        opened = m.CallOpened(
+            call.call_id, call.window_count, WINDOW_BYTES, pairs_of(call.received)
         )
+        state.send(session.peer_id, opened)
+
+
+def pairs_of(inputs: IntervalSet) -> list[tuple[int, int]]:
+    """(start, count) of each range, as messages have it, as far as a message has room."""
+    return [(start, stop - start) for start, stop in inputs][: m.LIST_LENGTH_MAX]
 
 
 def update_window(state: State, call: Call) -> None:
@@ -334,23 +350,24 @@ def end_call_if_done(state: State, call: Call) -> None:
         drop_call(state, call)
 
 
+def mark_over(call: Call) -> None:
+    """Nothing of it runs or will run."""
+    if not call.is_over:
+        call.is_over = True
+        call.function.app.open_count -= 1
+
+
 def drop_call(state: State, call: Call) -> None:
     """Forget everything of a call. Leases that still run it report to nobody."""
-    call.is_over = True
-    call.queued.clear()
-    call.parked.clear()
-    call.backing_off.clear()
+    mark_over(call)
     for lease in list(call.leases.values()):
         cancel_lease(state, lease)
-    for chunk in call.chunks.values():
-        blobs.release(state, blobs.ids(chunk.blobs))
+    outputs.release_all_inputs(state, call)
     for kept in call.outputs:
         blobs.release(state, blobs.ids(kept.blobs))
     for generator in call.generators.values():
         for items in generator.unconfirmed:
             blobs.release(state, blobs.ids(items.blobs))
-    call.chunks.clear()
-    call.chunk_starts.clear()
     call.outputs.clear()
     call.generators.clear()
     state.calls.pop(call.call_id, None)
@@ -368,6 +385,7 @@ def cancel_call(state: State, call: Call) -> None:
     elif not call.is_over:
         text = "the call was cancelled"
         payload = m.failure_payload("cancelled", text)
+        call.is_cancelled = True
         fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
 
 
@@ -379,15 +397,9 @@ def fail_call(state: State, call: Call, failure: m.CallFailed) -> None:
     call.waits_for = ""
     if call.session is not None and call.session.peer_id is not None:
         state.send(call.session.peer_id, failure)
-    call.queued.clear()
-    call.parked.clear()
-    call.backing_off.clear()
     for lease in list(call.leases.values()):
         cancel_lease(state, lease)
-    for chunk in call.chunks.values():
-        blobs.release(state, blobs.ids(chunk.blobs))
-    call.chunks.clear()
-    call.chunk_starts.clear()
+    outputs.release_all_inputs(state, call)
     if call.is_durable:
         durable.store_failure(state, call, failure)
         durable.serve_failure(state, call)
@@ -447,9 +459,9 @@ def on_ask_call(state: State, peer: Peer, message: m.AskCall) -> None:
 
 
 def call_state(call: Call) -> str:
-    """unknown, open, sealed, finished, cancelled or failed: as `CallInfo.state` says it."""
+    """open, sealed, finished, cancelled or failed: as `CallInfo.state` says it."""
     if call.failure is not None:
-        return "failed"
+        return "cancelled" if call.is_cancelled else "failed"
     if call.is_over:
         return "finished"
     return "open" if call.sealed_count is None else "sealed"
@@ -464,7 +476,6 @@ def on_ask_shutdown(state: State, peer: Peer, message: m.AskShutdown) -> None:
     is_leaving = message.force or not busy
     state.send(peer.peer_id, m.ShutdownInfo(message.request_id, is_leaving, busy))
     if is_leaving:
-        state.is_leaving = True
         state.commands.append(Exit("a client asked for it"))
 
 

@@ -115,7 +115,7 @@ class Scheduler:
         elif isinstance(event, StoreFailed):
             durable.on_store_failed(state, event.sequence, event.text)
         elif isinstance(event, BlobCompleted):
-            blobs.on_completed(state, event.blob_id)
+            blobs.on_completed(state, event.blob_id, event.size_bytes)
 
     def decide(self, now: float) -> list[Command]:
         """Everything that can be decided now, as orders to be carried out in this order."""
@@ -219,7 +219,7 @@ class Scheduler:
         while state.deadlines and state.deadlines[0][0] <= state.now:
             _, _, kind, what = heappop(state.deadlines)
             if kind == "retry":
-                outputs.on_retry_due(state, what)
+                outputs.on_retry_due(state, *what)
             elif kind == "idle":
                 workers.on_idle_deadline(state, what, leasing.scaledown_s(what))
             elif kind == "session":

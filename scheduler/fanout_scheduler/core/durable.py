@@ -53,13 +53,12 @@ def store_open(state: State, call: Call, message: m.OpenCall) -> None:
     """A durable call begins; what it needs to run again is written first."""
     records: list[Record] = []
     function, app = call.function, call.function.app
+    # Until they are known to be on disk they go with each call: a call must not be acknowledged
+    # on the strength of a write that may still fail.
     if not app.is_stored:
-        app.is_stored = True
         records.append(m.OpenApp(app.app_id, app.name))
     if not function.is_stored:
-        function.is_stored = True
         records.append(function.definition)
-        app.stored_blobs += function.definition.blobs
     records.append(message)
     _store(state, call, records)
 
@@ -74,7 +73,9 @@ def store_inputs(state: State, call: Call, message: m.Inputs) -> None:
 
 
 def _store_whole_inputs(state: State, call: Call, message: m.Inputs) -> None:
-    if not call.is_over and call.failure is None:
+    if call.is_over or call.failure is not None:
+        blobs.release(state, blobs.ids(message.blobs))
+    else:
         _store(state, call, [message])
 
 
@@ -118,7 +119,14 @@ def on_stored(state: State, sequence: int) -> None:
 def _promise_kept(state: State, call: Call, record: Record) -> None:
     from fanout_scheduler.core.outputs import finish
 
-    if isinstance(record, m.OpenCall):
+    app, function = call.function.app, call.function
+    if isinstance(record, m.OpenApp):
+        app.is_stored = True
+    elif isinstance(record, m.DefineFunction):
+        if not function.is_stored:
+            function.is_stored = True
+            app.stored_blobs += record.blobs
+    elif isinstance(record, m.OpenCall):
         tell_opened(state, call)
     elif isinstance(record, m.Inputs):
         queue_inputs(state, call, record)
@@ -132,8 +140,11 @@ def _promise_kept(state: State, call: Call, record: Record) -> None:
     elif isinstance(record, m.Outputs):
         stop = record.start + len(record.statuses)
         call.storing.remove(record.start, stop)
-        if not call.is_over and call.failure is None:
+        # It is on disk, so it is the output of these inputs, also if the call failed meanwhile.
+        if state.calls.get(call.call_id) is call:
             finish(state, call, record)
+        else:
+            blobs.release(state, blobs.ids(record.blobs))
 
 
 def on_store_failed(state: State, sequence: int, text: str) -> None:
@@ -150,8 +161,6 @@ def on_store_failed(state: State, sequence: int, text: str) -> None:
         state.at(state.now + STORE_RETRY_S, "store", pending)
         return
     state.unsafe_stores.discard(pending.first_sequence)
-    if any(isinstance(record, m.OpenCall) for record in pending.records):
-        call.function.is_stored = call.function.app.is_stored = False
     for record in pending.records:
         if isinstance(record, m.Inputs):
             blobs.release(state, blobs.ids(record.blobs))
@@ -184,7 +193,10 @@ def queue_inputs(state: State, call: Call, message: m.Inputs) -> None:
         if call.is_over or call.failure is not None:
             continue
         call.add_chunk(chunk)
+        blobs.keep(state, blobs.ids(chunk.blobs))
         blobs.queue_chunk(state, call, chunk)
+    # The frame's own hold on its blobs ends; its chunks have theirs.
+    blobs.release(state, blobs.ids(message.blobs))
 
 
 # --- telling clients ------------------------------------------------------------------------------
@@ -205,13 +217,13 @@ def tell_stored(state: State, call: Call, stored: list[tuple[int, int]]) -> None
 
 def end_call(state: State, call: Call) -> None:
     """All outputs are on disk: the call needs no container any more, and is kept for a while."""
-    call.is_over = True
+    from fanout_scheduler.core.calls import close_app_if_done, mark_over
+
+    mark_over(call)
     call.waits_for = ""
     if call.session is not None:
         call.session.calls.pop(call.call_id, None)
     state.at(state.now + RESULT_RETENTION_S, "forget", call)
-    from fanout_scheduler.core.calls import close_app_if_done
-
     close_app_if_done(state, call.function.app)
 
 
@@ -253,7 +265,11 @@ def serve_failure(state: State, call: Call) -> None:
     count = call.received.end if call.sealed_count is None else call.sealed_count
     for key, fetch in list(call.fetches.items()):
         for start, stop in fetch.owed:
-            for index in range(start, min(stop, count)):
-                output = single_output(call, index, call.failure.status, call.failure.payload)
-                state.send(fetch.peer_id, output)
-        del call.fetches[key]
+            # What is on its way to disk is an output, and comes when it is there.
+            for low, high in call.storing.missing(start, min(stop, count)):
+                fetch.owed.remove(low, high)
+                for index in range(low, high):
+                    output = single_output(call, index, call.failure.status, call.failure.payload)
+                    state.send(fetch.peer_id, output)
+        if not fetch.owed.common(0, count):
+            del call.fetches[key]

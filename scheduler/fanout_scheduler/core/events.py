@@ -67,6 +67,7 @@ class BlobCompleted:
     """A blob is whole and verified; frames may refer to it."""
 
     blob_id: bytes
+    size_bytes: int = 0
 
 
 @dataclass(slots=True)

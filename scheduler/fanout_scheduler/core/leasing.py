@@ -65,7 +65,6 @@ def grant(state: State, container: Container, call: Call, count: int) -> Lease:
         start=start,
         stop=stop,
         open=IntervalSet([(start, stop)]),
-        granted_at=state.now,
         heard_at=state.now,
     )
     state.leases[lease.lease_id] = lease

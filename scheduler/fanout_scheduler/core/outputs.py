@@ -42,21 +42,22 @@ def _accept(state: State, message: m.LeaseOutputs) -> int:
     stop = start + len(message.statuses)
     lease = state.leases.get(message.lease_id)
     call = state.calls.get(message.call_id)
-    if lease is not None and (
-        lease.call.call_id != message.call_id or not lease.start <= start <= stop
+    if start == stop or (
+        lease is not None
+        and (lease.call.call_id != message.call_id or start < lease.start or stop > lease.end)
     ):
         state.note("report that does not fit its lease")
         return 0
     if lease is not None:
         lease.heard_at = state.now
-        _measure(lease.call.function, message)
+        _measure(state, lease.call.function, message)
         lease.call.service_s += message.busy_us / 1e6
     if call is None or call.is_over or call.failure is not None:
         state.note("output of an ended call")
         if lease is not None:
             close_inputs(state, lease, start, stop)
         return 0
-    if not state.present_blobs.issuperset(blobs.ids(message.blobs)):
+    if any(blob_id not in state.present_blobs for blob_id in blobs.ids(message.blobs)):
         # A worker sends the blobs first, so this one broke the order: run the inputs again.
         state.note("report without its blobs")
         if lease is not None:
@@ -85,10 +86,10 @@ def _fresh(call: Call, start: int, stop: int) -> list[tuple[int, int]]:
     return fresh
 
 
-def _measure(function: Function, message: m.LeaseOutputs) -> None:
+def _measure(state: State, function: Function, message: m.LeaseOutputs) -> None:
     count = len(message.statuses)
     seconds = message.busy_us / 1e6 / count
-    size = len(message.payload) / count
+    size = (len(message.payload) + blobs.size_bytes(state, message.blobs)) / count
     if function.input_s is None:
         function.input_s, function.output_bytes = seconds, size
         return
@@ -167,22 +168,19 @@ def _retry(state: State, call: Call, index: int) -> bool:
     if failed > max_retries:
         return False
     call.attempts[index] = failed
-    due = state.now + min(delay_max_s, initial_s * coefficient ** (failed - 1))
+    delay_s = min(delay_max_s, initial_s * coefficient ** (failed - 1))
     call.queued.remove(index, index + 1)
-    call.backing_off[index] = due
-    state.at(due, "retry", call)
+    call.backing_off.add(index)
+    state.at(state.now + delay_s, "retry", (call, index))
     return True
 
 
-def on_retry_due(state: State, call: Call) -> None:
-    """Inputs whose delay is over are queued; those due in one tick merge into ranges."""
-    if call.is_over:
-        return
-    due = [index for index, when in call.backing_off.items() if when <= state.now]
-    for index in due:
-        del call.backing_off[index]
+def on_retry_due(state: State, call: Call, index: int) -> None:
+    """The delay of an input is over; neighbours that are due merge into ranges in the queue."""
+    if index in call.backing_off:
+        call.backing_off.discard(index)
         call.queued.add(index, index + 1)
-    wake_call(state, call)
+        wake_call(state, call)
 
 
 # --- delivery -------------------------------------------------------------------------------------
@@ -194,8 +192,7 @@ def deliver(state: State, call: Call, outputs: m.Outputs) -> int:
     call.queued.remove(start, stop)
     call.parked.remove(start, stop)
     if call.backing_off:
-        for index in [i for i in call.backing_off if start <= i < stop]:
-            del call.backing_off[index]
+        call.backing_off.difference_update(range(start, stop))
     blobs.keep(state, blobs.ids(outputs.blobs))
     if call.is_durable:
         call.storing.add(start, stop)
@@ -208,8 +205,9 @@ def finish(state: State, call: Call, outputs: m.Outputs) -> None:
     """Outputs are safe (on disk, where durable): hand them on."""
     start, stop = outputs.start, outputs.start + len(outputs.statuses)
     call.finished.add(start, stop)
-    release_inputs(state, call, start, stop)
-    call.output_bytes += len(outputs.payload)
+    if call.failure is None:
+        release_inputs(state, call, start, stop)
+    call.output_bytes += len(outputs.payload) + blobs.size_bytes(state, outputs.blobs)
     call.outputs.append(outputs)
     if call.attempts or call.crashes:
         for index in range(start, stop):
@@ -217,7 +215,7 @@ def finish(state: State, call: Call, outputs: m.Outputs) -> None:
             call.crashes.pop(index, None)
     if call.is_durable:
         durable.serve_fetches(state, call, outputs)
-        if call.is_done:
+        if call.is_done and not call.is_over:
             durable.end_call(state, call)
     elif call.session is not None and call.session.peer_id is not None:
         send_outputs(state, call.session.peer_id, outputs)
@@ -234,6 +232,17 @@ def release_inputs(state: State, call: Call, start: int, stop: int) -> None:
         if chunk.open_count == 0:
             blobs.release(state, blobs.ids(chunk.blobs))
         start = end
+
+
+def release_all_inputs(state: State, call: Call) -> None:
+    """No input of the call will run any more."""
+    call.queued.clear()
+    call.parked.clear()
+    call.backing_off.clear()
+    for chunk in call.chunks.values():
+        blobs.release(state, blobs.ids(chunk.blobs))
+    call.chunks.clear()
+    call.chunk_starts.clear()
 
 
 def send_outputs(state: State, peer_id: PeerId, outputs: m.Outputs) -> None:

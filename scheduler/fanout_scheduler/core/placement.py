@@ -273,7 +273,7 @@ def _prefetch(state: State, function: Function) -> None:
         _drop_stale(state, function)
         if not function.ready:
             return
-        if _can_prefetch(state, container):
+        if _can_prefetch(state, container) and not _is_reserved(state, container.worker):
             _lease(state, container, function.ready[0][3])
 
 
@@ -289,19 +289,21 @@ def _can_prefetch(state: State, container: Container) -> bool:
 
 
 def _fail_if_deadlocked(state: State, call: Call, reason: str) -> None:
-    """A call whose function's permits are all held by containers that wait for this very call can
-    never run: say so, and name the chain."""
+    """A nested call that can run only when somebody gives back a permit or a place, while all who
+    hold one wait, directly or not, for calls like it: it can never run. Say so, with the chain."""
     function = call.function
+    # Nobody need wait for a spawned call: its caller ends and gives the permit back.
+    if call.is_durable or not call.ancestors:
+        return
     if reason == NO_PERMIT:
         holders = list(function.containers.values())
     else:
-        holders = [c for worker in state.workers.values() for c in worker.containers.values()]
-    ancestors = {c.container_id for c in call.ancestors}
-    for container in holders:
-        if not container.is_waiting or container.container_id in state.resuming:
-            return
-        if container.container_id not in ancestors:
-            return
+        holders = list(state.containers.values())
+    if any(not container.is_waiting for container in holders):
+        return
+    moving = _moving_containers(state)
+    if any(container.container_id in moving for container in holders):
+        return
     names = [c.function.definition.name for c in reversed(call.ancestors)]
     chain = " -> ".join([*names, function.definition.name])
     if reason == NO_PERMIT:
@@ -309,11 +311,56 @@ def _fail_if_deadlocked(state: State, call: Call, reason: str) -> None:
     else:
         why = f"all {len(holders)} containers that the workers can hold are taken"
     text = (
-        f"{chain}: {why} by inputs that wait for this call. Raise max_containers, or call the "
-        f"function with .local()"
+        f"{chain}: {why} by inputs that wait for calls like this one. Raise max_containers, or "
+        f"call the function with .local()"
     )
     payload = m.failure_payload("deadlock", text)
     fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+
+
+def _moving_containers(state: State) -> set[int]:
+    """The containers that will get on: those that do not wait, and those that wait for something
+    which is going to happen. Found by adding, until nothing more can be added."""
+    moving = {
+        container.container_id
+        for container in state.containers.values()
+        if not container.is_waiting or container.container_id in state.resuming
+    }
+    waiting = [c for c in state.containers.values() if c.container_id not in moving]
+    while True:
+        found = [c for c in waiting if _gets_on(c, moving)]
+        if not found:
+            return moving
+        moving.update(container.container_id for container in found)
+        waiting = [c for c in waiting if c.container_id not in moving]
+
+
+def _gets_on(container: Container, moving: set[int]) -> bool:
+    """Whether a waiting container waits for something that can happen, given who gets on."""
+    nested = [
+        call
+        for peer in container.nested_peers.values()
+        if peer.session is not None
+        for call in peer.session.calls.values()
+        if not call.is_over
+    ]
+    # Without a nested call it waits for its consumer, or for the result of a spawned call.
+    return not nested or any(_gets_further(call, moving) for call in nested)
+
+
+def _gets_further(call: Call, moving: set[int]) -> bool:
+    function = call.function
+    if call.failure is not None or any(
+        lease.container.container_id in moving for lease in call.leases.values()
+    ):
+        return True
+    if not call.queued:
+        # It waits for time, blobs, the store or its caller; or for leases that do not get on.
+        return not call.leases
+    limit = function.max_containers
+    if limit is None or len(function.containers) < limit:
+        return True
+    return any(container_id in moving for container_id in function.containers)
 
 
 # --- 3. tails ------------------------------------------------------------------------------------

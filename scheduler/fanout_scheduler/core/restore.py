@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from fanout.config import CLIENT_GRACE_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs, durable
+from fanout_scheduler.core.calls import add_call
 from fanout_scheduler.core.events import Record
 from fanout_scheduler.core.state import App, Call, State, make_function
 
@@ -35,11 +36,12 @@ def restore(state: State, records: Iterable[Record]) -> None:
 def _restore_record(state: State, record: Record) -> bool:
     """Returns False for a record whose call is not there."""
     if isinstance(record, m.OpenApp):
-        app = App(record.app_id, record.name, None, is_stored=True)
-        state.apps[record.app_id] = app
+        # Calls that were spawned at once each brought their app and function along.
+        if record.app_id not in state.apps:
+            state.apps[record.app_id] = App(record.app_id, record.name, None, is_stored=True)
     elif isinstance(record, m.DefineFunction):
         owner = state.apps.get(record.app_id)
-        if owner is not None:
+        if owner is not None and record.function_id not in state.functions:
             function = make_function(record, owner, state.next_number())
             function.is_stored = True
             state.functions[record.function_id] = owner.functions[record.function_id] = function
@@ -66,18 +68,17 @@ def _restore_call(state: State, record: m.OpenCall) -> bool:
         number=state.next_number(),
         session=None,
         is_durable=True,
-        is_ordered=record.is_ordered,
         parent=None,
         depth=0,
         ancestors=(),
-        opened_at=state.now,
     )
-    state.calls[call.call_id] = function.app.calls[call.call_id] = call
+    if record.call_id not in state.calls:
+        add_call(state, call)
     return True
 
 
 def _restore_call_record(state: State, call: Call, record: Record) -> None:
-    from fanout_scheduler.core.outputs import release_inputs
+    from fanout_scheduler.core.outputs import release_all_inputs, release_inputs
 
     if isinstance(record, m.Inputs):
         blobs.keep(state, blobs.ids(record.blobs))
@@ -86,14 +87,17 @@ def _restore_call_record(state: State, call: Call, record: Record) -> None:
         call.sealed_count = record.count
     elif isinstance(record, m.CallFailed):
         call.failure = record
-        call.queued.clear()
-        call.parked.clear()
+        release_all_inputs(state, call)
     elif isinstance(record, m.Outputs):
         start, stop = record.start, record.start + len(record.statuses)
-        for low, high in call.finished.missing(start, stop):
+        fresh = call.finished.missing(start, stop)
+        if not fresh:
+            return
+        for low, high in fresh:
             call.queued.remove(low, high)
             call.parked.remove(low, high)
-            release_inputs(state, call, low, high)
+            if call.failure is None:
+                release_inputs(state, call, low, high)
         call.finished.add(start, stop)
         blobs.keep(state, blobs.ids(record.blobs))
         call.outputs.append(record)

@@ -15,7 +15,7 @@ from heapq import heappush
 from itertools import accumulate
 from typing import Any
 
-from fanout.config import TIMEOUT_S
+from fanout.config import TIMEOUT_S, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import Command, PeerId, Send
@@ -36,6 +36,8 @@ class App:
     is_stored: bool = False
     #: Blobs that its stored definitions name; kept until the store forgets the app.
     stored_blobs: list[bytes] = field(default_factory=list)
+    #: How many of its calls are not over.
+    open_count: int = 0
 
 
 @dataclass(slots=True)
@@ -141,7 +143,6 @@ class Call:
     number: int
     session: Session | None
     is_durable: bool
-    is_ordered: bool
     parent: tuple[int, int] | None
     depth: int
     #: Containers that wait, directly or not, for this call.
@@ -151,7 +152,7 @@ class Call:
     #: Received, and their blobs are not all here.
     parked: IntervalSet = field(default_factory=IntervalSet)
     queued: IntervalSet = field(default_factory=IntervalSet)
-    backing_off: dict[int, float] = field(default_factory=dict)
+    backing_off: set[int] = field(default_factory=set)
     #: Inputs whose output is here (of a durable call: stored), whether or not acknowledged.
     finished: IntervalSet = field(default_factory=IntervalSet)
     #: Outputs of a durable call that are on their way to disk.
@@ -171,17 +172,17 @@ class Call:
     #: How the rest of the call ended, when it failed or was cancelled as a whole.
     failure: m.CallFailed | None = None
     is_over: bool = False
+    is_cancelled: bool = False
     consumed_count: int = 0
     consumed_bytes: int = 0
     output_bytes: int = 0
     leased_count: int = 0
-    window_count: int = 0
+    window_count: int = WINDOW_COUNT_MIN
     #: Container-seconds given to this call: what fairness compares.
     service_s: float = 0.0
     is_ready: bool = False
     waits_for: str = ""
     fetches: dict[tuple[PeerId, int], Fetch] = field(default_factory=dict)
-    opened_at: float = 0.0
 
     def add_chunk(self, chunk: Chunk) -> None:
         insort(self.chunk_starts, chunk.start)
@@ -238,13 +239,17 @@ class Lease:
     stop: int
     #: Inputs neither reported nor given back.
     open: IntervalSet
-    granted_at: float
     #: When an output or item of it last arrived; at first the grant.
     heard_at: float
     is_reclaiming: bool = False
     is_cancelled: bool = False
     #: A reclaim that freed nothing is not repeated before this time.
     reclaim_after: float = 0.0
+    #: Where it ended when it was granted; `stop` moves when a tail is taken back.
+    end: int = 0
+
+    def __post_init__(self) -> None:
+        self.end = self.stop
 
 
 @dataclass(slots=True)
@@ -255,7 +260,6 @@ class Container:
     number: int
     #: starting, ready, stopping; see the table in scheduler/README.md.
     state: str
-    started_at: float
     #: At most two; the first one runs.
     leases: dict[int, Lease] = field(default_factory=dict)
     holds_core: bool = False
@@ -356,9 +360,9 @@ class State:
     pending_stores: dict[int, Any] = field(default_factory=dict)
     #: First sequences of what is not on disk, also while it waits to be tried again.
     unsafe_stores: set[int] = field(default_factory=set)
-    #: How many frames that are kept refer to each blob, and which blobs are here whole.
+    #: How many frames that are kept refer to each blob, and the sizes of those that are here whole.
     blob_references: dict[bytes, int] = field(default_factory=dict)
-    present_blobs: set[bytes] = field(default_factory=set)
+    present_blobs: dict[bytes, int] = field(default_factory=dict)
     #: What is to be done when a blob is here, by blob; see blobs.py.
     blob_waiters: dict[bytes, list[BlobWait]] = field(default_factory=dict)
     #: Workers that have reports to be acknowledged at the end of this turn.
@@ -372,7 +376,6 @@ class State:
     service_clock_s: float = 0.0
     #: How often each unusual thing happened: late, duplicate and unknown messages.
     counts: dict[str, int] = field(default_factory=dict)
-    is_leaving: bool = False
 
     def next_number(self) -> int:
         self.counter += 1

@@ -110,7 +110,6 @@ def add_container(
         worker=worker,
         number=state.next_number(),
         state=status,
-        started_at=state.now,
         idle_since=state.now,
     )
     state.containers[container_id] = container
