@@ -70,13 +70,24 @@ class SimCall:
             assert self.seen[index] == 1, f"input {index} ended twice"
             if batch.is_repeated:
                 self.failure = bytes(batch.payload)
+                code = msgpack.unpackb(self.failure)[0] if status == m.Status.FAILURE else "error"
+                assert code in self.causes(), f"a call failed without cause: {self.failure!r}"
             elif status == m.Status.VALUE:
                 assert bytes(values[position]) == b"=%d" % index, "a value of another input"
             elif status == m.Status.DONE:
                 total = msgpack.unpackb(values[position])
                 assert len(self.items.get(index, [])) == total, f"generator {index} lost items"
             elif status == m.Status.FAILURE:
-                assert self.plan.may_crash, msgpack.unpackb(values[position])
+                code = msgpack.unpackb(values[position])[0]
+                assert code == "crash", f"an input failed without cause: {code}"
+                assert self.plan.may_crash, "only what may crash does"
+            else:
+                assert self.plan.is_flaky, "an error of a function that raises none"
+
+    def causes(self) -> set[str]:
+        """How a call may fail as a whole: containers that cannot start; and a nested call also
+        when the input that made it is run elsewhere."""
+        return {"start"} if self.call.parent is None else {"start", "cancelled"}
 
     @property
     def is_finished(self) -> bool:
@@ -92,6 +103,7 @@ class Plan:
     options: dict[str, Any]
     input_s: float = 0.001
     error_rate: float = 0.0
+    is_flaky: bool = False
     may_crash: bool = False
     #: Items of each generator input.
     item_count: int = 0

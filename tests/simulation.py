@@ -284,6 +284,7 @@ def make_plans(world: World) -> list[Plan]:
         {"retries": [random.randint(1, 3), random.random(), 2.0, 5.0]},
         input_s=0.01,
         error_rate=0.2,
+        is_flaky=True,
     )
     crashy = Plan("crashy", b"c" * 16, {}, input_s=0.02, may_crash=True)
     stream = Plan("stream", b"g" * 16, {"is_generator": True}, input_s=0.001, item_count=40)

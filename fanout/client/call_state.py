@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fanout.client.chunk import (
@@ -107,6 +107,8 @@ class CallState:
         self.outgoing: list[m.Message] = [self._open_message()]
         #: Blobs that no input needs any more, once for each input that named them.
         self.released_blobs: list[bytes] = []
+        #: The size of a blob that is here; what names blobs counts with them.
+        self.blob_size: Callable[[bytes], int] = lambda blob_id: 0
         #: Outputs and items that came again and were dropped.
         self.duplicate_count = 0
 
@@ -252,7 +254,7 @@ class CallState:
             self._consume_items(batch)
             return
         self._consumed_count += batch.count
-        self._consumed_bytes += len(batch.payload) * (batch.count if batch.is_repeated else 1)
+        self._consumed_bytes += batch.size
         self._consumed_input_bytes += batch.input_size
         self._ack_if_due()
         self._send_pending()
@@ -463,7 +465,8 @@ class CallState:
         batch.input_size = self._release(start, stop)
         self.received.add(start, stop)
         self._unacked.add(start, stop)
-        self._unacked_bytes += len(batch.payload)
+        batch.size = self._size_of(batch) * (batch.count if batch.is_repeated else 1)
+        self._unacked_bytes += batch.size
         if self.is_generator:
             for index in range(start, stop):
                 self._end_stream(index, cut_batch(batch, index, index + 1))
@@ -472,6 +475,12 @@ class CallState:
             self._advance()
         else:
             self._ready.append(batch)
+
+    def _size_of(self, batch: Ready) -> int:
+        size = len(batch.payload)
+        for _, blob_ids in batch.blobs:
+            size += sum(map(self.blob_size, blob_ids))
+        return size
 
     def _advance(self) -> None:
         ahead = self._ahead
@@ -578,7 +587,8 @@ class CallState:
         if behind:
             batch = cut_items(batch, behind)
         stream.received += batch.count
-        stream.received_bytes += len(batch.payload)
+        batch.size = self._size_of(batch)
+        stream.received_bytes += batch.size
         if self.is_ordered and batch.index != self._next:
             stream.held.append(batch)
         else:

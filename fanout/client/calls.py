@@ -39,6 +39,7 @@ class LiveCall:
     ) -> None:
         self.session = session
         self.state = state
+        state.blob_size = session.store.size
         self.app_id = app_id
         self._listener = listener
         self._parked: deque[m.Message] = deque()

@@ -54,6 +54,8 @@ class Batch:
     #: Bytes of the inputs that these are the outputs of.
     input_size: int
     is_repeated: bool = False
+    #: Bytes of the outputs, those of their blobs included; known once they are received.
+    size: int = 0
 
     @property
     def count(self) -> int:
@@ -69,6 +71,8 @@ class ItemBatch:
     lengths: bytes
     payload: m.Payload
     blobs: list[BlobRef]
+    #: Bytes of the items, those of their blobs included; known once they are received.
+    size: int = 0
 
     @property
     def count(self) -> int:

@@ -84,6 +84,17 @@ def ensure_cluster() -> JoinString:
     return JoinString.parse(found.client_join)
 
 
+def ensure_worker() -> None:
+    """Start the worker anew if it has died. Costs next to nothing when it is there.
+
+    Raises:
+        ConnectionError: it did not become ready in time; holds the end of what it wrote.
+        InvalidError: the state folder cannot be used; says what to set.
+    """
+    if find_daemon(home_folder(), "worker") is None:
+        ensure_cluster()
+
+
 def _find(home: str) -> Daemon | None:
     """The scheduler, if it answers and has its worker."""
     scheduler = find_daemon(home, "scheduler")

@@ -57,6 +57,8 @@ WARN_AFTER_S = 5.0
 APP_WAIT_S = 5.0
 #: How long an acknowledgement may wait for another message to travel with.
 LAZY_DELAY_S = 0.002
+#: How often calls that are open make sure that the embedded default has its worker.
+WORKER_CHECK_INTERVAL_S = 2.0
 #: Last words about calls that have ended, repeated after a reconnect in case they were lost.
 LAST_WORDS_MAX = 1024
 
@@ -135,7 +137,7 @@ class Session:
                 self._attach(transport)
                 if not opening.done():
                     opening.set_result(None)
-                await self._lost.wait()
+                await self._wait_lost()
         except asyncio.CancelledError:
             # Closed, or the loop ends: what comes next begins with a new session.
             if _sessions.get(self.loop) is self:
@@ -154,6 +156,22 @@ class Session:
                 self.transport.close(m.Goodbye("closed", "the client has closed"))
                 with contextlib.suppress(TimeoutError, asyncio.CancelledError):
                     await asyncio.wait_for(self.transport.wait_closed(), config.KILL_GRACE_S)
+
+    async def _wait_lost(self) -> None:
+        """Return when the connection is gone. Nobody else replaces the worker of the embedded
+        default when it was killed, and open calls would wait for ever."""
+        is_embedded = not self.is_nested and not os.environ.get("FANOUT_URL")
+        while not self._lost.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WORKER_CHECK_INTERVAL_S if is_embedded else None):
+                    await self._lost.wait()
+            if is_embedded and not self._lost.is_set() and (self._calls or self._fetches):
+                from fanout.client import local
+
+                try:
+                    await in_thread(local.ensure_worker)
+                except (ConnectionError, InvalidError, OSError) as error:
+                    logger.warning("the worker of this machine is gone: %s", error)
 
     async def _dial(self, is_first: bool) -> wire.Transport:
         """A connection; after the first one, try for ever."""

@@ -459,7 +459,7 @@ class CancelCall(Message):
 @_message(29)
 class FetchOutputs(Message):
     """Send the outputs of inputs `start` to `stop` of a durable call, each as soon as it is
-    there. The answer is `Outputs` frames, or `FetchFailed`."""
+    there. The answer is `Outputs` frames; `CallInfo` when there is no such call."""
 
     request_id: RequestId
     call_id: CallId

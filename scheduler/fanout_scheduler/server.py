@@ -231,7 +231,7 @@ class Peer:
             self._server.disconnect(session, "protocol", str(error))
 
     def _blob_completed(self, blob_id: bytes) -> None:
-        self._server.events.append(BlobCompleted(blob_id))
+        self._server.events.append(self._server.completed(blob_id))
         self._server.schedule_turn()
 
 
@@ -260,7 +260,7 @@ class SchedulerServer:
         self.core.restore(_noting_blobs(self.store.load(), wanted), self.clock.now())
         self.blobs = BlobKeeper(home.blobs, wanted)
         #: What the core has not been told yet.
-        self.events: list[Event] = [BlobCompleted(blob_id) for blob_id in self.blobs.present]
+        self.events: list[Event] = [self.completed(blob_id) for blob_id in self.blobs.present]
         self.late_relay_count = 0
         self._peers: dict[PeerId, Peer] = {}
         self._peer_count = 0
@@ -462,7 +462,7 @@ class SchedulerServer:
             if self.blobs.has_dropped:
                 # What was let go of in this very turn may be named by a frame of it, too.
                 for blob_id in self._revived(events):
-                    self.events.append(BlobCompleted(blob_id))
+                    self.events.append(self.completed(blob_id))
                     self.schedule_turn()
         if deadline is not None:
             self._arm(deadline, now)
@@ -516,7 +516,11 @@ class SchedulerServer:
         """Tell the core of blobs that it let go of and that frames of this turn name again, before
         it sees the frames."""
         for blob_id in self._revived(events):
-            self.core.handle(BlobCompleted(blob_id), now)
+            self.core.handle(self.completed(blob_id), now)
+
+    def completed(self, blob_id: bytes) -> BlobCompleted:
+        """The news that a blob is whole."""
+        return BlobCompleted(blob_id, self.blobs.store.size(blob_id))
 
     def _revived(self, events: list[Event]) -> Iterator[bytes]:
         """The dropped blobs that these frames name. They are kept again."""

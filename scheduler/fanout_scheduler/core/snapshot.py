@@ -11,7 +11,7 @@ ROWS_MAX = 200
 
 
 def snapshot(state: State) -> dict[str, Any]:
-    """Plain msgpack-able data; the shape is in docs/architecture.md."""
+    """Plain msgpack-able data: what `fanout status` shows, and `--json` prints as it is."""
     return {
         "epoch": state.epoch,
         "uptime_s": state.now - state.started_at,
