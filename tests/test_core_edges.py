@@ -1,0 +1,181 @@
+"""The scheduler's core where several things happen at once: partial writes, deadlocks of many, and
+work that would starve somebody."""
+
+from __future__ import annotations
+
+from fanout.protocol import messages as m
+from fanout_scheduler.core.core import Scheduler
+from fanout_scheduler.core.events import BlobCompleted, Store, Stored, StoreFailed
+from tests.core_kit import Bench, inputs, table
+
+
+def stores(bench: Bench) -> list[Store]:
+    found = [order for order in bench.orders if isinstance(order, Store)]
+    bench.orders = [order for order in bench.orders if not isinstance(order, Store)]
+    return found
+
+
+def reborn(records: list[object]) -> Bench:
+    bench = Bench(epoch=2)
+    bench.core = Scheduler(2)
+    bench.core.restore(records, bench.now)  # type: ignore[arg-type]
+    bench.core.check()
+    return bench
+
+
+def test_a_spawn_is_promised_only_on_a_definition_that_is_on_disk() -> None:
+    bench = Bench()
+    client = bench.client(f={})
+    bench.open(client, call=1, is_durable=True, is_sealed=False)
+    bench.open(client, call=2, is_durable=True, is_sealed=False)
+    first, second = stores(bench)
+    bench.tell(StoreFailed(first.sequence, "disk is full"), Stored(second.sequence))
+    assert bench.take(m.CallFailed).call_id == bytes([1]) * 16
+    assert bench.take(m.CallOpened).call_id == bytes([2]) * 16
+    after = reborn(list(second.records))
+    assert bytes([2]) * 16 in after.core.state.calls
+
+
+def test_definitions_that_were_stored_twice_are_one_after_a_restart() -> None:
+    bench = Bench()
+    client = bench.client(f={})
+    for call in (1, 2):
+        bench.open(client, call=call, count=1, is_durable=True)
+    records = [record for store in stores(bench) for record in store.records]
+    after = reborn(list(records))
+    functions = {id(call.function) for call in after.core.state.calls.values()}
+    assert len(functions) == 1
+    worker = after.worker(cpu=2)
+    assert len(after.take_all(m.Lease, worker)) == 2
+
+
+def test_a_spawned_call_of_the_spawner_is_no_deadlock() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={"max_containers": 1}, g={})
+    bench.open(client, "f", count=1)
+    outer = bench.started_lease(worker)
+    nested = bench.connect("nested", worker=worker, container_id=outer.container_id)
+    bench.open(nested, "f", call=2, count=1, is_durable=True, parent=(outer.lease_id, 0))
+    bench.store()
+    bench.open(nested, "g", call=3, count=1, parent=(outer.lease_id, 0))
+    bench.forget(m.CallOpened, m.InputsStored)
+    bench.frame(nested, m.SessionWaits(bench.core.state.peers[nested].wait_frames))  # type: ignore[index]
+    bench.finish(worker, bench.started_lease(worker))
+    assert bench.take_all(m.CallFailed) == []
+    bench.finish(worker, outer)
+    bench.store()
+    lease = bench.take_all(m.Lease)[-1]
+    assert lease.call_id == bytes([2]) * 16
+
+
+def test_callers_that_wait_for_each_others_permits_are_told_so() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=2)
+    client = bench.client(h={"max_containers": 2})
+    bench.open(client, "h", count=2)
+    leases = bench.take_all(m.Lease)
+    for start in bench.take_all(m.StartContainer):
+        bench.start(worker, start.container_id)
+    for number, lease in enumerate(leases):
+        nested = bench.connect("nested", worker=worker, container_id=lease.container_id)
+        parent = (lease.lease_id, lease.start)
+        bench.open(nested, "h", call=10 + number, count=1, parent=parent)
+        assert bench.take_all(m.CallFailed) == []
+        bench.frame(nested, m.SessionWaits(0))
+    failed = bench.take_all(m.CallFailed)
+    assert failed, "both callers wait for ever"
+    assert b"h -> h" in bytes(failed[0].payload)
+
+
+def test_a_container_that_gets_its_core_back_is_not_starved_by_a_quick_map() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(s={"is_generator": True}, q={})
+    stream = bench.open(client, "s", count=1)
+    lease = bench.started_lease(worker)
+    bench.frame(worker, m.LeaseWaits(lease.lease_id, 4))
+    bench.open(client, "q", call=2, count=3000)
+    busy = [bench.started_lease(worker)]
+    bench.frame(client, m.ItemCredit(stream, 0, 8, 4))
+    for _ in range(20):
+        done = busy.pop(0)
+        bench.later(0.0005 * len(done.lengths) / 4)
+        bench.finish(worker, done, input_s=0.0005)
+        busy += bench.take_all(m.Lease)
+        if bench.take_all(m.LeaseCredit):
+            return
+    raise AssertionError("the stream waited behind twenty leases")
+
+
+def test_stored_inputs_are_told_as_counts_after_a_reconnect() -> None:
+    bench = Bench()
+    client = bench.client(f={})
+    session = bench.core.state.peers[client].session.session_id  # type: ignore[index,union-attr]
+    call_id = bench.open(client, is_durable=True, is_sealed=False)
+    bench.frame(client, inputs(call_id, 0, 4), inputs(call_id, 8, 4))
+    bench.store()
+    bench.forget(m.CallOpened, m.InputsStored)
+    again = bench.connect("client", session)
+    bench.frame(again, m.OpenCall(call_id, b"f" * 16, True, True, None, True))
+    assert bench.take(m.InputsStored).stored == [(0, 4), (8, 4)]
+
+
+def test_results_that_travel_as_blobs_are_held_back_by_their_consumer_too() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=2)
+    client = bench.client(f={})
+    call_id = bench.open(client, count=50)
+    _, lease = bench.take_all(m.Lease)
+    for start in bench.take_all(m.StartContainer):
+        bench.start(worker, start.container_id)
+    finished = 0
+    while lease is not None and finished < 20:
+        finished += 1
+        blob_id = bytes([finished]) * 32
+        bench.tell(BlobCompleted(blob_id, 20 << 20))
+        lengths, payload = table([b"v"])
+        bench.frame(
+            worker,
+            m.LeaseOutputs(
+                finished, lease.lease_id, call_id, lease.start, 1_000_000, lengths, b"\0",
+                [(0, [blob_id])], payload,
+            ),
+        )  # fmt: skip
+        lease = next(iter(bench.take_all(m.Lease)), None)  # type: ignore[assignment]
+    assert finished == 2
+    assert "consumer" in bench.core.state.calls[call_id].waits_for
+
+
+def test_an_output_on_its_way_to_disk_stands_when_the_call_is_cancelled() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={})
+    call_id = bench.open(client, count=2, is_durable=True)
+    bench.store()
+    bench.finish(worker, bench.started_lease(worker))
+    pending = stores(bench)
+    bench.frame(client, m.CancelCall(call_id))
+    pending += stores(bench)
+    bench.frame(client, m.FetchOutputs(1, call_id, 0, 2))
+    told = [(o.start, o.statuses[0]) for o in bench.take_all(m.Outputs)]
+    assert told == [(1, m.Status.FAILURE)]
+    bench.tell(Stored(pending[-1].sequence))
+    assert [(o.start, o.statuses[0]) for o in bench.take_all(m.Outputs)] == [(0, m.Status.VALUE)]
+
+
+def test_a_report_that_does_not_fit_its_lease_is_dropped() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={})
+    bench.open(client, count=1)
+    lease = bench.started_lease(worker)
+    empty = m.LeaseOutputs(1, lease.lease_id, lease.call_id, 0, 0, b"", b"", [], b"")
+    bench.frame(worker, empty)
+    lengths, payload = table([b"v"] * 3)
+    bench.frame(
+        worker,
+        m.LeaseOutputs(2, lease.lease_id, lease.call_id, 0, 1, lengths, bytes(3), [], payload),
+    )
+    assert bench.take_all(m.Outputs) == []
+    assert bench.core.state.counts["report that does not fit its lease"] == 2
