@@ -179,3 +179,27 @@ def test_a_report_that_does_not_fit_its_lease_is_dropped() -> None:
     )
     assert bench.take_all(m.Outputs) == []
     assert bench.core.state.counts["report that does not fit its lease"] == 2
+
+
+def test_results_of_a_spawned_call_expire_over_restarts() -> None:
+    week_s = 7 * 24 * 3600.0
+    bench = Bench()
+    bench.core = Scheduler(1)
+    bench.core.restore([], bench.now, wall_time_s=1e9)
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={})
+    call_id = bench.open(client, count=1, is_durable=True)
+    records = [record for store in bench.store() for record in store.records]
+    bench.finish(worker, bench.started_lease(worker))
+    records += [record for store in bench.store() for record in store.records]
+    records += [record for store in bench.store() for record in store.records]
+    later = Bench(epoch=2)
+    later.core = Scheduler(2)
+    later.core.restore(records, later.now, wall_time_s=1e9 + week_s - 100)
+    assert call_id in later.core.state.calls
+    later.later(99)
+    assert call_id in later.core.state.calls
+    later.later(2)
+    assert later.core.state.calls == {}
+    forgotten = [record for store in later.store() for record in store.records]
+    assert [type(record).__name__ for record in forgotten] == ["ForgetCall", "ForgetApp"]

@@ -885,6 +885,18 @@ class BlobCredit(Message):
     upto: Annotated[int, Between(0, 2 * BLOB_SIZE_BYTES_MAX)]
 
 
+# --- only in the store ---------------------------------------------------------------------------
+
+
+@_message(110)
+class CallEnded(Message):
+    """A durable call has all its outputs, or failed, at this time (seconds since 1970). Its
+    results are kept from then on, restarts or not. Nobody sends this."""
+
+    call_id: CallId
+    ended_at: Number
+
+
 # --- who may send what ----------------------------------------------------------------------------
 
 #: What transfers of blobs consist of.

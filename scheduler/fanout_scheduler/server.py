@@ -257,7 +257,8 @@ class SchedulerServer:
         self.clock = Clock()
         self.core = Scheduler(self.epoch)
         wanted: set[bytes] = set()
-        self.core.restore(_noting_blobs(self.store.load(), wanted), self.clock.now())
+        records = _noting_blobs(self.store.load(), wanted)
+        self.core.restore(records, self.clock.now(), time.time())
         self.blobs = BlobKeeper(home.blobs, wanted)
         #: What the core has not been told yet.
         self.events: list[Event] = [self.completed(blob_id) for blob_id in self.blobs.present]

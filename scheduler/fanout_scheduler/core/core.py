@@ -87,9 +87,10 @@ class Scheduler:
     def __init__(self, epoch: int) -> None:
         self.state = State(epoch)
 
-    def restore(self, records: Iterable[Record], now: float) -> None:
-        """Take what the store kept, before any event."""
+    def restore(self, records: Iterable[Record], now: float, wall_time_s: float = 0.0) -> None:
+        """Take what the store kept, before any event. `wall_time_s`: seconds since 1970."""
         self.state.now = self.state.started_at = now
+        self.state.wall_offset_s = wall_time_s - now
         restore.restore(self.state, records)
 
     def handle(self, event: Event, now: float) -> None:

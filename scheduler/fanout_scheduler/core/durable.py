@@ -221,9 +221,13 @@ def end_call(state: State, call: Call) -> None:
 
     mark_over(call)
     call.waits_for = ""
+    if call.ended_at is None:
+        call.ended_at = state.now + state.wall_offset_s
+        _store(state, None, [m.CallEnded(call.call_id, call.ended_at)])
     if call.session is not None:
         call.session.calls.pop(call.call_id, None)
-    state.at(state.now + RESULT_RETENTION_S, "forget", call)
+    expires_at = call.ended_at + RESULT_RETENTION_S - state.wall_offset_s
+    state.at(max(expires_at, state.now), "forget", call)
     close_app_if_done(state, call.function.app)
 
 

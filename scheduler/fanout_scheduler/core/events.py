@@ -159,6 +159,7 @@ Record = (
     | m.SealCall
     | m.Outputs
     | m.CallFailed
+    | m.CallEnded
     | ForgetCall
     | ForgetApp
 )

@@ -50,7 +50,7 @@ def _restore_record(state: State, record: Record) -> bool:
             blobs.await_definition(state, function)
     elif isinstance(record, m.OpenCall):
         return _restore_call(state, record)
-    elif isinstance(record, m.Inputs | m.SealCall | m.Outputs | m.CallFailed):
+    elif isinstance(record, m.Inputs | m.SealCall | m.Outputs | m.CallFailed | m.CallEnded):
         call = state.calls.get(record.call_id)
         if call is None:
             return False
@@ -85,6 +85,8 @@ def _restore_call_record(state: State, call: Call, record: Record) -> None:
         durable.queue_inputs(state, call, record)
     elif isinstance(record, m.SealCall):
         call.sealed_count = record.count
+    elif isinstance(record, m.CallEnded):
+        call.ended_at = record.ended_at
     elif isinstance(record, m.CallFailed):
         call.failure = record
         release_all_inputs(state, call)

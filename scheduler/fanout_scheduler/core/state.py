@@ -173,6 +173,8 @@ class Call:
     failure: m.CallFailed | None = None
     is_over: bool = False
     is_cancelled: bool = False
+    #: When a durable call ended, in seconds since 1970: its results expire from then on.
+    ended_at: float | None = None
     consumed_count: int = 0
     consumed_bytes: int = 0
     output_bytes: int = 0
@@ -370,6 +372,8 @@ class State:
     #: Tails are not looked at again before this time.
     reclaim_after: float = 0.0
     next_look: float = 0.0
+    #: What to add to `now` for the time since 1970.
+    wall_offset_s: float = 0.0
     started_at: float = 0.0
     store_sequence: int = 0
     counter: int = 0

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
 #: Kinds of record that may lie in the table; anything else there is damage.
 STORED_TYPES: frozenset[type[m.Message]] = frozenset(
-    {m.OpenApp, m.DefineFunction, m.OpenCall, m.Inputs, m.SealCall, m.Outputs, m.CallFailed}
+    {
+        m.OpenApp,
+        m.DefineFunction,
+        m.OpenCall,
+        m.Inputs,
+        m.SealCall,
+        m.Outputs,
+        m.CallFailed,
+        m.CallEnded,
+    }
 )
 _DEFINITION_KIND = m.DefineFunction.KIND
 _KEY_SIZE_BYTES = 32
