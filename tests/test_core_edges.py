@@ -203,3 +203,16 @@ def test_results_of_a_spawned_call_expire_over_restarts() -> None:
     assert later.core.state.calls == {}
     forgotten = [record for store in later.store() for record in store.records]
     assert [type(record).__name__ for record in forgotten] == ["ForgetCall", "ForgetApp"]
+
+
+def test_a_call_that_no_worker_can_run_is_told_once_after_a_while() -> None:
+    bench = Bench()
+    client = bench.client(f={})
+    bench.open(client, count=2)
+    bench.later(4.9)
+    assert bench.take_all(m.Notice) == []
+    bench.later(0.2)
+    assert "none is connected" in bench.take(m.Notice, client).text
+    bench.later(60)
+    assert bench.take_all(m.Notice) == []
+    bench.take(m.Lease, bench.worker(cpu=1))

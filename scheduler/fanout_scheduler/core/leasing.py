@@ -72,6 +72,7 @@ def grant(state: State, container: Container, call: Call, count: int) -> Lease:
     container.leases[lease.lease_id] = lease
     call.leased_count += stop - start
     call.waits_for = ""
+    call.stranded_since = None
     hold_core(container)
     for _, blob_ids in blobs:
         for blob_id in blob_ids:

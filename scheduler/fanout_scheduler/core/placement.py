@@ -48,6 +48,8 @@ START_WORTH_S = 0.005
 #: Waiting containers hold memory; at this many on one worker, deeper nesting is refused.
 CONTAINERS_MAX = 256
 EPSILON = 1e-9
+#: A wait for a worker that is not there is told to the client after this time.
+NOTICE_S = 5.0
 RECLAIM_INTERVAL_S = 0.002
 
 NO_WORKER = "a worker: none is connected"
@@ -102,6 +104,8 @@ def _place_ready(state: State) -> None:
         if reason:
             call.waits_for = reason
             held[function.function_id] = reason
+            if reason in (NO_WORKER, NO_FIT):
+                _tell_of_wait(state, call, reason)
             if reason in (NO_PERMIT, NO_ROOM):
                 _fail_if_deadlocked(state, call, reason)
     for function_id, reason in held.items():
@@ -110,6 +114,20 @@ def _place_ready(state: State) -> None:
             prefetched = state.functions.get(function_id)
             if prefetched is not None:
                 _prefetch(state, prefetched)
+
+
+def _tell_of_wait(state: State, call: Call, reason: str) -> None:
+    """Tell the client, once a call, of a wait that only a person can end."""
+    if call.stranded_since is None:
+        call.stranded_since = state.now
+        state.look(state.now + NOTICE_S)
+    elif state.now - call.stranded_since >= NOTICE_S and not call.is_told:
+        call.is_told = True
+        if call.session is not None and call.session.peer_id is not None:
+            text = f"{call.function.definition.name} waits for {reason}"
+            state.send(call.session.peer_id, m.Notice("waiting", text))
+    elif not call.is_told:
+        state.look(call.stranded_since + NOTICE_S)
 
 
 def _next_function(state: State, held: dict[bytes, str]) -> Function | None:

@@ -184,6 +184,9 @@ class Call:
     service_s: float = 0.0
     is_ready: bool = False
     waits_for: str = ""
+    #: Since when no worker could run it, and whether its client knows.
+    stranded_since: float | None = None
+    is_told: bool = False
     fetches: dict[tuple[PeerId, int], Fetch] = field(default_factory=dict)
 
     def add_chunk(self, chunk: Chunk) -> None:

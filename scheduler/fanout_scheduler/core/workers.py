@@ -7,12 +7,12 @@ from typing import Any
 from fanout.config import CLIENT_GRACE_S, WORKER_DEADLINE_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core import calls, durable, outputs
-from fanout_scheduler.core.events import Disconnect, PeerId, Send
+from fanout_scheduler.core.events import Disconnect, PeerId
 from fanout_scheduler.core.leasing import give_back_lease, release_core
 from fanout_scheduler.core.state import Container, Function, Peer, State, Worker
 
 #: Reports of a worker that wait to be acknowledged, at most, and for how long.
-ACKNOWLEDGE_COUNT = 64
+ACKNOWLEDGE_COUNT = 32
 ACKNOWLEDGE_DELAY_S = 0.02
 
 #: Containers of a function that die in a row before they are ready, without an exception of the
@@ -220,17 +220,13 @@ def on_idle_deadline(state: State, container: Container, window_s: float) -> Non
 
 
 def acknowledge(state: State) -> None:
-    """Tell workers which reports are safe: together with something else that is sent to them, or
-    when there are many, or after a moment. On its own after each report it would cost a worker as
-    much as the report did."""
-    if not state.acknowledging:
-        return
-    addressed = {c.peer_id for c in state.commands if type(c) is Send}
+    """Tell workers which reports are safe: when there are many, or after a moment. After each
+    report it would cost a worker as much as the report did."""
     for worker in list(state.acknowledging.values()):
         if worker.acknowledge_at == 0.0:
             worker.acknowledge_at = state.now + ACKNOWLEDGE_DELAY_S
         is_due = state.now >= worker.acknowledge_at
-        if is_due or worker.peer_id in addressed or len(worker.unsafe) >= ACKNOWLEDGE_COUNT:
+        if is_due or len(worker.unsafe) >= ACKNOWLEDGE_COUNT:
             worker.acknowledge_at = 0.0
             _acknowledge(state, worker)
         else:
