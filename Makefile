@@ -38,20 +38,20 @@ $(STAMP): pyproject.toml
 	  echo "PIP_NO_INDEX=1 and PIP_FIND_LINKS=<folder of wheels>."; exit 1; }
 	@touch $@
 
-# A private FANOUT_HOME keeps the demo apart from daemons that already run; with FANOUT_HOME given it
-# uses that one, and leaves it.
+# A private FANOUT_HOME keeps the demo apart from daemons that already run, and they end with it. With
+# FANOUT_HOME given the demo stops nothing there: its daemons leave when they are idle, and others'
+# calls go on. Not every sh runs the EXIT trap at a signal, hence the second trap.
 demo: $(STAMP)
 	@unset FANOUT_URL; \
 	if [ -z "$$FANOUT_HOME" ]; then \
 	  FANOUT_HOME=$$(mktemp -d); export FANOUT_HOME; \
-	  trap '$(BIN)/fanout stop --force >/dev/null; rm -rf "$$FANOUT_HOME"' EXIT; \
-	else \
-	  trap '$(BIN)/fanout stop --force >/dev/null' EXIT; \
+	  trap 'trap "" INT TERM; echo; echo "\$$ fanout stop --force"; \
+	    $(BIN)/fanout stop --force >/dev/null; rm -rf "$$FANOUT_HOME"' EXIT; \
+	  trap 'exit 130' INT TERM; \
 	fi; \
 	echo "\$$ fanout run examples/stdlib_report.py"; \
 	$(BIN)/fanout run examples/stdlib_report.py && \
-	echo && echo "\$$ fanout status" && $(BIN)/fanout status && \
-	echo && echo "\$$ fanout stop"
+	echo && echo "\$$ fanout status" && $(BIN)/fanout status
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q

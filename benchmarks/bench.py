@@ -1,6 +1,6 @@
 """Compare fanout with what a user would pick instead, and with the bare chain of its shape.
 
-    python -m benchmarks.bench [--quick] [--peers] [--json FILE] [--check]
+    python -m benchmarks.bench [--quick | --full] [--peers] [--json FILE] [--check]
 
 Every engine has two worker processes, runs the same bodies and stays warm; rounds of the engines
 are interleaved, figures are medians over rounds, and ratios are taken round by round. Higher is
@@ -10,6 +10,7 @@ better for inputs/s and MiB/s, lower for microseconds.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from benchmarks import report as bars
 from benchmarks.process import (
+    ANSWER_TIMEOUT_S,
     BenchmarkError,
     EngineProcess,
     MemorySampler,
@@ -42,6 +44,12 @@ ECHO = "echo of 1 MiB values, ordered, MiB/s each way"
 #: Engines that are so much slower at something that the full count would take minutes.
 SLOW_MAPS = {"dask": 50}
 SLOW_CALLS = {"joblib": 20, "ray": 5, "dask": 20}
+#: A lazy map that is slower than this counts as stuck.
+CONSUME_RATE_MIN = 1000
+
+
+#: A map of MANY inputs may need no more memory than one of FEW.
+FEW, MANY = 100_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ class MemoryCase:
     many: int
     size_bytes: int = 0
     pause_s: float = 0.0
+
+    @property
+    def bar_name(self) -> str:
+        """Says how many inputs it is about: only `--full` asks for a million of each kind."""
+        return f"memory growth, {self.name}, {self.few:,} to {self.many:,}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,8 @@ class Plan:
     cold_count: int = 3
     warm_count: int = 5
     memory: tuple[MemoryCase, ...] = (
-        MemoryCase("ints", 100_000, 1_000_000),
+        MemoryCase("ints", FEW, MANY),
+        # Fewer of the large values, to stay within the minute.
         MemoryCase("10 KiB values", 8_000, 40_000, 10 << 10),
         # 80 MiB is already more than the credit of a call, so both fill every buffer there is.
         MemoryCase("10 KiB values, slow consumer", 8_000, 24_000, 10 << 10, 0.01),
@@ -84,6 +98,8 @@ QUICK = Plan(
     warm_count=2,
     memory=(MemoryCase("ints", 50_000, 500_000),),
 )
+
+FULL = Plan(memory=tuple(dataclasses.replace(c, few=FEW, many=MANY) for c in Plan().memory))
 
 
 def percentile(times: list[float], percent: float) -> float:
@@ -115,9 +131,18 @@ def warm_up(engine: EngineProcess, plan: Plan) -> None:
     engine.ask("calls", count=100 // SLOW_CALLS.get(engine.name, 1))
 
 
+@contextmanager
+def noted(report: Report) -> Iterator[None]:
+    """A failure in the block ends the block alone: the report says it, and the rest goes on."""
+    try:
+        yield
+    except BenchmarkError as error:
+        report.failures.append(str(error))
+
+
 def run_round(engine: EngineProcess, plan: Plan, report: Report, *, has_echo: bool) -> None:
     """One turn of one engine. What fails is not tried again; the rest goes on, with a fresh
-    engine."""
+    engine. One that cannot be started has no figures."""
     steps: list[tuple[list[str], Callable[[], None]]] = [
         ([MAP_ORDERED], lambda: run_map(engine, plan, report, is_ordered=True)),
         ([MAP_UNORDERED], lambda: run_map(engine, plan, report, is_ordered=False)),
@@ -128,13 +153,14 @@ def run_round(engine: EngineProcess, plan: Plan, report: Report, *, has_echo: bo
     for figures, step in steps:
         has_failed = (engine.name, figures[0]) in report.failed
         try:
-            if not has_failed:
+            if engine.is_running and not has_failed:
                 step()
                 continue
         except BenchmarkError as error:
             report.failures.append(str(error))
             report.failed.add((engine.name, figures[0]))
-            engine.start()
+            with noted(report):
+                engine.start()
         for figure in figures:
             report.add(figure, engine.name, None)
 
@@ -146,7 +172,9 @@ def run_rounds(names: list[str], plan: Plan, report: Report) -> None:
         for name in names:
             engine = EngineProcess(name, home)
             stack.callback(engine.close)
-            warm_up(engine, plan)
+            with noted(report):
+                engine.start()
+                warm_up(engine, plan)
             engines.append(engine)
         for number in range(plan.round_count):
             # Nobody is always the one that runs after the heaviest.
@@ -160,10 +188,17 @@ def peak_mib(case: MemoryCase, count: int) -> tuple[float, float]:
     with cluster_home() as home:
         engine = EngineProcess("fanout", home)
         try:
+            engine.start()
             engine.ask("map", count=1000, is_ordered=True)
             sampler = MemorySampler([engine.pid, *daemon_pids(home)])
             sampler.start()
-            engine.ask("consume", count=count, size_bytes=case.size_bytes, pause_s=case.pause_s)
+            engine.ask(
+                "consume",
+                timeout_s=ANSWER_TIMEOUT_S + count / CONSUME_RATE_MIN,
+                count=count,
+                size_bytes=case.size_bytes,
+                pause_s=case.pause_s,
+            )
             peak = sampler.finish()
         finally:
             engine.close()
@@ -182,9 +217,9 @@ def run_memory(plan: Plan, report: Report) -> None:
             f"  {case.name}: {few[0]:.1f} ({few[1]:.1f}) at {case.few:,} inputs, "
             f"{many[0]:.1f} ({many[1]:.1f}) at {case.many:,}"
         )
-        report.details[f"memory, {case.name}"] = {"few": few, "many": many}
-        name = f"memory growth, {case.name}"
-        report.require(name, many[0] - few[0], bars.MEMORY_GROWTH_MIB_MAX, "MiB")
+        counts = {"few_count": case.few, "many_count": case.many}
+        report.details[f"memory, {case.name}"] = {"few": few, "many": many, **counts}
+        report.require(case.bar_name, many[0] - few[0], bars.MEMORY_GROWTH_MIB_MAX, "MiB")
 
 
 def run_start(plan: Plan, report: Report) -> None:
@@ -260,7 +295,11 @@ def run(plan: Plan, names: list[str], report: Report) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="about ten seconds, rough figures")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="about ten seconds, rough figures")
+    extent.add_argument(
+        "--full", action="store_true", help=f"memory with {FEW:,} and {MANY:,} of all; many minutes"
+    )
     parser.add_argument("--peers", action="store_true", help="also mpire, Ray and Dask")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is not met")
@@ -269,7 +308,8 @@ def main() -> int:
     print(f"Python {about['python']}, {about['cores']} cores, {about['system']}")
     report, begin = Report(), time.perf_counter()
     try:
-        run(QUICK if arguments.quick else Plan(), chosen_engines(arguments.peers), report)
+        plan = QUICK if arguments.quick else FULL if arguments.full else Plan()
+        run(plan, chosen_engines(arguments.peers), report)
     except BenchmarkError as error:
         print(f"benchmark failed: {error}", file=sys.stderr)
         return 2

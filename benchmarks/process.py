@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,13 @@ def cluster_home() -> Iterator[Path]:
 
 
 class EngineProcess:
-    """One engine of `engines.py` in a process of its own."""
+    """One engine of `engines.py` in a process of its own; `start` begins it."""
 
     def __init__(self, name: str, home: Path) -> None:
         self.name = name
         self.home = home
-        self.start()
+        #: False before the start, and from a failure on.
+        self.is_running = False
 
     def start(self) -> None:
         """Start the process; after a failure, start another one.
@@ -83,23 +84,30 @@ class EngineProcess:
             stderr=self._errors,
             text=True,
         )
+        self.is_running = True
         self._request = "its start"
-        self.pid: int = self._read()["ready"]
+        self.pid: int = self._read(ANSWER_TIMEOUT_S)["ready"]
 
-    def ask(self, measure: str, **arguments: Any) -> Any:
+    def ask(self, measure: str, *, timeout_s: float = ANSWER_TIMEOUT_S, **arguments: Any) -> Any:
         """What the engine measured; None if it has no such thing.
 
         Raises:
-            BenchmarkError: it failed, or took longer than `ANSWER_TIMEOUT_S`.
+            BenchmarkError: it failed, or took longer than `timeout_s`.
         """
+        assert self.is_running
         assert self.process.stdin is not None
         self._request = json.dumps({"measure": measure, "arguments": arguments})
-        self.process.stdin.write(self._request + "\n")
-        self.process.stdin.flush()
-        return self._read()["result"]
+        # An engine that died since its last answer is noticed where this one is read.
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(self._request + "\n")
+            self.process.stdin.flush()
+        return self._read(timeout_s)["result"]
 
     def close(self) -> None:
-        """Let it end by itself, and make it where it does not."""
+        """Let it end by itself, and make it where it does not; harmless to repeat."""
+        if not self.is_running:
+            return
+        self.is_running = False
         try:
             self.process.communicate(timeout=20)
         except subprocess.TimeoutExpired:
@@ -107,9 +115,9 @@ class EngineProcess:
             self.process.communicate()
         self._errors.close()
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, timeout_s: float) -> dict[str, Any]:
         assert self.process.stdout is not None
-        limit = threading.Timer(ANSWER_TIMEOUT_S, self.process.kill)
+        limit = threading.Timer(timeout_s, self.process.kill)
         limit.start()
         try:
             line = self.process.stdout.readline()
@@ -121,7 +129,7 @@ class EngineProcess:
             text = self._errors.read()[-4000:]
             self.close()
             raise BenchmarkError(
-                f"engine {self.name} failed, or took over {ANSWER_TIMEOUT_S:g} s, at "
+                f"engine {self.name} failed, or took over {timeout_s:g} s, at "
                 f"{self._request}\n{text}"
             )
         answer: dict[str, Any] = json.loads(line)

@@ -59,7 +59,7 @@ class Bar:
         sign = ">=" if self.is_minimum else "<="
         verdict = "pass" if self.is_met else "FAIL"
         return (
-            f"  {verdict}  {self.name:<52} {self.value:8.2f} {self.unit:<3} {sign} {self.limit:g}"
+            f"  {verdict}  {self.name:<66} {self.value:8.2f} {self.unit:<3} {sign} {self.limit:g}"
         )
 
 

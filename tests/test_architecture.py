@@ -51,10 +51,17 @@ SANS_IO_FILES = [
 ]
 NOT_FOR_IMPORT_FANOUT = ["typer", "rich", "click", "uvloop", "cryptography", "anyio"]
 IMPORT_TIME_S_MAX = 0.1
-#: Where tests may sleep: the one function that polls, and where passing time is what is tested.
+#: Where tests may sleep: the functions that poll, what functions in containers call to take time,
+#: and where passing time is what is tested. Functions that fanout decorated are recognised.
 SLEEPERS = {
     ("conftest.py", "poll_until"),
+    # Polls too, in containers, which do not import what poll_until stands among.
+    ("behaviour_kit.py", "wait_for_file"),
+    # Containers hold a core with it for a moment, so that two that hold it at once are seen.
+    ("behaviour_kit.py", "alone"),
     ("test_server.py", "test_a_worker_is_not_lost_because_the_scheduler_was_stopped"),
+    # A task that ticks: how often it gets a turn while a map is awaited is what is measured.
+    ("test_values_and_errors.py", "test_a_running_loop_is_not_blocked_by_a_map"),
 }
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
+from fanout.exceptions import ContainerCrashedError, FunctionTimeoutError
 from tests.conftest import ROOT, Cluster
 
 EXAMPLES = ROOT / "examples"
@@ -27,6 +29,7 @@ def test_each_broken_file_is_broken(path: Path) -> None:
 
 def check_stdlib_report(text: str, limit: int) -> None:
     assert f"{limit + 6} files, of which 6 could not be parsed" in text
+    assert "\n0 files failed in another way" in text
     assert re.search(r"^IndentationError: 1\n  data/bad_indentation\.py: ", text, re.MULTILINE)
     assert re.search(r"^TabError: 1\n  data/tabs_and_spaces\.py: ", text, re.MULTILINE)
     for name in ("not_utf8", "null_byte", "unclosed_bracket", "unterminated_string"):
@@ -45,6 +48,19 @@ def test_stdlib_report_by_the_command_line(cluster: Cluster) -> None:
 
 def test_stdlib_report_as_a_plain_script(cluster: Cluster) -> None:
     check_stdlib_report(output_of(cluster, EXAMPLES / "stdlib_report.py", "--limit", "60"), 60)
+
+
+def test_stdlib_report_counts_only_errors_of_the_parser_as_unparsed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = runpy.run_path(str(EXAMPLES / "stdlib_report.py"))["Report"]()
+    parser_errors = [TabError("tabs"), ValueError("null bytes")]
+    for error in [*parser_errors, FunctionTimeoutError("60 s"), ContainerCrashedError("signal 9")]:
+        report.add(error)
+    report.show(1.0)
+    text = capsys.readouterr().out
+    assert "4 files, of which 2 could not be parsed\n2 files failed in another way" in text
+    assert "\nFunctionTimeoutError: 1\n  60 s\n" in text
 
 
 def test_async_app(cluster: Cluster) -> None:
