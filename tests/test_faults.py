@@ -117,7 +117,6 @@ def test_the_embedded_worker_is_replaced_when_it_is_killed(cluster: Cluster) -> 
         pids: set[int] = set()
         got = inputs_of(results, pids, 50)
         os.kill(cluster.daemon_pids()["worker"], signal.SIGKILL)
-        assert cluster.python(SCRIPTS / "one_call.py").stdout == "49\n"
         got += inputs_of(results, pids, 400)
     assert got == list(range(400))
 
@@ -226,7 +225,7 @@ def test_a_large_argument_goes_on_when_the_scheduler_comes_back(
         kill(cluster.scheduler)
         cluster.start_scheduler()
         got += results
-    assert got == [(len(array), zlib.crc32(array))] * 30
+    assert got == [(len(array), zlib.crc32(array.data))] * 30
 
 
 def test_a_nested_map_goes_on_when_the_scheduler_comes_back(

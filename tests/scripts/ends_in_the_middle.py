@@ -2,8 +2,6 @@
 
 import itertools
 import sys
-import threading
-from typing import Any
 
 import fanout
 
@@ -15,20 +13,10 @@ def same(x: int) -> int:
     return x
 
 
-def consume(results: Any) -> None:
-    for _ in results:
-        pass
-
-
 def main(way: str) -> None:
-    if way in ("generator", "thread"):
+    if way == "generator":
         # Never left in order: the interpreter ends with the app running.
         app.run().__enter__()
-        if way == "thread":
-            thread = threading.Thread(
-                target=consume, args=(same.map(itertools.count()),), daemon=True
-            )
-            thread.start()
         results = same.map(itertools.count())
         next(results)
         return

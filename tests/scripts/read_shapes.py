@@ -2,7 +2,7 @@
 
 import sys
 
-from shapes import BadShape, Square
+from shapes import BadShape, Square  # type: ignore[import-not-found]
 
 import fanout
 
