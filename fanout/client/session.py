@@ -75,6 +75,8 @@ class Session:
         self.transport: wire.Transport | None = None
         self.exchange: BlobExchange | None = None
         self._lost = asyncio.Event()
+        #: Set when something is opened or asked that needs a connection.
+        self._wanted = asyncio.Event()
         self._opening: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -138,6 +140,7 @@ class Session:
                 if not opening.done():
                     opening.set_result(None)
                 await self._wait_lost()
+                await self._wait_wanted()
         except asyncio.CancelledError:
             # Closed, or the loop ends: what comes next begins with a new session.
             if _sessions.get(self.loop) is self:
@@ -172,6 +175,15 @@ class Session:
                     await in_thread(local.ensure_worker)
                 except (ConnectionError, InvalidError, OSError) as error:
                     logger.warning("the worker of this machine is gone: %s", error)
+
+    async def _wait_wanted(self) -> None:
+        """Return when there is something to be connected for. Coming back at once would start the
+        daemons of the embedded default again that somebody has just stopped."""
+        if self.is_nested or os.environ.get("FANOUT_URL"):
+            return
+        self._wanted.clear()
+        if not (self._calls or self._fetches or self._requests):
+            await self._wanted.wait()
 
     async def _dial(self, is_first: bool) -> wire.Transport:
         """A connection; after the first one, try for ever."""
@@ -364,6 +376,7 @@ class Session:
         """Send a call's messages from its next flush on, and give it what arrives for it. So the
         call and its first inputs leave in one write."""
         self._calls[call.state.call_id] = call
+        self._wanted.set()
 
     def close_call(self, call: LiveCall) -> None:
         """Nobody is interested in the call any more."""
@@ -372,6 +385,7 @@ class Session:
 
     def open_fetch(self, fetch: LiveFetch) -> None:
         self._fetches.setdefault(fetch.call_id, []).append(fetch)
+        self._wanted.set()
         for message in fetch.questions():
             self.send(message)
 
@@ -392,6 +406,7 @@ class Session:
         await self.connect()
         future: asyncio.Future[Any] = self.loop.create_future()
         self._requests[question.request_id] = (question, future)
+        self._wanted.set()
         self.send(question)
         self.begin_wait()
         try:
