@@ -10,7 +10,7 @@ import pytest
 
 from fanout.exceptions import DeadlockError
 from tests import behaviour_kit as kit
-from tests.conftest import TIMEOUT_FACTOR
+from tests.conftest import TIMEOUT_FACTOR, Cluster, environment
 from tests.engine_fixture import one_core as one_core
 from tests.engine_fixture import running_on_one_core as running_on_one_core
 
@@ -68,3 +68,29 @@ def test_a_call_that_only_its_ancestors_block_ends_with_the_chain(
         function.remote(3)
     assert all(name in str(caught.value) for name in names), str(caught.value)
     assert function.remote(0) == 0
+
+
+def test_a_map_of_a_function_that_maps_another_ends_without_killing_a_container(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import fanout\n"
+        "app = fanout.App('nested-maps')\n"
+        "@app.function()\n"
+        "def g(x): return x\n"
+        "@app.function()\n"
+        "def f(x): return sum(g.remote(x) for _ in range(8))\n"
+        "if __name__ == '__main__':\n"
+        "    with app.run():\n"
+        "        assert list(f.map(range(150))) == [8 * x for x in range(150)]\n"
+    )
+    home = tmp_path / "home"
+    cluster = Cluster(home, environment(FANOUT_HOME=str(home), FANOUT_CPU="2"))
+    try:
+        result = cluster.python(script)
+        assert result.returncode == 0, result.stderr
+        (output,) = home.rglob("worker.output")
+        assert "sent nonsense" not in output.read_text(errors="replace")
+    finally:
+        cluster.stop()

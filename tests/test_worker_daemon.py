@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -164,7 +165,9 @@ async def daemon(
     with (home / "log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "fanout_worker", "--home", str(home), *arguments,
-            env=environment(FANOUT_WORKER_JOIN=scheduler.join, FANOUT_KILL_GRACE="1", **variables),
+            env=environment(
+                **{"FANOUT_WORKER_JOIN": scheduler.join, "FANOUT_KILL_GRACE": "1", **variables}
+            ),
             stdout=log, stderr=log,
         )  # fmt: skip
     worker = Worker(process, home)
@@ -346,8 +349,12 @@ async def test_a_stranger_at_the_socket_is_turned_away(tmp_path: Path) -> None:
         scheduler.say(lease_of([(0,)]))
         path = decode_value((await scheduler.outputs(1))[0][1], [])
         hello = m.Hello(m.PROTOCOL_VERSION, "container", "1", b"s" * 16, b"?" * 32, {})
-        with pytest.raises(ConnectionError):
-            await connect_unix(path, hello=hello, allowed=m.TO_CLIENT, handler=lambda _: scheduler)
+        for number in ("1", "1" * 21, "\u0661", "-1", ""):
+            hello.token_id = number
+            with pytest.raises(ConnectionError):
+                await connect_unix(
+                    path, hello=hello, allowed=m.TO_CLIENT, handler=lambda _: scheduler
+                )
         assert not scheduler.all(m.SessionOpened)
 
 
@@ -382,6 +389,50 @@ async def test_a_terminated_daemon_lets_what_runs_finish(tmp_path: Path) -> None
         assert decode_value((await scheduler.outputs(1))[0][1], []) == "done"
         assert await worker.process.wait() == 0
         assert (await scheduler.hears(m.Goodbye)).code == "leaving"
+
+
+async def test_a_worker_that_leaves_gives_back_what_comes_too_late(tmp_path: Path) -> None:
+    code = "import os\ndef f(path):\n  print('runs')\n  while not os.path.exists(path): pass\n"
+    source = definition(tmp_path, code)
+    async with daemon(tmp_path / "home", FANOUT_KILL_GRACE="10") as (scheduler, worker):
+        source.payload = pack_definition(
+            Definition(
+                Environment(sys.executable, "", [], "", {}),
+                Target("user_code", "f", relative_file=str(tmp_path / "user_code.py"), file="x"),
+            )
+        )
+        await ready(scheduler, source)
+        scheduler.say(m.StartContainer(3, FUNCTION))
+        await scheduler.hears(m.ContainerStarted, 2)
+        scheduler.say(lease_of([(str(tmp_path / "go"),)]))
+        await scheduler.hears(m.ContainerLog)
+        worker.process.terminate()
+        assert (await scheduler.hears(m.ContainerExited)).container_id == 3, "the idle one leaves"
+        scheduler.say(lease_of([("",)], lease_id=2, start=50), m.StartContainer(2, FUNCTION))
+        assert await scheduler.hears(m.Reclaimed) == m.Reclaimed(2, 50)
+        exited = await scheduler.hears(m.ContainerExited, 2)
+        assert (exited.container_id, exited.reason) == (2, "stopped")
+        (tmp_path / "go").touch()
+        assert len(await scheduler.outputs(1)) == 1
+        assert await worker.process.wait() == 0
+
+
+async def test_containers_get_the_limit_of_open_files_that_the_worker_was_started_with(
+    tmp_path: Path,
+) -> None:
+    code = "import resource\ndef f(x): return resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lower = min(soft, 500)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lower, hard))
+    try:
+        async with daemon(tmp_path / "home", "--embedded") as (scheduler, worker):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            await ready(scheduler, definition(tmp_path, code))
+            scheduler.say(lease_of([(0,)]))
+            assert decode_value((await scheduler.outputs(1))[0][1], []) == (lower, hard)
+            assert resource.prlimit(worker.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_an_embedded_worker_leaves_with_its_scheduler(tmp_path: Path) -> None:

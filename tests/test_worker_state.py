@@ -362,3 +362,35 @@ def test_a_stop_goes_to_the_container_and_it_is_not_offered_again() -> None:
     kit.state.connected(1)
     (ready,) = kit.sent(m.WorkerReady)
     assert ready.containers == []
+
+
+def test_a_blob_may_complete_for_several_containers_whose_function_is_gone() -> None:
+    kit = Kit(blobs=[BLOB])
+    kit.state.handle(m.StartContainer(8, FUNCTION))
+    kit.state.handle(m.DropFunction(FUNCTION))
+    kit.state.blob_completed(BLOB)
+    exits = kit.sent(m.ContainerExited)
+    assert [(one.container_id, one.reason) for one in exits] == [(7, "start"), (8, "start")]
+    assert not kit.state.containers
+
+
+def test_a_leaving_worker_gives_back_what_it_does_not_begin() -> None:
+    kit = Kit()
+    kit.state.refuse(m.Lease(7, 3, CALL, 40, b"\1\0\0\0" * 2, [], 0, 0, b"ii"))
+    kit.state.refuse(m.StartContainer(8, FUNCTION))
+    reclaimed, exited = kit.sent()
+    assert reclaimed == m.Reclaimed(3, 40)
+    assert (exited.container_id, exited.reason, exited.running) == (8, "stopped", None)
+    assert set(kit.state.containers) == {7}
+
+
+def test_sources_are_removed_with_the_last_function_and_container_that_need_them() -> None:
+    kit = Kit(blobs=[BLOB])
+    kit.state.blob_completed(BLOB)
+    other = b"g" * 16
+    kit.state.handle(m.DefineFunction(other, APP, "g", {}, [BLOB], b"code"))
+    kit.state.handle(m.DropFunction(FUNCTION))
+    kit.state.handle(m.DropFunction(other))
+    assert not kit.commands(ws.RemoveSources), "container 7 may still import from them"
+    kit.state.container_exited(7, "stopped", None, {})
+    assert kit.commands(ws.RemoveSources) == [ws.RemoveSources(BLOB)]

@@ -185,6 +185,7 @@ class Kit:
         qualname: str = "f",
         target: Target | None = None,
         variables: dict[str, str] | None = None,
+        sources: str = "",
         **options: Any,
     ) -> m.DefineFunction:
         """The definition of a function in a module with this code."""
@@ -197,6 +198,7 @@ class Kit:
             path=path,
             cwd=str(self.folder),
             variables={**os.environ, **(variables or {})},
+            sources=sources,
         )
         definition = Definition(environment, target or Target(name, qualname), "app", qualname)
         return m.DefineFunction(FUNCTION, APP, qualname, options, [], pack_definition(definition))
@@ -244,6 +246,7 @@ class Kit:
         for container in self.containers:
             await container.wait_ended()
         self.host.close()
+        await asyncio.get_running_loop().shutdown_default_executor()
 
 
 @asynccontextmanager

@@ -641,22 +641,7 @@ def forget_after_fork() -> None:
     for session in list(_sessions.values()):
         _inherited.append(session)
         if session.transport is not None:
-            _replace_socket(session.transport)
+            session.transport.abandon()
     _inherited.append(_sessions)
     _sessions = weakref.WeakKeyDictionary()
     _sessions_lock = threading.Lock()
-
-
-def _replace_socket(transport: wire.Transport) -> None:
-    """Put /dev/null in the place of an inherited socket: the connection then belongs to the
-    parent alone, and whatever closes the number later closes nothing of value."""
-    inner = getattr(transport, "_socket", None)
-    sock = inner.get_extra_info("socket") if inner is not None else None
-    number = sock.fileno() if sock is not None else -1
-    if number < 0:
-        return
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        os.dup2(null, number, inheritable=False)
-    finally:
-        os.close(null)

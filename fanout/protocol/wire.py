@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -177,6 +178,20 @@ class Transport(asyncio.Protocol):
         self._bulk.clear()
         if self._socket is not None:
             self._socket.abort()
+
+    def abandon(self) -> None:
+        """After a fork, in the child: put /dev/null in the place of the inherited socket. The
+        connection belongs to the parent alone then, and whatever closes the number later closes
+        nothing of value."""
+        sock = self._socket.get_extra_info("socket") if self._socket is not None else None
+        number = sock.fileno() if sock is not None else -1
+        if number < 0:
+            return
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.dup2(null, number, inheritable=False)
+        finally:
+            os.close(null)
 
     async def wait_closed(self) -> None:
         """Until the socket is gone and `connection_lost` was called."""

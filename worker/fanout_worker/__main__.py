@@ -96,6 +96,7 @@ def _parse(arguments: list[str]) -> Options:
         cpu=cpu or resources.cpu_count(),
         memory_mib=memory,
         is_embedded=given.embedded,
+        descriptors_max=resources.raise_descriptor_limit(),
     )
 
 

@@ -20,7 +20,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,9 @@ from fanout.protocol import messages as m
 from fanout.serialization import encode_error
 from fanout_worker import channel as ch
 from fanout_worker import outcome, process, shared
-from fanout_worker.environment import Launch, plan_launch
+from fanout_worker.environment import Launch, plan_launch, start_info
 from fanout_worker.host import Host
+from fanout_worker.leases import Given, LeaseTable
 from fanout_worker.logs import LogMeter
 from fanout_worker.wire import Wire
 
@@ -43,21 +43,6 @@ DRAIN_INTERVAL_S = 0.001
 #: Between lowering a limit and asking how far the container is.
 LIMIT_DELAY_S = 0.001
 _LOG_SIZE_BYTES = 64 << 10
-
-
-@dataclass(slots=True)
-class _Given:
-    """A lease that the container has."""
-
-    lease_id: int
-    slot: int
-    call_id: bytes
-    start: int
-    stop: int
-    done: int = 0
-    #: Its generator waits for items from `waits_upto` on to be allowed.
-    is_waiting: bool = False
-    waits_upto: int = 0
 
 
 @dataclass(slots=True)
@@ -91,11 +76,15 @@ class Container:
         self._timeout_s: float | None = message.options.get("timeout")
         self._memory = shared.SharedMemory.create()
         self._reader = shared.Reader(self._memory)
-        self._wire = Wire(host.loop, self._drain)
+        try:
+            self._wire = Wire(host.loop, self._drain)
+        except OSError:
+            self._memory.close()
+            raise
         self._pipes: dict[int, int] = {}
         self._pidfd = -1
-        self._leases: dict[int, _Given] = {}
-        self._next_slot = 0
+        self._leases = LeaseTable(self._memory)
+        self._leave_timer: asyncio.TimerHandle | None = None
         #: The last call and input that ran, for text on raw descriptors.
         self._recent = (b"", 0)
         self._stopping: _Stopping | None = None
@@ -119,39 +108,52 @@ class Container:
 
     async def start(self) -> None:
         """Fork the process and have it load the user's code. Failures are told as an exit."""
+        pid = 0
         try:
             launch = await plan_launch(
                 unpack_definition(self._message.payload), self._host.settings
             )
             pid = await self._fork(launch)
-        except (ContainerStartError, OSError, ValueError) as error:
+            if self._is_kill_ordered:
+                os.kill(pid, signal.SIGKILL)
+            self._attach(pid)
+            # Leases and a stop may have been ordered meanwhile; they come behind it.
+            info = start_info(launch, self._host.settings, self._message)
+            info |= {"container_id": self.container_id, "secret": self.secret}
+            payload = self._message.payload
+            self._wire.open([ch.prefix(ch.START, info, payload_size=len(payload)), payload])
+        except Exception as error:
+            # Whatever it is, somebody waits to be told.
             if not self._is_over:
-                self._end_unstarted(error)
+                self._end_unstarted(error, pid)
             return
-        if self._is_over or self._is_kill_ordered:
-            os.kill(pid, signal.SIGKILL)
-        self._attach(pid)
-        # Leases and a stop may have been ordered meanwhile; they come behind it.
-        self._wire.open(self._start_frame(launch))
         self._host.changed()
 
     def give(self, lease: m.Lease) -> None:
         """Have it run a lease, after those that it has."""
-        slot = self._next_slot
-        self._next_slot = (slot + 1) % shared.SLOTS
-        stop = lease.start + len(lease.lengths) // 4
-        given = _Given(lease.lease_id, slot, lease.call_id, lease.start, stop)
-        self._leases[slot] = given
+        self._leases.enqueue(lease)
+        self._give_queued()
+        self._host.activate()
+
+    def _give_queued(self) -> None:
+        """Hand over the leases that wait, as long as there is a free slot for them."""
+        while not self._is_over and not self._fault:
+            try:
+                handed_out = self._leases.hand_out()
+            except ProtocolError as error:
+                self._distrust(error)
+                return
+            if handed_out is None:
+                return
+            self._write_lease(*handed_out)
+
+    def _write_lease(self, given: Given, lease: m.Lease) -> None:
         self._recent = (lease.call_id, lease.start)
-        words = self._memory.words
-        words[shared.LIMIT + slot] = stop
-        words[shared.CREDIT + slot] = lease.credit
         header = ch.prefix(
-            ch.LEASE, lease.lease_id, slot, lease.call_id, lease.start, lease.lengths, lease.blobs,
-            lease.skip, payload_size=len(lease.payload),
+            ch.LEASE, lease.lease_id, given.slot, lease.call_id, lease.start, lease.lengths,
+            lease.blobs, lease.skip, payload_size=len(lease.payload),
         )  # fmt: skip
         self._wire.write([header, lease.payload])
-        self._host.activate()
 
     def lower_limit(self, lease_id: int, keep: int, is_cancelled: bool) -> None:
         """Let the lease begin at most `keep` more inputs; `lease_reclaimed` says what came of it.
@@ -161,21 +163,26 @@ class Container:
             keep: how many of the inputs that have not begun may.
             is_cancelled: stop the one that runs, too.
         """
-        given = self._given(lease_id)
+        if self._is_over:
+            return
+        stop = self._leases.lower_queued(lease_id, keep)
+        given = self._leases.find(lease_id)
         if given is None:
-            self._host.events.lease_reclaimed(lease_id, 0)
+            self._host.events.lease_reclaimed(lease_id, stop or 0)
             return
         begun = self._begun(given)
         assert begun is not None, "a tentative input counts as begun here"
         limit = min(given.stop, begun + keep)
-        self._memory.words[shared.LIMIT + given.slot] = limit
+        if self._leases.has(given):
+            self._memory.words[shared.LIMIT + given.slot] = limit
         # A moment for the container, which may have read the old limit just now.
         self._host.loop.call_later(LIMIT_DELAY_S, self._limit_lowered, given, limit, is_cancelled)
 
     def give_credit(self, lease_id: int, upto: int) -> None:
         """Let the lease's generator give items below `upto`."""
-        given = self._given(lease_id)
-        if given is None:
+        self._leases.give_credit_queued(lease_id, upto)
+        given = self._leases.find(lease_id)
+        if given is None or self._is_over:
             return
         words = self._memory.words
         words[shared.CREDIT + given.slot] = max(upto, words[shared.CREDIT + given.slot])
@@ -192,6 +199,7 @@ class Container:
             self._kill()
         else:
             self._wire.write([ch.STOP_FRAME])
+            self._settle()
 
     async def wait_ended(self) -> None:
         """Until its exit was told."""
@@ -216,10 +224,13 @@ class Container:
 
     def tick(self) -> None:
         """Look for what the doorbell missed, and for an input that runs too long."""
-        if self._is_paused or self._is_over or not self._leases:
+        if self._is_over:
             return
-        if self._reader.head() != self._reader.tail:
+        if not self._is_paused and self._reader.head() != self._reader.tail:
             self._drain()
+        self._settle()
+        if self._is_paused or self._is_over:
+            return
         progress = self._memory.progress()
         if progress is None or progress.is_tentative or self._timeout_s is None:
             return
@@ -235,12 +246,14 @@ class Container:
     # --- start ---
 
     async def _fork(self, launch: Launch) -> int:
-        readers, writers = zip(*(os.pipe() for _ in range(2)), strict=True)
-        for descriptor, source in zip(readers, (m.Source.STDOUT, m.Source.STDERR), strict=True):
-            os.set_blocking(descriptor, False)
-            self._pipes[descriptor] = source
-        descriptors = [self._wire.theirs.fileno(), self._memory.fd, *writers]
+        writers: list[int] = []
         try:
+            for source in (m.Source.STDOUT, m.Source.STDERR):
+                reader, writer = os.pipe()
+                writers.append(writer)
+                self._pipes[reader] = source
+                os.set_blocking(reader, False)
+            descriptors = [self._wire.theirs.fileno(), self._memory.fd, *writers]
             return await self._host.launcher.fork(
                 launch.interpreter, self.container_id, descriptors
             )
@@ -259,28 +272,17 @@ class Container:
             loop.add_reader(descriptor, self._read_pipe, descriptor)
         logger.debug("= %r forked", self)
 
-    def _start_frame(self, launch: Launch) -> Iterable[bytes | memoryview]:
-        settings, message = self._host.settings, self._message
-        info = {
-            "container_id": self.container_id,
-            "app_id": message.app_id,
-            "function_id": message.function_id,
-            "options": message.options,
-            "daemon_pid": os.getpid(),
-            "variables": launch.variables,
-            "cwd": launch.cwd,
-            "path": launch.path,
-            "sources": launch.sources,
-            "socket_path": settings.socket_path,
-            "secret": self.secret,
-            "blob_folder": settings.blob_folder,
-        }
-        yield ch.prefix(ch.START, info, payload_size=len(message.payload))
-        yield message.payload
-
-    def _end_unstarted(self, error: Exception) -> None:
-        """There is no process, and another attempt would fare no better."""
+    def _end_unstarted(self, error: Exception, pid: int) -> None:
+        """There is no process that could be used, and another attempt would fare no better."""
+        if not isinstance(error, ContainerStartError | OSError):
+            logger.warning("%r cannot start", self, exc_info=error)
+        self.pid = 0
         self._release()
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            self._host.unwatch(pid)
+            self._host.bury(pid)
         is_told = isinstance(error, ContainerStartError)
         shown = error if is_told else ContainerStartError(f"no container can start: {error}")
         reason = "stopped" if self._is_stop_ordered else "start"
@@ -297,6 +299,7 @@ class Container:
         if self._is_over:
             return
         self._take_all()
+        self._settle()
         self._host.changed()
         if self._leases and not self._is_polling and not self._is_over:
             self._is_polling = True
@@ -318,7 +321,26 @@ class Container:
             if self._has_unread():
                 self._drain()
 
+    def _settle(self) -> None:
+        """Leases may have ended: others may follow them, or the container leave."""
+        self._give_queued()
+        if self._is_stop_ordered and not self.is_active and self._leave_timer is None:
+            # It leaves by itself, unless something of the user's keeps it.
+            self._leave_timer = self._host.loop.call_later(
+                self._host.settings.kill_grace_s, self._hurry
+            )
+
+    def _hurry(self) -> None:
+        self._leave_timer = None
+        if not self._is_over and not self.is_active:
+            logger.info("= %r was told to leave and did not", self)
+            self._is_kill_ordered = True
+            self._kill()
+
     def _take_all(self) -> None:
+        """Read everything that is there, also while paused: the callers have to know it."""
+        if self._is_over or self._fault:
+            return
         try:
             head = self._reader.head()
             for header, payload in self._wire.read():
@@ -346,8 +368,10 @@ class Container:
             self._start_failure = payload
 
     def _on_waits(self, slot: int, upto: int) -> None:
+        if upto > m.INDEX_MAX:
+            raise ProtocolError(f"a generator waits for item {upto}; {m.INDEX_MAX} is the last")
         self._consume(self._reader.head())
-        given = self._lease_in(slot)
+        given = self._leases.of_slot(slot)
         if self._memory.words[shared.CREDIT + slot] > upto:
             # Credit came while the question was on its way.
             self._wire.write([ch.CREDIT_FRAME])
@@ -386,7 +410,7 @@ class Container:
                 self._on_segment(segment, [])
 
     def _on_segment(self, segment: shared.Segment, blobs: list[tuple[int, list[bytes]]]) -> None:
-        given = self._lease_in(segment.slot)
+        given = self._leases.of_slot(segment.slot)
         if segment.kind == shared.KIND_ITEM:
             if segment.index != given.start + given.done or segment.number > m.INDEX_MAX:
                 raise ProtocolError(f"items of input {segment.index}, which does not run")
@@ -416,7 +440,7 @@ class Container:
         given.done += segment.count
         self._recent = (given.call_id, end - 1)
         if given.start + given.done >= given.stop:
-            del self._leases[segment.slot]
+            self._leases.forget(given)
         self._host.events.lease_outputs(
             given.lease_id, segment.index, min(segment.busy_us, m.INDEX_MAX), segment.lengths,
             segment.statuses, blobs, segment.payload,
@@ -461,29 +485,20 @@ class Container:
 
     # --- limits ---
 
-    def _given(self, lease_id: int) -> _Given | None:
-        return next((g for g in self._leases.values() if g.lease_id == lease_id), None)
-
-    def _lease_in(self, slot: int) -> _Given:
-        given = self._leases.get(slot)
-        if given is None:
-            raise ProtocolError(f"something of lease slot {slot}, which is empty")
-        return given
-
-    def _begun(self, given: _Given, is_final: bool = False) -> int | None:
+    def _begun(self, given: Given, is_final: bool = False) -> int | None:
         """Before which index all inputs of the lease were begun; None if that is being decided
         at this moment (only with `is_final`)."""
         progress = self._memory.progress()
-        if progress is not None and progress.slot == given.slot:
+        is_current = self._leases.has(given)
+        if progress is not None and progress.slot == given.slot and is_current:
             if progress.is_tentative and is_final:
                 return None
             return progress.index + 1
         # It runs nothing of this lease, so what was begun has an output in the ring.
-        if not self._is_paused:
-            self._take_all()
+        self._take_all()
         return given.start + given.done
 
-    def _limit_lowered(self, given: _Given, limit: int, is_cancelled: bool) -> None:
+    def _limit_lowered(self, given: Given, limit: int, is_cancelled: bool) -> None:
         if self._is_over:
             return
         begun = self._begun(given, is_final=True)
@@ -496,14 +511,14 @@ class Container:
         given.stop = max(min(given.stop, max(limit, begun)), given.start + given.done)
         is_running = begun > given.start + given.done
         if given.start + given.done >= given.stop:
-            if self._leases.get(given.slot) is given:
-                del self._leases[given.slot]
+            self._leases.forget(given)
         elif is_cancelled and is_running and self._stopping is None:
             self._ask_to_stop(given, begun - 1, shared.REASON_CANCELLED)
         self._host.events.lease_reclaimed(given.lease_id, given.stop)
+        self._settle()
         self._host.changed()
 
-    def _ask_to_stop(self, given: _Given, index: int, reason: int) -> None:
+    def _ask_to_stop(self, given: Given, index: int, reason: int) -> None:
         words = self._memory.words
         words[shared.CANCEL_REASON] = reason
         words[shared.CANCEL_TARGET] = shared.place(given.slot, index)
@@ -542,8 +557,7 @@ class Container:
     # --- the end ---
 
     def _on_death(self) -> None:
-        if not self._fault:
-            self._take_all()
+        self._take_all()
         pid, self.pid = self.pid, 0
         # While it has not been waited for, its number is its own, and its group's.
         self._host.unwatch(pid)
@@ -613,6 +627,8 @@ class Container:
         self._is_over = True
         if self._stopping is not None:
             self._stopping.timer.cancel()
+        if self._leave_timer is not None:
+            self._leave_timer.cancel()
         self._memory_at_death = self._memory.progress()
         loop = self._host.loop
         self._wire.close()

@@ -23,13 +23,21 @@ from pathlib import Path
 from typing import Any
 
 from fanout import config
-from fanout.exceptions import AuthError, ConnectionError, InvalidError, VersionError
+from fanout.exceptions import (
+    AuthError,
+    ConnectionError,
+    ContainerStartError,
+    InvalidError,
+    VersionError,
+)
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import BlobExchange, FileBlobStore
 from fanout.protocol.join import JoinString
 from fanout.protocol.transport import Transport, connect
+from fanout.serialization import encode_error
 from fanout_worker import worker_state as ws
 from fanout_worker.container import Container
+from fanout_worker.environment import discard_sources
 from fanout_worker.host import Host, Settings
 from fanout_worker.nested import NestedServer
 
@@ -41,6 +49,8 @@ RECONNECT_DELAY_MAX_S = 2.0
 #: the second time if it was killed (a client may be starting the next one).
 SCHEDULER_GONE_S = 5.0
 SCHEDULER_KILLED_S = 30.0
+#: Between answers of a leaving worker to orders that it does not follow any more.
+REFUSE_INTERVAL_S = 0.2
 
 
 @dataclass(slots=True)
@@ -53,6 +63,8 @@ class Options:
     cpu: float
     memory_mib: int
     is_embedded: bool
+    #: The soft limit of open files for containers; 0: the daemon's own.
+    descriptors_max: int = 0
 
 
 class Daemon:
@@ -79,6 +91,7 @@ class Daemon:
                 is_embedded=options.is_embedded,
                 kill_grace_s=config.number_from_env("FANOUT_KILL_GRACE", config.KILL_GRACE_S),
                 variables=dict(os.environ),
+                descriptors_max=options.descriptors_max,
             ),
             self.state,
             self._act,
@@ -86,6 +99,9 @@ class Daemon:
         )
         self._containers: dict[int, Container] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        #: What came while the worker leaves, to be given back.
+        self._refused: list[m.Lease | m.StartContainer] = []
+        self._refused_at = -REFUSE_INTERVAL_S
         self._transport: Transport | None = None
         self._exchange: BlobExchange | None = None
         self._is_writable = True
@@ -229,7 +245,9 @@ class Daemon:
             elif self._exchange is not None and self._exchange.handle(message):
                 if isinstance(message, m.BlobOffer) and self._store.has(message.blob_id):
                     self.state.blob_completed(message.blob_id)
-            elif not self._leave.is_set() or not isinstance(message, m.Lease | m.StartContainer):
+            elif self._leave.is_set() and isinstance(message, m.Lease | m.StartContainer):
+                self._refuse(message)
+            else:
                 self.state.handle(message)
                 if isinstance(message, m.WorkerAccepted) and not self._was_accepted:
                     self._was_accepted = True
@@ -251,6 +269,21 @@ class Daemon:
     def writable_changed(self, is_writable: bool) -> None:
         self._is_writable = is_writable
         self._nested.set_writable(is_writable)
+        self._act()
+
+    def _refuse(self, message: m.Lease | m.StartContainer) -> None:
+        """Give back what a leaving worker does not begin. The scheduler may answer with the same
+        order, as to it the worker has room again; hence not more often than at an interval."""
+        self._refused.append(message)
+        if len(self._refused) == 1:
+            due_at = self._refused_at + REFUSE_INTERVAL_S
+            self._loop.call_at(max(self._loop.time(), due_at), self._give_back_refused)
+
+    def _give_back_refused(self) -> None:
+        self._refused_at = self._loop.time()
+        refused, self._refused = self._refused, []
+        for message in refused:
+            self.state.refuse(message)
         self._act()
 
     def _on_goodbye(self, message: m.Goodbye) -> None:
@@ -296,7 +329,11 @@ class Daemon:
         try:
             while commands := self.state.take_commands():
                 for command in commands:
-                    self._carry_out(command)
+                    try:
+                        self._carry_out(command)
+                    except Exception:
+                        # The other commands are not at fault.
+                        self._on_failed(command)
         finally:
             self._is_acting = False
         if self._transport is not None:
@@ -304,6 +341,19 @@ class Daemon:
         is_paused = self.state.is_congested or not self._is_writable
         for container in self._containers.values():
             container.set_paused(is_paused)
+
+    def _on_failed(self, command: ws.Command) -> None:
+        """A command could not be carried out. Its container goes, so that its leases go back."""
+        logger.exception("%s failed", type(command).__name__)
+        match command:
+            case ws.GiveLease(lease):
+                container = self._containers.get(lease.container_id)
+            case ws.LowerLimit(container_id=number) | ws.GiveCredit(container_id=number):
+                container = self._containers.get(number)
+            case _:
+                return
+        if container is not None:
+            container.stop(kill=True)
 
     def _carry_out(self, command: ws.Command) -> None:
         match command:
@@ -332,9 +382,24 @@ class Daemon:
                     self._exchange.offer(blob_id)
             case ws.RemoveBlob(blob_id):
                 self._store.drop(blob_id)
+            case ws.RemoveSources(blob_id):
+                self._remove_sources(blob_id)
+
+    def _remove_sources(self, blob_id: bytes) -> None:
+        folder = Path(self._host.settings.sources_folder)
+        aside = discard_sources(blob_id.hex(), folder)
+        if aside is not None:
+            self._loop.run_in_executor(None, shutil.rmtree, aside, True)
 
     def _start(self, container_id: int, definition: m.DefineFunction) -> None:
-        container = Container(self._host, definition, container_id)
+        try:
+            container = Container(self._host, definition, container_id)
+        except OSError as error:
+            failure = ContainerStartError(f"no container can start: {error}")
+            self.state.container_exited(
+                container_id, "start", None, {"text": str(failure)}, encode_error(failure)
+            )
+            return
         self._containers[container_id] = container
         task = asyncio.ensure_future(self._keep(container))
         self._tasks.add(task)

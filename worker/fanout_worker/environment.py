@@ -10,9 +10,11 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fanout.definition import Definition
 from fanout.exceptions import ContainerStartError
+from fanout.protocol import messages as m
 from fanout_worker.host import Settings
 from fanout_worker.launcher import Interpreter
 
@@ -55,6 +57,23 @@ async def plan_launch(definition: Definition, settings: Settings) -> Launch:
     return Launch(interpreter, [sources, *path], sources, dict(settings.variables), sources)
 
 
+def start_info(launch: Launch, settings: Settings, message: m.DefineFunction) -> dict[str, Any]:
+    """What a container is told at its start, beside its number and its secret."""
+    return {
+        "app_id": message.app_id,
+        "function_id": message.function_id,
+        "options": message.options,
+        "daemon_pid": os.getpid(),
+        "variables": launch.variables,
+        "cwd": launch.cwd,
+        "path": launch.path,
+        "sources": launch.sources,
+        "socket_path": settings.socket_path,
+        "blob_folder": settings.blob_folder,
+        "descriptors_max": settings.descriptors_max,
+    }
+
+
 def _check_version(definition: Definition) -> None:
     """Code that travels by value is bytecode, which only its own version of Python can run."""
     theirs = definition.environment.python_version
@@ -86,10 +105,21 @@ def unpack_sources(archive: Path | None, folder: Path) -> str:
             with zipfile.ZipFile(archive) as file:
                 file.extractall(draft)
         os.rename(draft, target)
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:
         shutil.rmtree(draft, ignore_errors=True)
         if target.is_dir():
             # Another container of the same environment was quicker.
             return str(target)
         raise ContainerStartError(f"the sources cannot be unpacked: {error}") from error
     return str(target)
+
+
+def discard_sources(digest: str, folder: Path) -> Path | None:
+    """Set an unpacked folder aside, at once, so that it can be deleted while the same sources are
+    unpacked anew. Returns where it is now; None if there was none."""
+    target = folder / digest
+    if not target.is_dir():
+        return None
+    aside = Path(tempfile.mkdtemp(dir=folder))
+    os.rename(target, aside)
+    return aside

@@ -87,6 +87,8 @@ class Settings:
     kill_grace_s: float
     #: Variables of containers on another host than the client's.
     variables: dict[str, str]
+    #: The soft limit of open files that containers get; 0: the daemon's own.
+    descriptors_max: int = 0
 
 
 class Host:
@@ -126,7 +128,7 @@ class Host:
 
     def unwatch(self, pid: int) -> None:
         """The container has died and is about to be waited for: its number will be reused."""
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             os.write(self._guardian_pipe, b"-%d\n" % pid)
 
     def activate(self) -> None:

@@ -81,6 +81,8 @@ class Template:
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by close
         self._forks: dict[int, asyncio.Future[int]] = {}
         self.is_dead = False
+        #: Forks that were asked for and not answered. One that is needed must not be closed.
+        self.pending = 0
         self._ready = self._loop.create_future()
         # Nobody may be left to ask why it failed.
         self._ready.add_done_callback(lambda future: future.cancelled() or future.exception())
@@ -117,14 +119,19 @@ class Template:
         Raises:
             ContainerStartError: the template cannot; the text says what it printed.
         """
-        async with asyncio.timeout(TEMPLATE_START_TIMEOUT_S):
-            await asyncio.shield(self._ready)
-            if self.is_dead:
-                raise ContainerStartError(f"the template of {self._python} has ended")
-            answer: asyncio.Future[int] = self._loop.create_future()
-            self._forks[container_id] = answer
-            socket.send_fds(self._control, [msgpack.packb([container_id])], descriptors)
-            return await answer
+        self.pending += 1
+        try:
+            async with asyncio.timeout(TEMPLATE_START_TIMEOUT_S):
+                await asyncio.shield(self._ready)
+                if self.is_dead:
+                    raise ContainerStartError(f"the template of {self._python} has ended")
+                answer: asyncio.Future[int] = self._loop.create_future()
+                self._forks[container_id] = answer
+                socket.send_fds(self._control, [msgpack.packb([container_id])], descriptors)
+                return await answer
+        finally:
+            self.pending -= 1
+            self._forks.pop(container_id, None)
 
     def close(self) -> None:
         """End the process. Containers do not need it any more."""
@@ -168,7 +175,12 @@ class Template:
             self._ready.set_result(None)
             return
         waiting = self._forks.pop(answer[0], None)
-        if waiting is not None and not waiting.done():
+        if waiting is None or waiting.done():
+            return
+        if answer[1] < 0:
+            text = f"no process can be forked for a container: {os.strerror(-answer[1])}"
+            waiting.set_exception(ContainerStartError(text))
+        else:
             waiting.set_result(answer[1])
 
 
@@ -207,8 +219,16 @@ class Launcher:
         finally:
             if template.is_dead:
                 self._templates.pop(key, None)
-            while len(self._templates) > TEMPLATES_MAX:
-                self._templates.popitem(last=False)[1].close()
+            self._evict()
+
+    def _evict(self) -> None:
+        """Close templates that were not used for long, but none that somebody waits for."""
+        for key, template in list(self._templates.items()):
+            if len(self._templates) <= TEMPLATES_MAX:
+                return
+            if template.pending == 0:
+                del self._templates[key]
+                template.close()
 
     def close(self) -> None:
         """End all templates."""

@@ -20,6 +20,16 @@ from fanout.protocol.transport import Server, Transport, serve_unix
 
 logger = logging.getLogger("fanout.worker")
 
+#: As many as the largest number of 64 bits has.
+_ID_DIGITS_MAX = 20
+
+
+def _container_id_of(hello: m.Hello) -> int | None:
+    """Which container somebody says to be; None if that is no number."""
+    text = hello.token_id
+    is_number = text.isascii() and text.isdecimal() and len(text) <= _ID_DIGITS_MAX
+    return int(text) if is_number else None
+
 
 class _Session:
     """One connection of a container. The handler of its transport."""
@@ -28,7 +38,9 @@ class _Session:
         hello = transport.peer
         assert isinstance(hello, m.Hello)
         self.session_id = hello.session_id
-        self.container_id = int(hello.token_id)
+        container_id = _container_id_of(hello)
+        assert container_id is not None
+        self.container_id = container_id
         self.transport = transport
         self._owner = owner
 
@@ -118,9 +130,10 @@ class NestedServer:
             self.send(m.SessionClosed(session.session_id))
 
     def _accept(self, hello: m.Hello) -> m.Welcome | None:
-        if hello.role != "container" or not hello.token_id.isdecimal():
+        container_id = _container_id_of(hello)
+        if hello.role != "container" or container_id is None:
             return None
-        secret = self._find_secret(int(hello.token_id[:20]))
+        secret = self._find_secret(container_id)
         if secret is None or not hmac.compare_digest(secret, hello.nonce):
             logger.warning("a stranger called at the socket for containers")
             return None

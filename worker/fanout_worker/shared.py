@@ -39,19 +39,25 @@ PROGRESS = 0
 SINCE_NS = 1
 HEAD = 2
 MARK_HEAD = 3
+#: How many leases the container has passed. It passes them in the order in which it got them.
+ENDED = 4
 # --- words that the daemon writes; another cache line ---
 TAIL = 8
 TAIL_BYTES = 9
 IS_POLLED = 10
 CANCEL_TARGET = 11
 CANCEL_REASON = 12
+#: A lease waits for a slot, so the container rings when it has passed one.
+IS_AWAITED = 13
+
+#: Leases that a container may have and not have passed. At most two of them have inputs to run,
+#: but a lease that was withdrawn keeps its slot until the container has come by it: were the slot
+#: used again before, the limit of the new lease would let the withdrawn inputs run. While an input
+#: runs for long, one lease after another may be given behind it and withdrawn.
+SLOTS = 16
 #: One word for each lease slot.
 LIMIT = 16
-CREDIT = 20
-
-#: At most two leases are in a container; four slots, so that a late reader of a slot's number
-#: never meets the next lease in it.
-SLOTS = 4
+CREDIT = LIMIT + SLOTS
 
 #: Entries that may be unread. One `LeaseOutputs` frame takes no more than this either.
 ENTRIES = 4096
@@ -67,6 +73,9 @@ REASON_TIMEOUT = 2
 #: What the entries after a mark are.
 KIND_OUTPUT = 0
 KIND_ITEM = 1
+
+#: In `SINCE_NS`: the runtime waits for the daemon, which is not the input's fault.
+CLOCK_HELD = (1 << 63) - 1
 
 TENTATIVE = 1 << 47
 _SLOT_SHIFT = 48

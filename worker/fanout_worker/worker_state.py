@@ -39,6 +39,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fanout.protocol import messages as m
+from fanout_worker.commands import Command as Command
+from fanout_worker.commands import GiveCredit as GiveCredit
+from fanout_worker.commands import GiveLease as GiveLease
+from fanout_worker.commands import LowerLimit as LowerLimit
+from fanout_worker.commands import OfferBlob as OfferBlob
+from fanout_worker.commands import RemoveBlob as RemoveBlob
+from fanout_worker.commands import RemoveSources as RemoveSources
+from fanout_worker.commands import Send as Send
+from fanout_worker.commands import Start as Start
+from fanout_worker.commands import Stop as Stop
 
 #: Reports that may be unacknowledged before the worker stops reading its containers.
 UNACKNOWLEDGED_SIZE_BYTES_MAX = 64 << 20
@@ -46,73 +56,6 @@ UNACKNOWLEDGED_COUNT_MAX = 16 << 10
 
 #: What a report costs beside its payload, so that many tiny ones count too.
 _REPORT_SIZE_BYTES = 256
-
-
-@dataclass(slots=True)
-class Send:
-    """Send this message to the scheduler."""
-
-    message: m.Message
-
-
-@dataclass(slots=True)
-class Start:
-    """Start a container of this function; then `container_started` or `container_exited`."""
-
-    container_id: int
-    definition: m.DefineFunction
-
-
-@dataclass(slots=True)
-class GiveLease:
-    """Hand the lease to its container; all its blobs are here."""
-
-    lease: m.Lease
-
-
-@dataclass(slots=True)
-class LowerLimit:
-    """Take back all but `keep` of the lease's inputs that have not begun, and stop the one that
-    runs if `is_cancelled`; then `lease_reclaimed`."""
-
-    container_id: int
-    lease_id: int
-    keep: int
-    is_cancelled: bool
-
-
-@dataclass(slots=True)
-class GiveCredit:
-    """Let the generator that runs under the lease give items below `upto`."""
-
-    container_id: int
-    lease_id: int
-    upto: int
-
-
-@dataclass(slots=True)
-class Stop:
-    """Have a container leave when its leases are done, or at once; then `container_exited`."""
-
-    container_id: int
-    kill: bool
-
-
-@dataclass(slots=True)
-class OfferBlob:
-    """Offer this blob of an output to the scheduler."""
-
-    blob_id: bytes
-
-
-@dataclass(slots=True)
-class RemoveBlob:
-    """Nothing here and nothing there needs this blob: delete it."""
-
-    blob_id: bytes
-
-
-Command = Send | Start | GiveLease | LowerLimit | GiveCredit | Stop | OfferBlob | RemoveBlob
 
 
 @dataclass(slots=True)
@@ -141,6 +84,8 @@ class Container:
     function_id: bytes
     #: Blobs of its function that are not here yet; it is started when there are none.
     missing: set[bytes]
+    #: All blobs of its function.
+    blobs: tuple[bytes, ...] = ()
     leases: dict[int, Lease] = field(default_factory=dict)
     is_stopping: bool = False
 
@@ -288,12 +233,13 @@ class WorkerState:
         """The scheduler has seen to it that this blob is here."""
         self._held.add(blob_id)
         self._sent_here.add(blob_id)
-        for container in self.containers.values():
+        # A container that cannot start after all leaves the dictionary.
+        for container in list(self.containers.values()):
             if blob_id in container.missing:
                 container.missing.discard(blob_id)
                 if not container.missing:
                     self._start(container)
-        for container in self.containers.values():
+        for container in list(self.containers.values()):
             # In order of leases, as an earlier one may wait for the same blob.
             for lease in list(container.leases.values()):
                 if blob_id in lease.missing:
@@ -326,6 +272,16 @@ class WorkerState:
             container_id,
             is_numbered=False,
         )
+        self._remove_unused_sources(container.blobs)
+
+    def refuse(self, message: m.Lease | m.StartContainer) -> None:
+        """Give back at once what the scheduler ordered of a worker that is leaving."""
+        if isinstance(message, m.Lease):
+            self._send(m.Reclaimed(message.lease_id, message.start))
+            return
+        details = {"text": "the worker is leaving"}
+        exited = m.ContainerExited(message.container_id, "stopped", None, details, b"")
+        self._report(exited, message.container_id, is_numbered=False)
 
     def lease_outputs(
         self,
@@ -412,7 +368,9 @@ class WorkerState:
         self.functions[message.function_id] = message
 
     def _on_drop_function(self, message: m.DropFunction) -> None:
-        self.functions.pop(message.function_id, None)
+        function = self.functions.pop(message.function_id, None)
+        if function is not None:
+            self._remove_unused_sources(function.blobs)
 
     def _on_start_container(self, message: m.StartContainer) -> None:
         if message.container_id in self.containers:
@@ -421,6 +379,7 @@ class WorkerState:
         definition = self.functions.get(message.function_id)
         missing = set(definition.blobs) - self._held if definition is not None else set()
         container = Container(message.container_id, message.function_id, missing)
+        container.blobs = tuple(definition.blobs) if definition is not None else ()
         self.containers[message.container_id] = container
         if definition is None:
             self._note("start of an unknown function")
@@ -613,6 +572,14 @@ class WorkerState:
                 self._give_parked(container)
         for blob_id in lease.blobs:
             self._remove_if_unused(blob_id)
+
+    def _remove_unused_sources(self, blobs: Iterable[bytes]) -> None:
+        for blob_id in blobs:
+            is_used = any(blob_id in f.blobs for f in self.functions.values()) or any(
+                blob_id in container.blobs for container in self.containers.values()
+            )
+            if not is_used:
+                self._commands.append(RemoveSources(blob_id))
 
     def _remove_if_unused(self, blob_id: bytes) -> None:
         """Delete a blob that the scheduler does not believe to be here and nothing here needs."""

@@ -8,17 +8,20 @@ else of the user's runs.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import inspect
 import os
 import random
+import resource
 import select
 import signal
 import socket
 import sys
 import threading
 import time
+import typing
 from typing import Any
 
 import msgpack
@@ -55,11 +58,10 @@ class SyncRunner(Runner):
         is_holding = self._is_holding
         function, put, clock = self._function, self._writer.put, time.perf_counter_ns
         slot, payload, has_blobs = lease.slot, lease.payload, bool(lease.blobs)
-        limit = shared.LIMIT + slot
+        limit, bit = shared.LIMIT + slot, shared.TENTATIVE
         progress, since = shared.PROGRESS, shared.SINCE_NS
         position, index = 0, lease.start - 1
         tentative = (shared.TENTATIVE | shared.place(slot, lease.start)) - 1
-        bit = shared.TENTATIVE
         self._writer.mark(slot, shared.KIND_OUTPUT, lease.start, 0)
         now = clock()
         for length in lease.lengths:
@@ -102,6 +104,8 @@ class SyncRunner(Runner):
             if buffers or not put(status, data, now - then):
                 output = (status, data, buffers)
                 self._emit(lease, shared.KIND_OUTPUT, index, 0, output, now - then)
+                # It may have waited for the daemon, at nobody's expense.
+                now = clock()
         self._end_lease()
 
     # --- generators ---
@@ -171,8 +175,14 @@ class SyncRunner(Runner):
 
     def _await_credit(self, slot: int, number: int) -> None:
         """Wait until item `number` may be sent. The time does not count against the timeout."""
+        self._gate.hold_clock()
+        try:
+            self._wait_for_credit(slot, number)
+        finally:
+            self._gate.release_clock()
+
+    def _wait_for_credit(self, slot: int, number: int) -> None:
         words, is_open, channel = self._words, self._gate.is_open, self._channel
-        began = time.perf_counter_ns()
         channel.send_frame(ch.WAITS, slot, number)
         poll = select.poll()
         poll.register(channel.fileno(), select.POLLIN)
@@ -186,14 +196,11 @@ class SyncRunner(Runner):
             poll.poll()
             is_open[0] = 0
             channel.read()
-        words[shared.SINCE_NS] += time.perf_counter_ns() - began
 
 
-def main(channel_fd: int, memory_fd: int, stdout_fd: int, stderr_fd: int) -> int:
-    """Be a container: called once, in a process that was just forked from a template.
-
-    Returns the exit status.
-    """
+def main(channel_fd: int, memory_fd: int, stdout_fd: int, stderr_fd: int) -> typing.NoReturn:
+    """Be a container: called once, in a process that was just forked from a template. It never
+    returns."""
     _leave_template(channel_fd, memory_fd, stdout_fd, stderr_fd)
     channel = Channel(socket.socket(fileno=channel_fd))
     memory = shared.SharedMemory(memory_fd)
@@ -208,14 +215,27 @@ def main(channel_fd: int, memory_fd: int, stdout_fd: int, stderr_fd: int) -> int
     try:
         runner = _prepare(info, unpack_definition(payload), channel, memory, gate)
     except BaseException as error:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        _flush()
         channel.send_frame(ch.START_FAILED, payload=encode_error(error))
-        return 1
+        _leave(1)
     channel.send(ch.STARTED_FRAME)
     runner.serve()
-    return 0
+    _leave(0)
+
+
+def _leave(status: int) -> typing.NoReturn:
+    """End the process. Not by returning, as the interpreter would wait for the threads that user
+    code has left running, some of which never end."""
+    with contextlib.suppress(BaseException):
+        atexit._run_exitfuncs()
+    _flush()
+    os._exit(status)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
 
 
 def _leave_template(channel_fd: int, memory_fd: int, stdout_fd: int, stderr_fd: int) -> None:
@@ -245,6 +265,10 @@ def _prepare(
     gate: Gate,
 ) -> Runner:
     """Make the process what the definition says, and load the user's code."""
+    if info["descriptors_max"]:
+        # The daemon has raised its own limit, which user code is not to inherit.
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (info["descriptors_max"], hard))
     os.environ.clear()
     os.environ.update(info["variables"])
     time.tzset()
@@ -291,13 +315,22 @@ class LogSender:
 
     def __call__(self, source: int, call_id: bytes, index: int, data: bytes) -> None:
         is_open = self._gate.is_open
-        if threading.get_ident() != self._main or not is_open[0]:
+        if threading.get_ident() != self._main:
             # Signals are handled in the main thread only.
             self._channel.send_frame(ch.LOG, source, call_id, index, payload=data)
             return
+        if not is_open[0]:
+            self._send_held(source, call_id, index, data)
+            return
         is_open[0] = 0
-        self._channel.send_frame(ch.LOG, source, call_id, index, payload=data)
+        self._send_held(source, call_id, index, data)
         is_open[0] = 1
         if self._gate.is_target():
             # The signal came meanwhile.
             self._gate.on_signal(signal.SIGUSR1, None)
+
+    def _send_held(self, source: int, call_id: bytes, index: int, data: bytes) -> None:
+        """A daemon that takes nothing for a while must not cost the input its time."""
+        self._gate.hold_clock()
+        self._channel.send_frame(ch.LOG, source, call_id, index, payload=data)
+        self._gate.release_clock()

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import signal
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 import msgpack
@@ -23,6 +24,8 @@ from fanout_worker import channel as ch
 from fanout_worker import shared
 from fanout_worker.runtime.runner import LeaseOrder, Runner
 
+_Output = tuple[int, bytes, list[memoryview]]
+
 
 class AsyncRunner(Runner):
     """Runs coroutine functions and async generator functions."""
@@ -34,7 +37,7 @@ class AsyncRunner(Runner):
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
-        self._task: asyncio.Task[tuple[int, bytes, list[memoryview]]] | None = None
+        self._task: asyncio.Task[_Output] | None = None
         self._is_cancelled = False
         loop.add_reader(self._channel.fileno(), self._on_readable)
         loop.add_signal_handler(signal.SIGUSR1, self._on_cancel)
@@ -78,10 +81,7 @@ class AsyncRunner(Runner):
             words[shared.PROGRESS] = place
             data = lease.payload[position : position + length]
             self._is_cancelled = False
-            self._task = asyncio.ensure_future(self._run_input(lease, offset, data, skip))
-            self._on_cancel()
-            output = await self._task
-            self._task = None
+            output = await self._run_task(self._run_input(lease, offset, data, skip))
             position += length
             skip = 0
             if self._is_holding[0]:
@@ -94,9 +94,25 @@ class AsyncRunner(Runner):
                 self._emit(lease, shared.KIND_OUTPUT, index, 0, output, duration_ns)
         self._end_lease()
 
+    async def _run_task(self, running: Coroutine[Any, Any, _Output]) -> _Output:
+        """Run an input's coroutine as a task that the signal can cancel."""
+        if not self._gate.is_target():
+            self._task = asyncio.ensure_future(running)
+            try:
+                return await self._task
+            except asyncio.CancelledError:
+                # Cancelled before its first step, it could not catch that itself.
+                if not self._is_cancelled:
+                    raise
+            finally:
+                self._task = None
+        running.close()
+        stopped = InputCancellation("the input was asked to stop")
+        return (*self._failure_of(stopped, None), [])
+
     async def _run_input(
         self, lease: LeaseOrder, offset: int, data: bytes | memoryview, skip: int
-    ) -> tuple[int, bytes, list[memoryview]]:
+    ) -> _Output:
         """Run one input; whatever it raises becomes its output. SystemExit and KeyboardInterrupt
         too: let out of a task, they would end the loop."""
         value: Any = None
@@ -136,8 +152,10 @@ class AsyncRunner(Runner):
         return number
 
     async def _await_credit(self, slot: int, number: int) -> None:
-        began = time.perf_counter_ns()
-        self._channel.send_frame(ch.WAITS, slot, number)
-        while number >= self._words[shared.CREDIT + slot]:
-            await self._wait_for_news()
-        self._words[shared.SINCE_NS] += time.perf_counter_ns() - began
+        self._gate.hold_clock()
+        try:
+            self._channel.send_frame(ch.WAITS, slot, number)
+            while number >= self._words[shared.CREDIT + slot]:
+                await self._wait_for_news()
+        finally:
+            self._gate.release_clock()

@@ -26,6 +26,8 @@ from fanout_worker.runtime.streams import LogWriter
 #: How long a container sleeps before it looks again whether the daemon made room in the ring.
 ROOM_INTERVAL_S = 0.0005
 _READ_SIZE_BYTES = 256 << 10
+#: How long the bell waits for a thread that is sending; the daemon looks by itself soon.
+_BELL_PATIENCE_S = 0.001
 #: Inputs of less than four times this are sliced by copying.
 _SMALL_SIZE_BYTES = 256
 
@@ -74,7 +76,17 @@ class Channel:
                 self._socket.sendall(payload)
 
     def ring_bell(self) -> None:
-        self.send(ch.BELL_FRAME)
+        """Wake the daemon, without waiting for it: what fills the socket wakes it just as well."""
+        if not self._lock.acquire(timeout=_BELL_PATIENCE_S):
+            return
+        try:
+            sent = self._socket.send(ch.BELL_FRAME, socket.MSG_DONTWAIT)
+            if sent < len(ch.BELL_FRAME):
+                self._socket.sendall(ch.BELL_FRAME[sent:])
+        except BlockingIOError:
+            return
+        finally:
+            self._lock.release()
 
     def read(self) -> None:
         """Block until at least some bytes came, and take the orders in them."""
@@ -120,6 +132,24 @@ class Gate:
     def __init__(self, memory: shared.SharedMemory) -> None:
         self._words = memory.words
         self.is_open = [0]
+        self._holds = 0
+        self._held_at_ns = self._since_ns = 0
+
+    def hold_clock(self) -> None:
+        """Until `release_clock` the running input's time stands still: it is the runtime that
+        waits for the daemon. May be nested; only in the main thread."""
+        self._holds += 1
+        if self._holds == 1:
+            self._held_at_ns = time.perf_counter_ns()
+            self._since_ns = self._words[shared.SINCE_NS]
+            self._words[shared.SINCE_NS] = shared.CLOCK_HELD
+
+    def release_clock(self) -> None:
+        """The time that passed since `hold_clock` does not count against the timeout."""
+        self._holds -= 1
+        if self._holds == 0:
+            passed_ns = time.perf_counter_ns() - self._held_at_ns
+            self._words[shared.SINCE_NS] = self._since_ns + passed_ns
 
     def is_target(self) -> bool:
         """Whether the daemon wants the input that runs now to stop."""
@@ -183,8 +213,14 @@ class Runner:
         context.current_input.set(running)
 
     def _end_lease(self) -> None:
-        self._words[shared.PROGRESS] = 0
-        self._writer.flush()
+        words = self._words
+        words[shared.PROGRESS] = 0
+        # Now that nothing of the lease is looked at any more, its slot may be used again.
+        words[shared.ENDED] += 1
+        if words[shared.IS_AWAITED]:
+            self._channel.ring_bell()
+        else:
+            self._writer.flush()
 
     def _buffers(self, lease: LeaseOrder, offset: int) -> list[memoryview]:
         """The large buffers of an input, each a mapping of its own that code may write to."""
@@ -202,6 +238,21 @@ class Runner:
         duration_ns: int,
     ) -> None:
         """Hand over what did not go into the ring at the first attempt, or may not."""
+        self._gate.hold_clock()
+        try:
+            self._emit_slowly(lease, kind, index, number, output, duration_ns)
+        finally:
+            self._gate.release_clock()
+
+    def _emit_slowly(
+        self,
+        lease: LeaseOrder,
+        kind: int,
+        index: int,
+        number: int,
+        output: tuple[int, bytes, list[memoryview]],
+        duration_ns: int,
+    ) -> None:
         status, data, buffers = output
         if not buffers and len(data) <= shared.ENTRY_SIZE_BYTES_MAX:
             # The ring is full for the moment: the daemon reads it soon, or has reason not to.

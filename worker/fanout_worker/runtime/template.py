@@ -7,16 +7,17 @@ gets its exit status and its resource usage from wait. The daemon is answered af
 between is gone, so a container that is told to start already has its lasting parent.
 
 The daemon's socket keeps message boundaries: each request is ``[container id]`` with the
-container's descriptors attached, each answer ``[container id, pid]``.
+container's descriptors attached, each answer ``[container id, pid]``, with
+a negative errno instead of the pid if there is no container.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import socket
 import struct
-import sys
 
 import cloudpickle  # noqa: F401  imported here so that containers find it warm
 import msgpack
@@ -43,7 +44,7 @@ def main(descriptor: int, daemon_pid: int) -> None:
     if descriptors is None:
         return
     control.close()
-    sys.exit(child.main(*descriptors))
+    child.main(*descriptors)
 
 
 def _serve(control: socket.socket) -> list[int] | None:
@@ -54,21 +55,44 @@ def _serve(control: socket.socket) -> list[int] | None:
         if not data:
             return None
         (container_id,) = msgpack.unpackb(data)
-        reader, writer = os.pipe()
-        between = os.fork()
-        if between == 0:
-            os.close(reader)
-            pid = os.fork()
-            if pid == 0:
-                os.close(writer)
-                return descriptors
-            os.write(writer, struct.pack("q", pid))
-            os._exit(0)
-        os.close(writer)
+        try:
+            # Descriptors for which the limit had no room did not come.
+            pid = _fork_twice() if len(descriptors) == DESCRIPTORS else -errno.EMFILE
+        except OSError as error:
+            pid = -(error.errno or errno.EAGAIN)
+        if pid == 0:
+            return descriptors
         for number in descriptors:
             os.close(number)
-        answer = os.read(reader, 8)
+        control.send(msgpack.packb([container_id, pid]))
+
+
+def _fork_twice() -> int:
+    """The pid of a grandchild, or a negative errno; 0 in the grandchild itself.
+
+    Raises:
+        OSError: there is not even a child.
+    """
+    reader, writer = os.pipe()
+    try:
+        between = os.fork()
+    except OSError:
         os.close(reader)
-        os.waitpid(between, 0)
-        if len(answer) == 8:
-            control.send(msgpack.packb([container_id, struct.unpack("q", answer)[0]]))
+        os.close(writer)
+        raise
+    if between == 0:
+        os.close(reader)
+        try:
+            pid = os.fork()
+        except OSError as error:
+            pid = -(error.errno or errno.EAGAIN)
+        if pid == 0:
+            os.close(writer)
+            return 0
+        os.write(writer, struct.pack("q", pid))
+        os._exit(0)
+    os.close(writer)
+    answer = os.read(reader, 8)
+    os.close(reader)
+    os.waitpid(between, 0)
+    return int(struct.unpack("q", answer)[0]) if len(answer) == 8 else -errno.ECHILD
