@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -90,6 +91,31 @@ def test_two_virtual_environments_share_the_daemons_and_nothing_else(
         assert json.loads(stdout) == [[str(python), prefix, version, version]]
     states = list(cluster.home.rglob("scheduler.json"))
     assert len(states) == 1, "one scheduler served both"
+
+
+@pytest.mark.slow
+def test_an_installation_that_differs_from_the_daemons_is_told_what_to_do(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    script = write(tmp_path / "where.py", WHERE_IT_RUNS)
+    python = make_venv(tmp_path / "new", "1.0")
+    packages = next((tmp_path / "new").glob("lib/python*/site-packages"))
+    for folder in ("fanout", "scheduler/fanout_scheduler", "worker/fanout_worker"):
+        shutil.copytree(ROOT / folder, packages / Path(folder).name)
+    with (packages / "fanout_worker" / "channel.py").open("a") as file:
+        file.write("# a later version\n")
+    start = "from fanout.client.local import ensure_cluster; ensure_cluster()"
+    subprocess.run([sys.executable, "-c", start], env=cluster.variables, check=True)
+    variables = {key: value for key, value in cluster.variables.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(python), str(script)],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=60 * TIMEOUT_FACTOR,
+    )
+    assert done.returncode != 0
+    assert "run `fanout stop`" in done.stderr
 
 
 # --- variables, folder, edits ---------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """What a worker daemon and a container say to each other over their socketpair.
 
 The frames are those of `fanout.protocol.frames`; the header is a msgpack array that begins with
-one of the kinds below. They never leave the host, and both ends come from the same installation.
+one of the kinds below. They never leave the host. Both ends must come from the same code; `fingerprint` tells.
 Outputs do not travel here unless they are large: see `shared.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -89,3 +91,13 @@ def parse_checked(header: bytes) -> list[Any]:
         if type(value) is not kind or (type(value) is int and value < 0):
             raise ProtocolError(f"container frame {fields[0]} has an invalid field")
     return fields
+
+
+def fingerprint() -> str:
+    """A digest of the code that daemon and container must have in common. They may come from
+    different installations, and an installation may change while a daemon runs."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in (folder / "channel.py", folder / "shared.py", *sorted(folder.glob("runtime/*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

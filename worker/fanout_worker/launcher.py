@@ -25,6 +25,7 @@ import msgpack
 import fanout
 import fanout_worker
 from fanout.exceptions import ContainerStartError
+from fanout_worker import channel
 
 logger = logging.getLogger("fanout.worker")
 
@@ -40,7 +41,7 @@ _LOADER_PREFIXES = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LC_", "LANG")
 #: Running from a checkout, the worker's package is in no interpreter's path.
 _BOOT = """
 import json, sys
-path, fallback, descriptor, daemon_pid = json.loads(sys.argv[1])
+path, fallback, descriptor, daemon_pid, agreed = json.loads(sys.argv[1])
 sys.path[:] = path
 try:
     import fanout_worker.runtime.template as template
@@ -48,8 +49,11 @@ except ImportError:
     sys.path += fallback
     import fanout_worker.runtime.template as template
     sys.path[:] = path
-template.main(descriptor, daemon_pid)
+template.main(descriptor, daemon_pid, agreed)
 """
+
+#: Read at the daemon's start, so it tells of the code that the daemon runs.
+_AGREED = channel.fingerprint()
 
 
 @dataclass(slots=True)
@@ -87,7 +91,7 @@ class Template:
         # Nobody may be left to ask why it failed.
         self._ready.add_done_callback(lambda future: future.cancelled() or future.exception())
         packages = [str(Path(p.__path__[0]).parent) for p in (fanout, fanout_worker)]
-        argument = json.dumps([interpreter.path, packages, theirs.fileno(), os.getpid()])
+        argument = json.dumps([interpreter.path, packages, theirs.fileno(), os.getpid(), _AGREED])
         try:
             self._process = subprocess.Popen(
                 [interpreter.python, "-c", _BOOT, argument],

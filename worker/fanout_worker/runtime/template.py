@@ -18,22 +18,32 @@ import gc
 import os
 import socket
 import struct
+import sys
 
 import cloudpickle  # noqa: F401  imported here so that containers find it warm
 import msgpack
 
 import fanout  # noqa: F401
 import fanout.serialization  # noqa: F401
-from fanout_worker import process
+from fanout_worker import channel, process
 from fanout_worker.runtime import child, child_async, loader, streams  # noqa: F401
 
 #: Channel, shared memory, standard output, standard error.
 DESCRIPTORS = 4
 
 
-def main(descriptor: int, daemon_pid: int) -> None:
+def main(descriptor: int, daemon_pid: int, agreed: str) -> None:
     """Serve the daemon until it closes the socket. In a forked container this returns into
-    `child.main`, which never returns."""
+    `child.main`, which never returns.
+
+    Args:
+        agreed: the daemon's `channel.fingerprint()`.
+    """
+    if channel.fingerprint() != agreed:
+        raise SystemExit(
+            f"fanout in {sys.prefix} is not the fanout that the worker daemon was started with; "
+            f"run `fanout stop` (or restart `fanout worker`), then start the program again"
+        )
     process.die_with_parent(daemon_pid)
     control = socket.socket(fileno=descriptor)
     gc.collect()
