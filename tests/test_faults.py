@@ -96,7 +96,7 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(scheduler_and_workers
         poll_until(
             lambda: not any(map(is_alive, of_first)), "the processes of the killed worker end"
         )
-        assert open_call_count(cluster) == 0
+        poll_until(lambda: open_call_count(cluster) == 0, "the last acknowledgement arrives")
 
 
 def test_work_goes_on_when_the_last_worker_is_replaced(scheduler_and_workers: Start) -> None:
