@@ -77,6 +77,7 @@ class Session:
         self._lost = asyncio.Event()
         #: Set when something is opened or asked that needs a connection.
         self._wanted = asyncio.Event()
+        self._was_found = False
         self._opening: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -163,12 +164,12 @@ class Session:
     async def _wait_lost(self) -> None:
         """Return when the connection is gone. Nobody else replaces the worker of the embedded
         default when it was killed, and open calls would wait for ever."""
-        is_embedded = not self.is_nested and not os.environ.get("FANOUT_URL")
+        interval_s = WORKER_CHECK_INTERVAL_S if self._is_embedded else None
         while not self._lost.is_set():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(WORKER_CHECK_INTERVAL_S if is_embedded else None):
+                async with asyncio.timeout(interval_s):
                     await self._lost.wait()
-            if is_embedded and not self._lost.is_set() and (self._calls or self._fetches):
+            if self._is_embedded and not self._lost.is_set() and (self._calls or self._fetches):
                 from fanout.client import local
 
                 try:
@@ -179,16 +180,13 @@ class Session:
     async def _wait_wanted(self) -> None:
         """Return when there is something to be connected for. Coming back at once would start the
         daemons of the embedded default again that somebody has just stopped."""
-        if self.is_nested or os.environ.get("FANOUT_URL"):
-            return
         self._wanted.clear()
-        if not (self._calls or self._fetches or self._requests):
+        if self._is_embedded and not (self._calls or self._fetches or self._requests):
             await self._wanted.wait()
 
     async def _dial(self, is_first: bool) -> wire.Transport:
-        """A connection; after the first one, try for ever."""
-        delay = RECONNECT_DELAY_MIN_S
-        started = time.monotonic()
+        """A connection; after the first one, try for ever. Embedded daemons may leave just then."""
+        delay, started = RECONNECT_DELAY_MIN_S, time.monotonic()
         is_warned = False
         while True:
             self._lost.clear()
@@ -197,7 +195,8 @@ class Session:
             except (AuthError, VersionError, InvalidError):
                 raise
             except (ConnectionError, OSError) as error:
-                if is_first:
+                is_gone = self._was_found and time.monotonic() < started + config.CONNECT_TIMEOUT_S
+                if is_first and not (self._is_embedded and is_gone):
                     raise
                 if not is_warned and time.monotonic() - started > WARN_AFTER_S:
                     is_warned = True
@@ -205,7 +204,12 @@ class Session:
             await asyncio.sleep(delay)
             delay = min(delay * 2, RECONNECT_DELAY_MAX_S)
 
+    @property
+    def _is_embedded(self) -> bool:
+        return not self.is_nested and not os.environ.get("FANOUT_URL")
+
     async def _dial_once(self) -> wire.Transport:
+        self._was_found = False
         info = {
             "hostname": platform.node(),
             "pid": os.getpid(),
@@ -229,6 +233,7 @@ class Session:
                 handler=lambda transport: _Handler(self, transport),
             )
         join = await self._find_scheduler()
+        self._was_found = True
         return await wire.connect(
             join,
             role="client",
@@ -589,7 +594,7 @@ class _Handler:
         self._session.lose(self._transport, error)
 
     def writable_changed(self, is_writable: bool) -> None:
-        """What is in flight is bounded by the credit of calls, so nothing has to stop here."""
+        """The credit of calls bounds what is in flight."""
 
 
 # --- one session for each loop --------------------------------------------------------------------
@@ -626,13 +631,10 @@ async def connected() -> Session:
 
 async def close_here() -> None:
     """Close the session of the running loop, its apps included."""
-    session = _sessions.get(asyncio.get_running_loop())
-    if session is None:
-        return
-    for run in list(session._runs.values()):
-        if run.owner is session:
+    if (session := _sessions.get(asyncio.get_running_loop())) is not None:
+        for run in [run for run in session._runs.values() if run.owner is session]:
             await session.close_app(run)
-    await session.close()
+        await session.close()
 
 
 def forget_after_fork() -> None:
