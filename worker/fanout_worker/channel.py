@@ -1,8 +1,8 @@
 """What a worker daemon and a container say to each other over their socketpair.
 
 The frames are those of `fanout.protocol.frames`; the header is a msgpack array that begins with
-one of the kinds below. They never leave the host. Both ends must come from the same code; `fingerprint` tells.
-Outputs do not travel here unless they are large: see `shared.py`.
+one of the kinds below. They never leave the host, and both ends must run the same code, which
+`fingerprint` tells. Outputs do not travel here unless they are large: see `shared.py`.
 """
 
 from __future__ import annotations
