@@ -203,7 +203,6 @@ class LiveFetch:
         self.info: m.CallInfo | None = None
         self._parked: list[m.Outputs] = []
         self._ready: list[tuple[Batch, BufferTable]] = []
-        self.is_failed = False
 
     def questions(self) -> list[m.Message]:
         """What to send when the connection is new: the answer to the second one comes behind all
@@ -265,6 +264,5 @@ class LiveFetch:
         return ready
 
     def fail(self, error: Exception) -> None:
-        self.is_failed = True
         self._listener.call_broken(error)
         self.session.close_fetch(self)

@@ -60,17 +60,6 @@ def children() -> list[int]:
     return found
 
 
-def session_members(session: int) -> list[int]:
-    """The pids of all processes in a session, from a walk through /proc."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                if os.getsid(int(name)) == session:
-                    found.append(int(name))
-    return found
-
-
 def kill_group(pid: int) -> None:
     """SIGKILL a container and all that is in its process group. It must not have been waited for,
     else its number may be somebody else's."""

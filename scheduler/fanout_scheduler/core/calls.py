@@ -479,14 +479,6 @@ def on_ask_shutdown(state: State, peer: Peer, message: m.AskShutdown) -> None:
         state.commands.append(Exit("a client asked for it"))
 
 
-def on_cancel_call(state: State, call: Call) -> None:
-    cancel_call(state, call)
-
-
-def on_item_credit(state: State, call: Call, message: m.ItemCredit) -> None:
-    outputs.on_item_credit(state, call, message)
-
-
 def container_log(state: State, message: m.ContainerLog) -> None:
     """Pass text on to the client at the root of the call; one that does not read loses it."""
     container = state.containers.get(message.container_id)

@@ -51,7 +51,7 @@ from fanout_scheduler.core.state import Call, Peer, State
 CALL_MESSAGES: dict[type[m.Message], Callable[[State, Call, Any], None]] = {
     m.SealCall: calls.on_seal_call,
     m.Ack: calls.on_ack,
-    m.ItemCredit: calls.on_item_credit,
+    m.ItemCredit: outputs.on_item_credit,
 }
 
 #: Messages that need to know who sent them.
@@ -199,7 +199,7 @@ class Scheduler:
         if kind is m.CancelCall:
             # A spawned call may be cancelled by whoever knows its id.
             if call.is_durable or call.session is peer.session:
-                calls.on_cancel_call(state, call)
+                calls.cancel_call(state, call)
             return
         if call.session is not peer.session:
             state.note("message for another session's call")

@@ -107,8 +107,10 @@ def forget_app(state: State, app: App) -> None:
 
 def on_stored(state: State, sequence: int) -> None:
     """Everything up to `sequence` is on disk: keep the promises that waited for it."""
-    for done in [s for s in state.pending_stores if s <= sequence]:
-        pending: PendingStore = state.pending_stores.pop(done)
+    pending_stores = state.pending_stores
+    # They were ordered with growing numbers, so those that are done stand first.
+    while pending_stores and (first := next(iter(pending_stores))) <= sequence:
+        pending: PendingStore = pending_stores.pop(first)
         state.unsafe_stores.discard(pending.first_sequence)
         if pending.call is None:
             continue
@@ -117,6 +119,7 @@ def on_stored(state: State, sequence: int) -> None:
 
 
 def _promise_kept(state: State, call: Call, record: Record) -> None:
+    from fanout_scheduler.core.calls import send_opened
     from fanout_scheduler.core.outputs import finish
 
     app, function = call.function.app, call.function
@@ -127,7 +130,7 @@ def _promise_kept(state: State, call: Call, record: Record) -> None:
             function.is_stored = True
             app.stored_blobs += record.blobs
     elif isinstance(record, m.OpenCall):
-        tell_opened(state, call)
+        send_opened(state, call)
     elif isinstance(record, m.Inputs):
         queue_inputs(state, call, record)
         count = len(record.lengths) // 4
@@ -200,12 +203,6 @@ def queue_inputs(state: State, call: Call, message: m.Inputs) -> None:
 
 
 # --- telling clients ------------------------------------------------------------------------------
-
-
-def tell_opened(state: State, call: Call) -> None:
-    from fanout_scheduler.core.calls import send_opened
-
-    send_opened(state, call)
 
 
 def tell_stored(state: State, call: Call, stored: list[tuple[int, int]]) -> None:
