@@ -276,7 +276,7 @@ class RunningApp:
 
     def __enter__(self) -> App:
         from fanout.client import loop
-        from fanout.client.session import session_here
+        from fanout.client.sessions import session_here
 
         loop.forbid_in_loop("with app.run()", "async with app.run():")
         run = self._begin()
@@ -302,7 +302,7 @@ class RunningApp:
         loop.run(self._leave)
 
     async def __aenter__(self) -> App:
-        from fanout.client.session import session_here
+        from fanout.client.sessions import session_here
 
         run = self._begin()
         try:

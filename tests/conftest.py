@@ -369,9 +369,9 @@ async def dangling_task_check() -> AsyncIterator[None]:
     """Fails an async test that ends while a task that it started still runs."""
     before = asyncio.all_tasks()
     yield
-    session = sys.modules.get("fanout.client.session")
-    if session is not None:
-        await session.close_here()
+    sessions = sys.modules.get("fanout.client.sessions")
+    if sessions is not None:
+        await sessions.close_here()
     left = asyncio.all_tasks() - before - {asyncio.current_task()}
     if left:
         _done, left = await asyncio.wait(left, timeout=TASK_TIMEOUT_S * TIMEOUT_FACTOR)

@@ -171,10 +171,10 @@ def running(cluster: Cluster) -> Iterator[None]:
 
 def open_calls() -> int:
     """Calls of the blocking API that are not over, once the loop has seen all that was said."""
-    from fanout.client import loop, session
+    from fanout.client import loop, sessions
 
     async def look() -> int:
-        return len(session.session_here()._calls)
+        return len(sessions.session_here()._calls)
 
     return loop.run(look)
 
@@ -288,10 +288,10 @@ def test_large_values_travel_beside_and_are_the_receivers_own(running: None) -> 
     assert [result[0] for result in increment.map(reused())] == list(range(1, 21))
     value = [b"x" * 3_000_000]
     assert echo.remote(value, key=value) == ((value,), {"key": value})
-    from fanout.client import loop, session
+    from fanout.client import loop, sessions
 
     async def held() -> int:
-        return len(session.session_here()._blob_pins)
+        return len(sessions.session_here()._blob_pins)
 
     assert loop.run(held) == 0, "no blob outlives its use"
 
@@ -477,7 +477,7 @@ async def test_async_iterables_are_pulled_on_the_users_loop(cluster: Cluster) ->
 
 
 async def test_a_cancelled_task_cancels_its_call(cluster: Cluster, tmp_path: Path) -> None:
-    from fanout.client.session import session_here
+    from fanout.client.sessions import session_here
 
     async with app.run():
         assert await square.remote.aio(1) == 1

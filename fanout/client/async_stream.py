@@ -15,7 +15,7 @@ from typing import Any
 from fanout.client.calls import LiveCall
 from fanout.client.decode import decode
 from fanout.client.inputs import AsyncPuller, Encoded, Encoder, Puller, Rows
-from fanout.client.session import connected
+from fanout.client.sessions import connected
 from fanout.client.stream import Delivery, Plan, add_to, failure_of, raise_first
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from fanout.client.calls import BufferTable, LiveFetch
 from fanout.client.chunk import Batch
 from fanout.client.decode import decode
-from fanout.client.session import Session, connected
+from fanout.client.session import Session
+from fanout.client.sessions import connected
 from fanout.exceptions import InvalidError
 from fanout.protocol import messages as m
 

@@ -54,11 +54,11 @@ class _Background:
             self.thread.join(CLEANUP_TIMEOUT_S)
 
     async def _shut_down(self) -> None:
-        from fanout.client import session
+        from fanout.client import sessions
 
         with contextlib.suppress(Exception):
             async with asyncio.timeout(CLEANUP_TIMEOUT_S / 2):
-                await session.close_here()
+                await sessions.close_here()
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
@@ -117,9 +117,9 @@ def _after_fork() -> None:
     if _background is not None:
         _inherited.append(_background)
         _background = None
-    session = sys.modules.get("fanout.client.session")
-    if session is not None:
-        session.forget_after_fork()
+    sessions = sys.modules.get("fanout.client.sessions")
+    if sessions is not None:
+        sessions.forget_after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)

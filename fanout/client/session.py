@@ -24,10 +24,9 @@ import logging
 import os
 import platform
 import sys
-import threading
 import time
-import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from fanout import config, context
@@ -66,8 +65,12 @@ LAST_WORDS_MAX = 1024
 class Session:
     """See the module's text."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, on_gone: Callable[[], None] = lambda: None
+    ) -> None:
         self.loop = loop
+        #: Called when this session will not connect any more.
+        self._on_gone = on_gone
         self.session_id = os.urandom(16)
         self.is_nested = context.container is not None
         self.store = MemoryBlobStore()
@@ -144,8 +147,7 @@ class Session:
                 await self._wait_wanted()
         except asyncio.CancelledError:
             # Closed, or the loop ends: what comes next begins with a new session.
-            if _sessions.get(self.loop) is self:
-                del _sessions[self.loop]
+            self._on_gone()
             if not opening.done():
                 opening.cancel()
             raise
@@ -317,6 +319,12 @@ class Session:
             if not future.done():
                 future.set_exception(error)
         self._requests.clear()
+
+    async def close_all(self) -> None:
+        """Close what was opened here: the runs of apps first."""
+        for run in [run for run in self._runs.values() if run.owner is self]:
+            await self.close_app(run)
+        await self.close()
 
     async def close(self) -> None:
         """Close the connection, what was sent flushed first. It opens again when it is used."""
@@ -595,55 +603,3 @@ class _Handler:
 
     def writable_changed(self, is_writable: bool) -> None:
         """The credit of calls bounds what is in flight."""
-
-
-# --- one session for each loop --------------------------------------------------------------------
-
-_sessions: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Session] = (
-    weakref.WeakKeyDictionary()
-)
-_sessions_lock = threading.Lock()
-#: Sessions of the parent process, after a fork. Kept so that nothing of them is finalized here.
-_inherited: list[Any] = []
-
-
-def session_here() -> Session:
-    """The session of the running loop; not necessarily connected."""
-    loop = asyncio.get_running_loop()
-    session = _sessions.get(loop)
-    if session is None:
-        with _sessions_lock:
-            session = _sessions[loop] = Session(loop)
-    return session
-
-
-async def connected() -> Session:
-    """The session of the running loop, connected.
-
-    Raises:
-        ConnectionError: no scheduler can be reached.
-    """
-    session = session_here()
-    if not session.is_up:
-        await session.connect()
-    return session
-
-
-async def close_here() -> None:
-    """Close the session of the running loop, its apps included."""
-    if (session := _sessions.get(asyncio.get_running_loop())) is not None:
-        for run in [run for run in session._runs.values() if run.owner is session]:
-            await session.close_app(run)
-        await session.close()
-
-
-def forget_after_fork() -> None:
-    """In a forked child: drop the parent's connections without a word on them."""
-    global _sessions, _sessions_lock
-    for session in list(_sessions.values()):
-        _inherited.append(session)
-        if session.transport is not None:
-            session.transport.abandon()
-    _inherited.append(_sessions)
-    _sessions = weakref.WeakKeyDictionary()
-    _sessions_lock = threading.Lock()

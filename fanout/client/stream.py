@@ -29,7 +29,8 @@ from fanout.client.chunk import Batch, Ready
 from fanout.client.decode import decode, error_of
 from fanout.client.inputs import Encoded, Encoder, Puller, Rows, encode_one
 from fanout.client.loop import background_loop
-from fanout.client.session import Session, connected, session_here
+from fanout.client.session import Session
+from fanout.client.sessions import connected, session_here
 from fanout.exceptions import InternalError
 from fanout.protocol import messages as m
 
