@@ -6,6 +6,8 @@ fails it. Invariants are checked after each step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from fanout.protocol import messages as m
@@ -43,6 +45,7 @@ class Bench:
         self.peer_count = 0
         self.core.restore([], self.now)
         self.sequences: dict[int, int] = {}
+        self.is_turn_held = False
 
     # --- facts -----------------------------------------------------------------------------------
 
@@ -50,8 +53,17 @@ class Bench:
         for event in events:
             self.core.handle(event, self.now)
             self.core.check()
-        self.orders += self.core.decide(self.now)
-        self.core.check()
+        if not self.is_turn_held:
+            self.orders += self.core.decide(self.now)
+            self.core.check()
+
+    @contextmanager
+    def one_turn(self) -> Iterator[None]:
+        """What is said in this block arrives in one turn: nothing is decided in between."""
+        self.is_turn_held = True
+        yield
+        self.is_turn_held = False
+        self.tell()
 
     def later(self, seconds: float) -> None:
         """Let time pass, stopping at each deadline on the way."""

@@ -216,3 +216,51 @@ def test_a_call_that_no_worker_can_run_is_told_once_after_a_while() -> None:
     bench.later(60)
     assert bench.take_all(m.Notice) == []
     bench.take(m.Lease, bench.worker(cpu=1))
+
+
+def test_a_wait_that_overtakes_the_report_before_it_is_still_a_wait() -> None:
+    """A container's client speaks on a socket of its own, its outputs lie in shared memory."""
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={}, g={})
+    bench.open(client, "f", count=1)
+    bench.finish(worker, bench.started_lease(worker), input_s=0.001)
+    bench.open(client, "f", call=2, count=2)
+    first, second = bench.take_all(m.Lease)
+    assert first.container_id == second.container_id, "the second lease waits behind the first"
+    nested = bench.connect("nested", worker=worker, container_id=first.container_id)
+    with bench.one_turn():
+        bench.open(nested, "g", call=3, count=1, parent=(second.lease_id, second.start))
+        bench.frame(nested, m.SessionWaits(0))
+        bench.finish(worker, first, input_s=0.001)
+    assert bench.take(m.Lease).call_id == bytes([3]) * 16
+
+
+def test_a_wait_that_was_given_up_takes_the_core_back() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={}, g={})
+    bench.open(client, "f", count=1)
+    outer = bench.started_lease(worker)
+    nested = bench.connect("nested", worker=worker, container_id=outer.container_id)
+    bench.frame(nested, m.SessionWaits(0))
+    bench.frame(nested, m.SessionRuns())
+    bench.open(client, "g", call=2, count=1)
+    assert bench.take_all(m.Lease) == [], "the core is in use again"
+    bench.finish(worker, outer)
+    assert bench.take(m.Lease).call_id == bytes([2]) * 16
+
+
+def test_a_wait_ends_with_the_client_that_told_of_it() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={}, g={})
+    bench.open(client, "f", count=1)
+    outer = bench.started_lease(worker)
+    nested = bench.connect("nested", worker=worker, container_id=outer.container_id)
+    bench.frame(nested, m.SessionWaits(0))
+    bench.lose(nested)
+    bench.open(client, "g", call=2, count=1)
+    assert bench.take_all(m.Lease) == [], "the core is in use again"
+    bench.finish(worker, outer)
+    assert bench.take(m.Lease).call_id == bytes([2]) * 16

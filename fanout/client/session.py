@@ -100,6 +100,8 @@ class Session:
         #: Frames received of the kinds that can end a wait, and waits under way.
         self.seen = 0
         self._wait_count = 0
+        #: What `seen` was when the scheduler was last told of a wait; -1 when it knows of none.
+        self._told_at = -1
         #: Messages about calls that have ended here, or never were.
         self.unknown_count = 0
 
@@ -488,9 +490,14 @@ class Session:
     def end_wait(self) -> None:
         self._wait_count -= 1
         assert self._wait_count >= 0
+        if self._wait_count == 0 and self._told_at == self.seen:
+            # No frame ended it, so the scheduler takes this container for a waiting one.
+            self._told_at = -1
+            self.send(m.SessionRuns())
 
     def tell_waiting(self) -> None:
         if self.is_nested:
+            self._told_at = self.seen
             self.send(m.SessionWaits(self.seen))
 
     # --- blobs -----------------------------------------------------------------------------------

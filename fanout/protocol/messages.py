@@ -256,6 +256,8 @@ class Message:
 
 
 def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
+    if not names:
+        return lambda message: ()
     if len(names) > 1:
         return attrgetter(*names)
     first = attrgetter(names[0])
@@ -503,6 +505,13 @@ class AskShutdown(Message):
 
     request_id: RequestId
     force: Flag
+
+
+@_message(35)
+class SessionRuns(Message):
+    """From a client inside a container: the wait that it told of last is over, and no frame of the
+    scheduler ended it; somebody cancelled the input, or gave up waiting. What runs in the container
+    from here on needs its core, whether or not that is free."""
 
 
 @_message(36)
@@ -908,7 +917,7 @@ FROM_CLIENT: frozenset[type[Message]] = BLOB_KINDS | {
     Ack,
     ItemCredit, CancelCall, FetchOutputs, StopFetch, AskCall, AskStatus, AskShutdown,
 }  # fmt: skip
-FROM_NESTED_CLIENT: frozenset[type[Message]] = (FROM_CLIENT | {SessionWaits}) - {
+FROM_NESTED_CLIENT: frozenset[type[Message]] = (FROM_CLIENT | {SessionWaits, SessionRuns}) - {
     AskShutdown, OpenApp, CloseApp,
 }  # fmt: skip
 FROM_WORKER: frozenset[type[Message]] = BLOB_KINDS | {

@@ -7,7 +7,7 @@ from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs, durable, outputs
 from fanout_scheduler.core.events import Disconnect, Exit, PeerId
-from fanout_scheduler.core.leasing import cancel_lease
+from fanout_scheduler.core.leasing import cancel_lease, run_again
 from fanout_scheduler.core.snapshot import describe_busy, snapshot
 from fanout_scheduler.core.state import (
     App,
@@ -51,6 +51,7 @@ def on_client_lost(state: State, peer: Peer) -> None:
     session.lost_at = state.now
     _detach(state, session, peer.peer_id)
     if session.container is not None:
+        run_again(state, session.container, peer.peer_id)
         end_session(state, session)
     elif session.calls or session.apps:
         state.at(state.now + CLIENT_GRACE_S, "session", session)

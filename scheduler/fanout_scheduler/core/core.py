@@ -78,6 +78,7 @@ LEASE_MESSAGES: dict[type[m.Message], Callable[[State, Any, Any], None]] = {
     m.Reclaimed: leasing.on_reclaimed,
     m.LeaseWaits: leasing.on_lease_waits,
     m.SessionWaits: leasing.on_session_waits,
+    m.SessionRuns: leasing.on_session_runs,
 }
 
 

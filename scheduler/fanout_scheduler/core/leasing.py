@@ -132,14 +132,9 @@ def end_lease(state: State, lease: Lease) -> None:
     if container.leases:
         if not was_first:
             return
-        # The second lease begins only now; it was not slow while it waited.
+        # The second lease begins only now; it was not slow while it waited. If the container
+        # waits, then it does in that one: what its client says may overtake its outputs.
         next(iter(container.leases.values())).heard_at = state.now
-        if container.is_waiting:
-            # The input that waited was stopped before the tail could be taken back: the container
-            # runs again, whether or not its core is free.
-            state.note("core taken back early")
-            hold_core(container)
-            end_wait(state, container)
         return
     end_wait(state, container)
     release_core(container)
@@ -188,6 +183,7 @@ def begin_wait(state: State, container: Container) -> None:
 def end_wait(state: State, container: Container) -> None:
     """Send what was kept back; the container runs again."""
     container.is_waiting = False
+    container.waiting_peer = None
     state.resuming.pop(container.container_id, None)
     deferred, container.deferred = container.deferred, []
     state.commands.extend(deferred)
@@ -202,6 +198,23 @@ def on_session_waits(state: State, peer_id: PeerId, message: m.SessionWaits) -> 
         state.note("wait that a frame on the wire may have ended")
         return
     begin_wait(state, container)
+    if container.is_waiting:
+        container.waiting_peer = peer_id
+
+
+def on_session_runs(state: State, peer_id: PeerId, message: m.SessionRuns) -> None:
+    peer = state.peers[peer_id]
+    if peer.session is not None and peer.session.container is not None:
+        run_again(state, peer.session.container, peer_id)
+
+
+def run_again(state: State, container: Container, peer_id: PeerId) -> None:
+    """The wait that this client told of is over, and nothing from here ended it: the container
+    runs, whether or not its core is free."""
+    if container.is_waiting and container.waiting_peer == peer_id:
+        state.note("core taken back early")
+        hold_core(container)
+        end_wait(state, container)
 
 
 def on_lease_waits(state: State, peer_id: PeerId, message: m.LeaseWaits) -> None:

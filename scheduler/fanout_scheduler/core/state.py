@@ -270,6 +270,8 @@ class Container:
     holds_core: bool = False
     #: Its inputs wait: for nested calls, or for credit.
     is_waiting: bool = False
+    #: The nested client that said so; None where a generator waits for credit.
+    waiting_peer: PeerId | None = None
     #: Frames that end the wait, kept until the core is there.
     deferred: list[Send] = field(default_factory=list)
     idle_since: float = 0.0
