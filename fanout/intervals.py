@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator
 
 Range = tuple[int, int]
 
+#: The ranges of every empty set; nobody changes it. Most sets of a small call stay empty.
+_NONE: list[int] = []
+
 
 class IntervalSet:
     """A set of integers, stored as sorted, disjoint, non-touching ranges."""
@@ -18,8 +21,8 @@ class IntervalSet:
     __slots__ = ("_starts", "_stops", "count")
 
     def __init__(self, ranges: Iterable[Range] = ()) -> None:
-        self._starts: list[int] = []
-        self._stops: list[int] = []
+        self._starts = _NONE
+        self._stops = _NONE
         #: How many integers are in the set.
         self.count = 0
         for start, stop in ranges:
@@ -62,8 +65,8 @@ class IntervalSet:
 
     def clear(self) -> None:
         """Remove everything."""
-        self._starts.clear()
-        self._stops.clear()
+        self._starts = _NONE
+        self._stops = _NONE
         self.count = 0
 
     def covers(self, start: int, stop: int) -> bool:
@@ -80,8 +83,7 @@ class IntervalSet:
         starts, stops = self._starts, self._stops
         # The usual cases: the set is empty, or the range continues the last one.
         if not starts:
-            starts.append(start)
-            stops.append(stop)
+            self._starts, self._stops = [start], [stop]
             self.count = stop - start
             return stop - start
         if start == stops[-1]:
@@ -108,6 +110,10 @@ class IntervalSet:
         starts, stops = self._starts, self._stops
         if not starts:
             return 0
+        if start <= starts[0] and stops[-1] <= stop:
+            removed = self.count
+            self.clear()
+            return removed
         low = bisect_right(stops, start)
         high = bisect_left(starts, stop)
         if start >= stop or low >= high:
@@ -142,6 +148,8 @@ class IntervalSet:
 
     def missing(self, start: int, stop: int) -> list[Range]:
         """The ranges of ``[start, stop)`` that are not in the set, in order."""
+        if not self._starts:
+            return [(start, stop)] if start < stop else []
         gaps: list[Range] = []
         position = max(bisect_right(self._starts, start) - 1, 0)
         for i in range(position, len(self._starts)):
@@ -158,6 +166,8 @@ class IntervalSet:
 
     def common(self, start: int, stop: int) -> list[Range]:
         """The ranges of ``[start, stop)`` that are in the set, in order."""
+        if not self._starts:
+            return []
         found: list[Range] = []
         position = max(bisect_right(self._starts, start) - 1, 0)
         for i in range(position, len(self._starts)):

@@ -34,6 +34,7 @@ class SimCall:
         self.order: list[int] = []
         self.is_cancelled = False
         self.failure: bytes | None = None
+        self.is_told = False
         self.owner = owner
 
     def pump(self) -> None:
@@ -145,6 +146,8 @@ class SimClient:
         for call in self.calls.values():
             if not call.is_finished:
                 call.call.resume()
+            else:
+                call.is_told = False
         self.flush()
 
     def on_lost(self) -> None:
@@ -187,6 +190,10 @@ class SimClient:
             if self.link is not None:
                 for message in outgoing:
                     self.link.up(message)
+                if sim.is_finished and not (sim.is_told or sim.is_cancelled):
+                    sim.is_told = True
+                    if not sim.call.is_durable:
+                        self.link.up(m.CallsFinished([sim.call.call_id]))
         finished = [k for k, sim in self.calls.items() if sim.is_finished and sim.is_cancelled]
         for key in finished:
             del self.calls[key]

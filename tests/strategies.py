@@ -48,6 +48,7 @@ def values_of(check: m.Check) -> st.SearchStrategy[Any]:
         "_is_number": _NUMBERS,
         "_is_pairs": st.lists(_PAIR, max_size=5),
         "_is_pair_or_none": st.none() | _PAIR,
+        "_is_call_ids": st.lists(st.binary(min_size=16, max_size=16), max_size=3),
         "_is_blob_ids": st.lists(_IDS, max_size=3),
         "_is_blob_refs": _BLOB_REFS,
         "_is_lengths": st.just(b""),

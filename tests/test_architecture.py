@@ -47,6 +47,7 @@ SANS_IO_FILES = [
     "fanout/protocol/handshake.py",
     "fanout/client/call_state.py",
     "fanout/client/chunk.py",
+    "fanout/client/item_stream.py",
     "worker/fanout_worker/commands.py",
     "worker/fanout_worker/worker_state.py",
 ]

@@ -12,7 +12,8 @@ States, each a pair of flags::
                single call costs one round trip and no frame beside it.
     resuming   The connection is new. OpenCall is sent again, and nothing else until CallOpened
                says which inputs the scheduler still has; then the others are sent again.
-    finished   Sealed, and each input has its output here. The last `Ack` has gone out.
+    finished   Sealed, and each input has its output here. The owner says so when it lets go of
+               the call (`CallsFinished`), and the scheduler forgets it; no last `Ack` is needed.
     failed     The call as a whole failed. Each input without an output gets that failure, also
                one that is added later.
     cancelled  Nothing is sent or handed out any more.
@@ -32,7 +33,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 from fanout.client.chunk import (
     CHUNK_BYTES,
@@ -50,36 +50,16 @@ from fanout.client.chunk import (
     start_of,
     unpack_count,
 )
-from fanout.config import ITEM_CREDIT_INITIAL, WINDOW_BYTES, WINDOW_COUNT_MIN
+from fanout.client.item_stream import ItemStream
+from fanout.config import WINDOW_BYTES, WINDOW_COUNT_MIN
 from fanout.exceptions import ProtocolError
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
-
-#: What a generator may send ahead of its consumer at most; it begins with
-#: `config.ITEM_CREDIT_INITIAL`.
-ITEM_CREDIT_MAX = 1024
-ITEM_CREDIT_BYTES = 1 << 20
 
 #: A chunk of which less than this part is still without output is cut to what is missing.
 COMPACT_RATIO = 4
 #: Chunks smaller than this are not worth cutting.
 COMPACT_SIZE_MIN = 4 << 10
-
-
-@dataclass(slots=True)
-class _Stream:
-    """The items of one generator: what has come, what was consumed, what it may send."""
-
-    window: int = ITEM_CREDIT_INITIAL
-    granted: int = ITEM_CREDIT_INITIAL
-    received: int = 0
-    received_bytes: int = 0
-    consumed: int = 0
-    #: Items that wait for their turn in an ordered call.
-    held: list[ItemBatch] = field(default_factory=list)
-    end: Batch | None = None
-    #: How many items there are in all, once its end says so.
-    total: int = 0
 
 
 class CallState:
@@ -131,7 +111,7 @@ class CallState:
         self.received = IntervalSet()
         #: Ranges and bytes of outputs that came since the last `Ack`.
         self._unacked = IntervalSet()
-        self._unacked_bytes = 0
+        self.unacked_bytes = 0
         #: Consumed by the user: outputs, their bytes, the bytes of their inputs.
         self._consumed_count = 0
         self._consumed_bytes = 0
@@ -146,7 +126,7 @@ class CallState:
         self._next = 0
         self._ahead: dict[int, Batch] = {}
         self._ready: deque[Ready] = deque()
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, ItemStream] = {}
 
     # --- what the user adds ----------------------------------------------------------------------
 
@@ -238,6 +218,8 @@ class CallState:
 
     def take_ready(self) -> list[Ready]:
         """All that can be handed out now, in order. Call `consume` for each, when it is used."""
+        if not self._ready:
+            return []
         ready = list(self._ready)
         self._ready.clear()
         return ready
@@ -401,7 +383,7 @@ class CallState:
         self.outgoing.append(self._inputs_message(chunk))
         if self.is_generator:
             for index in range(chunk.start, chunk.stop):
-                self._streams[index] = _Stream()
+                self._streams[index] = ItemStream()
 
     def _inputs_message(self, chunk: Chunk) -> m.Inputs:
         return m.Inputs(self.call_id, chunk.start, chunk.lengths, chunk.blobs, chunk.payload)
@@ -415,15 +397,11 @@ class CallState:
             self._acked_count = self._consumed_count
             self._acked_input_bytes = self._consumed_input_bytes
             return
-        if self.is_finished:
-            if self._unacked:
-                self._ack()
-            return
         quarter = max(1, self.window_count // 4)
         quarter_bytes = max(1, self.window_bytes // 4)
         if (
             self._unacked.count >= quarter
-            or self._unacked_bytes >= quarter_bytes
+            or self.unacked_bytes >= quarter_bytes
             or self._consumed_count - self._acked_count >= quarter
             or self._consumed_bytes - self._acked_bytes >= quarter_bytes
             or self._consumed_input_bytes - self._acked_input_bytes >= quarter_bytes
@@ -436,7 +414,7 @@ class CallState:
         self._acked_input_bytes = self._consumed_input_bytes
         pairs = [(start, stop - start) for start, stop in self._unacked]
         self._unacked = IntervalSet()
-        self._unacked_bytes = 0
+        self.unacked_bytes = 0
         for position in range(0, max(1, len(pairs)), m.LIST_LENGTH_MAX):
             some = pairs[position : position + m.LIST_LENGTH_MAX]
             self.outgoing.append(
@@ -453,11 +431,14 @@ class CallState:
                 f"outputs of inputs {start} to {stop - 1}, of which only {self._sent_count} "
                 "were sent"
             )
-        gaps = self.received.missing(start, stop)
-        self.duplicate_count += count - sum(high - low for low, high in gaps)
         whole = Batch(start, message.statuses, message.lengths, message.payload, message.blobs, 0)
-        for low, high in gaps:
-            self._receive(cut_batch(whole, low, high))
+        gaps = self.received.missing(start, stop)
+        if gaps == [(start, stop)]:
+            self._receive(whole)
+        else:
+            self.duplicate_count += count - sum(high - low for low, high in gaps)
+            for low, high in gaps:
+                self._receive(cut_batch(whole, low, high))
         self._ack_if_due()
 
     def _receive(self, batch: Batch) -> None:
@@ -465,11 +446,15 @@ class CallState:
         batch.input_size = self._release(start, stop)
         self.received.add(start, stop)
         self._unacked.add(start, stop)
-        batch.size = self._size_of(batch) * (batch.count if batch.is_repeated else 1)
-        self._unacked_bytes += batch.size
+        size = self._size_of(batch) if batch.blobs else len(batch.payload)
+        batch.size = size * batch.count if batch.is_repeated else size
+        self.unacked_bytes += batch.size
         if self.is_generator:
             for index in range(start, stop):
                 self._end_stream(index, cut_batch(batch, index, index + 1))
+        elif self.is_ordered and start == self._next and not self._ahead:
+            self._next = stop
+            self._ready.append(batch)
         elif self.is_ordered:
             self._ahead[start] = batch
             self._advance()
@@ -491,6 +476,10 @@ class CallState:
     def _release(self, start: int, stop: int) -> int:
         """Forget the bytes of inputs that have their output; return how many bytes they were."""
         chunks = self._chunks
+        if len(chunks) == 1 and start == chunks[0].start and stop == chunks[0].stop:
+            chunk = chunks.pop()
+            self._release_blobs(chunk)
+            return chunk.size
         position = max(bisect_right(chunks, start, key=start_of) - 1, 0)
         size = 0
         while position < len(chunks) and chunks[position].start < stop:
@@ -559,7 +548,7 @@ class CallState:
         for low, high in self.received.missing(start, stop):
             if self.is_generator:
                 for index in range(low, high):
-                    self._streams.setdefault(index, _Stream())
+                    self._streams.setdefault(index, ItemStream())
             statuses = bytes([status]) * (high - low)
             self._receive(Batch(low, statuses, b"", payload, [], 0, is_repeated=True))
 
@@ -603,7 +592,7 @@ class CallState:
             stream.total = unpack_count(end.payload)
         self._try_end(index, stream)
 
-    def _try_end(self, index: int, stream: _Stream) -> None:
+    def _try_end(self, index: int, stream: ItemStream) -> None:
         """Hand out the end of a stream behind its items, and let the next one have its turn."""
         if stream.end is None or stream.received < stream.total:
             return
@@ -631,18 +620,9 @@ class CallState:
         stream = self._streams.get(batch.index)
         if stream is None:
             return
-        stream.consumed += batch.count
-        if stream.end is not None or stream.consumed + stream.window // 2 < stream.granted:
-            return
-        mean_size = max(1, stream.received_bytes // stream.received)
-        limit = max(1, min(ITEM_CREDIT_MAX, ITEM_CREDIT_BYTES // mean_size))
-        stream.window = min(stream.window * 2, limit)
-        granted = stream.consumed + stream.window
-        if granted > stream.granted:
-            stream.granted = granted
-            if not self.is_resuming:
-                self._grant(batch.index, stream)
+        if stream.consume(batch.count) and not self.is_resuming:
+            self._grant(batch.index, stream)
 
-    def _grant(self, index: int, stream: _Stream) -> None:
+    def _grant(self, index: int, stream: ItemStream) -> None:
         credit = m.ItemCredit(self.call_id, index, stream.granted, stream.received)
         self.outgoing.append(credit)

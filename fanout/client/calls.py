@@ -50,12 +50,13 @@ class LiveCall:
     def flush(self) -> None:
         """Send what the state wants to say."""
         state, session = self.state, self.session
-        for blob_id in state.released_blobs:
-            session.unpin(blob_id)
-        state.released_blobs.clear()
-        if not session.is_connected:
-            return
+        if state.released_blobs:
+            for blob_id in state.released_blobs:
+                session.unpin(blob_id)
+            state.released_blobs.clear()
         outgoing = state.outgoing
+        if not outgoing or not session.is_connected:
+            return
         if len(outgoing) == 1 and isinstance(outgoing[0], m.Ack):
             session.send_lazily(outgoing[0])
             outgoing.clear()
@@ -66,12 +67,15 @@ class LiveCall:
                     for blob_id in blob_ids:
                         session.offer(blob_id)
             session.queue(message)
-        if outgoing:
-            outgoing.clear()
-            session.flush()
+        outgoing.clear()
+        session.flush()
 
     def receive(self, message: m.Message) -> bool:
         """Take a message, or keep it while its blobs are on their way. False if it waits."""
+        has_blobs = isinstance(message, m.Outputs | m.Items) and message.blobs
+        if not has_blobs and not self._parked:
+            self.state.handle(message)
+            return True
         if isinstance(message, m.Outputs | m.Items):
             for blob_id in _named(message):
                 self.session.pin(blob_id)
@@ -128,18 +132,19 @@ class LiveCall:
         if self.is_closed:
             return
         self.is_closed = True
-        state = self.state
-        if not state.is_finished and not state.is_durable:
-            state.cancel()
+        state, session = self.state, self.session
         self.drop_parked()
-        for message in state.outgoing:
-            if isinstance(message, m.Ack | m.CancelCall):
-                self.session.say_last(message)
-        self.flush()
         if state.is_finished and not state.is_durable:
-            self.session.say_last(m.Ack(state.call_id, [(0, state.count)], state.count, 0))
+            state.outgoing.clear()
+            session.last_words.finish(state.call_id, state.unacked_bytes)
+        elif not state.is_durable:
+            state.cancel()
+        for message in state.outgoing:
+            if isinstance(message, m.CancelCall):
+                session.last_words.keep(message)
+        self.flush()
         self._buffers.clear()
-        self.session.close_call(self)
+        session.close_call(self)
 
     def fail(self, error: Exception) -> None:
         """Nothing can come for it any more."""

@@ -25,13 +25,13 @@ import os
 import platform
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from fanout import config, context
 from fanout.client.app_run import AppRun
 from fanout.client.calls import LiveCall, LiveFetch
+from fanout.client.last_words import LastWords
 from fanout.client.loop import in_thread
 from fanout.exceptions import (
     AuthError,
@@ -58,8 +58,6 @@ APP_WAIT_S = 5.0
 LAZY_DELAY_S = 0.002
 #: How often calls that are open make sure that the embedded default has its worker.
 WORKER_CHECK_INTERVAL_S = 2.0
-#: Last words about calls that have ended, repeated after a reconnect in case they were lost.
-LAST_WORDS_MAX = 1024
 
 
 class Session:
@@ -94,7 +92,7 @@ class Session:
         #: Acknowledgements that wait for company; see `send_lazily`.
         self._lazy: list[m.Message] = []
         self._lazy_timer: asyncio.TimerHandle | None = None
-        self._last_words: deque[m.Message] = deque(maxlen=LAST_WORDS_MAX)
+        self.last_words = LastWords(loop, self.send)
         #: Calls with messages that wait for a blob.
         self._parked_calls: set[LiveCall] = set()
         #: Frames received of the kinds that can end a wait, and waits under way.
@@ -160,6 +158,7 @@ class Session:
                 self._fail_all(error)
         finally:
             self._queue_lazy()
+            self.last_words.flush()
             if self.transport is not None:
                 self.transport.close(m.Goodbye("closed", "the client has closed"))
                 with contextlib.suppress(TimeoutError, asyncio.CancelledError):
@@ -268,6 +267,7 @@ class Session:
 
     def _attach(self, transport: wire.Transport) -> None:
         """A new connection: say all that must be true over there."""
+        last_words = self.last_words.again()
         self.transport = transport
         self.seen = 0
         epoch = transport.peer.epoch if isinstance(transport.peer, m.Welcome) else 0
@@ -280,7 +280,7 @@ class Session:
                 run.opened_epoch = epoch
         for definition in self._definitions.values():
             self._send_definition(definition)
-        for words in self._last_words:
+        for words in last_words:
             transport.send(words)
         for call in list(self._calls.values()):
             call.resume()
@@ -474,10 +474,6 @@ class Session:
         if self.transport is not None and not self.transport.is_closed:
             for message in lazy:
                 self.transport.queue(message)
-
-    def say_last(self, message: m.Message) -> None:
-        """The last word about a call that is forgotten here with it."""
-        self._last_words.append(message)
 
     # --- waiting ---------------------------------------------------------------------------------
 

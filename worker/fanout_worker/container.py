@@ -34,6 +34,7 @@ from fanout_worker.environment import Launch, plan_launch, start_info
 from fanout_worker.host import Host
 from fanout_worker.leases import Given, LeaseTable
 from fanout_worker.logs import LogMeter
+from fanout_worker.pipes import Pipes
 from fanout_worker.wire import Wire
 
 logger = logging.getLogger("fanout.worker")
@@ -42,7 +43,6 @@ logger = logging.getLogger("fanout.worker")
 DRAIN_INTERVAL_S = 0.001
 #: Between lowering a limit and asking how far the container is.
 LIMIT_DELAY_S = 0.001
-_LOG_SIZE_BYTES = 64 << 10
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ class Container:
         except OSError:
             self._memory.close()
             raise
-        self._pipes: dict[int, int] = {}
+        self._pipes = Pipes(host.loop, self._on_raw_text)
         self._pidfd = -1
         self._leases = LeaseTable(self._memory)
         self._leave_timer: asyncio.TimerHandle | None = None
@@ -248,11 +248,7 @@ class Container:
     async def _fork(self, launch: Launch) -> int:
         writers: list[int] = []
         try:
-            for source in (m.Source.STDOUT, m.Source.STDERR):
-                reader, writer = os.pipe()
-                writers.append(writer)
-                self._pipes[reader] = source
-                os.set_blocking(reader, False)
+            writers = self._pipes.open()
             descriptors = [self._wire.theirs.fileno(), self._memory.fd, *writers]
             return await self._host.launcher.fork(
                 launch.interpreter, self.container_id, descriptors
@@ -268,8 +264,7 @@ class Container:
         loop = self._host.loop
         self._pidfd = os.pidfd_open(pid)
         loop.add_reader(self._pidfd, self._on_death)
-        for descriptor in self._pipes:
-            loop.add_reader(descriptor, self._read_pipe, descriptor)
+        self._pipes.watch()
         logger.debug("= %r forked", self)
 
     def _end_unstarted(self, error: Exception, pid: int) -> None:
@@ -345,8 +340,7 @@ class Container:
             head = self._reader.head()
             for header, payload in self._wire.read():
                 self._on_frame(ch.parse_checked(header), payload)
-            for descriptor in list(self._pipes):
-                self._read_pipe(descriptor)
+            self._pipes.read_all()
             if head > self._reader.tail:
                 self._consume(head)
         except ProtocolError as error:
@@ -424,7 +418,7 @@ class Container:
             raise ProtocolError(
                 f"outputs {segment.index} to {end} of a lease that is at {given.start + given.done}"
             )
-        if max(segment.statuses) > max(m.Status):
+        if max(segment.statuses) > m.STATUS_MAX:
             raise ProtocolError(f"an output with status {max(segment.statuses)}")
         stopping = self._stopping
         if (
@@ -464,23 +458,14 @@ class Container:
                 m.ContainerLog(self.container_id, call_id, index, m.Source.SYSTEM, notice)
             )
 
-    def _read_pipe(self, descriptor: int) -> None:
+    def _on_raw_text(self, source: int, data: bytes) -> None:
         """Text on a raw descriptor: from C code, or a process that user code started."""
-        try:
-            data = os.read(descriptor, _LOG_SIZE_BYTES)
-        except BlockingIOError:
-            return
-        if not data:
-            self._host.loop.remove_reader(descriptor)
-            os.close(descriptor)
-            del self._pipes[descriptor]
-            return
         call_id, index = self._recent
         progress = self._memory.progress()
         given = self._leases.get(progress.slot) if progress is not None else None
         if given is not None and progress is not None:
             call_id, index = given.call_id, progress.index
-        self._on_log(self._pipes[descriptor], call_id, index, data)
+        self._on_log(source, call_id, index, data)
         self._host.changed()
 
     # --- limits ---
@@ -632,10 +617,7 @@ class Container:
         self._memory_at_death = self._memory.progress()
         loop = self._host.loop
         self._wire.close()
-        for descriptor in self._pipes:
-            loop.remove_reader(descriptor)
-            os.close(descriptor)
-        self._pipes.clear()
+        self._pipes.close()
         if self._pidfd >= 0:
             loop.remove_reader(self._pidfd)
             os.close(self._pidfd)

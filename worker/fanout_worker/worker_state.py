@@ -34,7 +34,7 @@ not be read any more: they then wait, before their next input.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,9 @@ UNACKNOWLEDGED_COUNT_MAX = 16 << 10
 
 #: What a report costs beside its payload, so that many tiny ones count too.
 _REPORT_SIZE_BYTES = 256
+
+
+_NO_BLOBS: frozenset[bytes] = frozenset()
 
 
 @dataclass(slots=True)
@@ -417,7 +420,9 @@ class WorkerState:
         if message.lease_id in self.leases:
             self._note("duplicate lease")
             return
-        blobs = frozenset(blob_id for _, blob_ids in message.blobs for blob_id in blob_ids)
+        blobs = _NO_BLOBS
+        if message.blobs:
+            blobs = frozenset(blob_id for _, blob_ids in message.blobs for blob_id in blob_ids)
         lease = Lease(
             lease_id=message.lease_id,
             container_id=message.container_id,
@@ -425,7 +430,7 @@ class WorkerState:
             start=message.start,
             stop=message.start + len(message.lengths) // 4,
             blobs=blobs,
-            missing=set(blobs - self._held),
+            missing=set(blobs - self._held) if blobs else set(),
             message=message,
         )
         self.leases[lease.lease_id] = container.leases[lease.lease_id] = lease
@@ -512,11 +517,13 @@ class WorkerState:
         self,
         message: m.LeaseOutputs | m.LeaseItems | m.ContainerExited,
         container_id: int,
-        blobs: Iterable[tuple[int, list[bytes]]] = (),
+        blobs: Sequence[tuple[int, list[bytes]]] = (),
         is_numbered: bool = True,
     ) -> None:
-        blob_ids = tuple(blob_id for _, ids in blobs for blob_id in ids)
-        self._held.update(blob_ids)
+        blob_ids: tuple[bytes, ...] = ()
+        if blobs:
+            blob_ids = tuple(blob_id for _, ids in blobs for blob_id in ids)
+            self._held.update(blob_ids)
         size_bytes = len(message.payload) + _REPORT_SIZE_BYTES
         report = _Report(0, message, size_bytes, blob_ids, is_numbered, container_id)
         self._unacknowledged_bytes += size_bytes
@@ -535,9 +542,11 @@ class WorkerState:
         self._send_held_back()
 
     def _must_wait(self, report: _Report) -> bool:
-        if any(blob_id not in self._delivered for blob_id in report.blobs):
+        if report.blobs and any(blob_id not in self._delivered for blob_id in report.blobs):
             return True
-        return any(held.container_id == report.container_id for held in self._held_back)
+        return bool(self._held_back) and any(
+            held.container_id == report.container_id for held in self._held_back
+        )
 
     def _send_held_back(self) -> None:
         waiting, self._held_back = self._held_back, []

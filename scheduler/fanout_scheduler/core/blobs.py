@@ -13,8 +13,13 @@ from fanout_scheduler.core.events import DropBlob
 from fanout_scheduler.core.leasing import wake_call
 from fanout_scheduler.core.state import BlobRef, BlobWait, Call, Chunk, Function, State
 
+#: The ids of frames that name no blob, as most do; nobody changes it.
+_NONE: list[bytes] = []
+
 
 def ids(blobs: list[BlobRef]) -> list[bytes]:
+    if not blobs:
+        return _NONE
     return [blob_id for _, blob_ids in blobs for blob_id in blob_ids]
 
 
@@ -67,6 +72,10 @@ def on_completed(state: State, blob_id: bytes, size_bytes: int) -> None:
 
 def queue_chunk(state: State, call: Call, chunk: Chunk) -> None:
     """Inputs may be leased once the blobs of their chunk are here."""
+    if not chunk.blobs:
+        call.queued.add(chunk.start, chunk.stop)
+        wake_call(state, call)
+        return
 
     def queue() -> None:
         for start, stop in call.parked.common(chunk.start, chunk.stop):

@@ -345,6 +345,18 @@ def on_ack(state: State, call: Call, message: m.Ack) -> None:
     end_call_if_done(state, call)
 
 
+def on_calls_finished(state: State, peer: Peer, message: m.CallsFinished) -> None:
+    """The client has all that it wanted of these calls."""
+    for call_id in message.call_ids:
+        call = state.calls.get(call_id)
+        if call is None:
+            state.note("message for an unknown call")
+        elif call.session is not peer.session or call.is_durable:
+            state.note("message for another session's call")
+        else:
+            drop_call(state, call)
+
+
 def end_call_if_done(state: State, call: Call) -> None:
     """An attached call is over when its client has acknowledged every output."""
     if call.is_done and not call.outputs and not call.is_durable:

@@ -63,6 +63,7 @@ PEER_MESSAGES: dict[type[m.Message], Callable[[State, Peer, Any], None]] = {
     m.SubmitCall: calls.on_submit_call,
     m.FetchOutputs: calls.on_fetch_outputs,
     m.StopFetch: calls.on_stop_fetch,
+    m.CallsFinished: calls.on_calls_finished,
     m.AskCall: calls.on_ask_call,
     m.AskStatus: calls.on_ask_status,
     m.AskShutdown: calls.on_ask_shutdown,

@@ -57,7 +57,7 @@ def _accept(state: State, message: m.LeaseOutputs) -> int:
         if lease is not None:
             close_inputs(state, lease, start, stop)
         return 0
-    if any(blob_id not in state.present_blobs for blob_id in blobs.ids(message.blobs)):
+    if message.blobs and any(i not in state.present_blobs for i in blobs.ids(message.blobs)):
         # A worker sends the blobs first, so this one broke the order: run the inputs again.
         state.note("report without its blobs")
         if lease is not None:
