@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import os
 import pickle
+import queue
 import socket
 import struct
 import subprocess
@@ -102,17 +103,32 @@ class Peer(asyncio.Protocol):
         self.transport.write(frame_of(start, items))
 
 
-def execute(path: str) -> None:
-    """An executor: a blocking loop over one socket."""
+def execute(path: str, is_threaded: bool) -> None:
+    """An executor: a blocking loop over one socket. If threaded it only reads, and another thread
+    runs the inputs."""
+    batches: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(path)
+
+        def run(body: bytes) -> None:
+            start, items = unpack(body)
+            outputs = [pickle.dumps(noop(*pickle.loads(item)), 5) for item in items]
+            sock.sendall(frame_of(start, outputs))
+
+        def run_all() -> None:
+            while True:
+                run(batches.get())
+
+        if is_threaded:
+            threading.Thread(target=run_all, daemon=True).start()
         rest = b""
         while data := sock.recv(1 << 18):
             bodies, rest = cut(rest + data if rest else data)
             for body in bodies:
-                start, items = unpack(body)
-                outputs = [pickle.dumps(noop(*pickle.loads(item)), 5) for item in items]
-                sock.sendall(frame_of(start, outputs))
+                if is_threaded:
+                    batches.put(body)
+                else:
+                    run(body)
 
 
 class Daemon:
@@ -192,7 +208,15 @@ class Scheduler:
 
 
 class Chain:
-    """All processes of one chain, started by `with`."""
+    """All processes of one chain, started by `with`.
+
+    Args:
+        is_threaded: each executor hands its inputs to another thread. Most runtimes do that, to
+            stay able to answer while user code runs; fanout has shared memory for it.
+    """
+
+    def __init__(self, is_threaded: bool = False) -> None:
+        self.executor = "threaded-executor" if is_threaded else "executor"
 
     def __enter__(self) -> Chain:
         self.folder = tempfile.TemporaryDirectory()
@@ -201,7 +225,7 @@ class Chain:
         client_port, daemon_port = self._start("scheduler").split()
         self._start("daemon", path, daemon_port)
         for _ in range(EXECUTOR_COUNT):
-            self._start("executor", path, is_silent=True)
+            self._start(self.executor, path, is_silent=True)
         self.port = int(client_port)
         return self
 
@@ -323,9 +347,9 @@ async def ordered_map(
 
 def main() -> None:
     role, *arguments = sys.argv[1:]
-    if role == "executor":
+    if role.endswith("executor"):
         with contextlib.suppress(ConnectionError):
-            execute(arguments[0])
+            execute(arguments[0], is_threaded=role == "threaded-executor")
         return
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)

@@ -140,6 +140,24 @@ class Bare(Engine):
         return self.chain.echo_s(count, size_bytes)
 
 
+class BareThreaded(Engine):
+    """The chain with executors that hand over to a thread; only single calls, where it shows."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        from benchmarks.bare import Chain
+
+        self.chain = stack.enter_context(Chain(is_threaded=True))
+
+    def map_s(self, count: int, is_ordered: bool) -> float:
+        raise Unsupported
+
+    def calls_s(self, count: int) -> list[float]:
+        return self.chain.calls_s(count)
+
+    def echo_s(self, count: int, size_bytes: int) -> float:
+        raise Unsupported
+
+
 class Executor(Engine):
     """`concurrent.futures`; it has no unordered map that takes chunks."""
 
@@ -311,6 +329,7 @@ def chunks_of(inputs: Iterable[int], size: int) -> Iterator[list[int]]:
 ENGINES: dict[str, type[Engine]] = {
     "fanout": Fanout,
     "bare": Bare,
+    "bare, two threads": BareThreaded,
     "executor": Executor,
     "pool": Pool,
     "joblib": Joblib,

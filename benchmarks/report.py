@@ -97,12 +97,12 @@ class Report:
         yield f"\n{figure}"
         for engine, series in self.series[figure].items():
             if series.median is None:
-                yield f"  {engine:<10} {'-':>14}"
+                yield f"  {engine:<17} {'-':>14}"
                 continue
             value = f"{series.median:,.0f}" if series.median >= 100 else f"{series.median:.1f}"
             times = self.ratio_to(engine, figure)
             beside = f"   fanout is {times:.2f} x" if times and engine != "fanout" else ""
-            yield f"  {engine:<10} {value:>14}{beside}"
+            yield f"  {engine:<17} {value:>14}{beside}"
 
     def as_json(self) -> dict[str, Any]:
         return {
