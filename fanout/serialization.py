@@ -50,6 +50,8 @@ TAG_UNENCODABLE = b"\4"
 #: Common keyword arguments up to this size are repeated in each input; larger ones are a blob
 #: that travels once. A reference to a blob costs 34 bytes of frame and a look-up per input.
 COMMON_INLINE_SIZE_BYTES_MAX = 1024
+#: Large buffers of common keyword arguments that stand beside their pickle.
+COMMON_BUFFER_COUNT_MAX = 100
 
 #: Remote tracebacks longer than this lose their middle.
 TRACEBACK_CHARS_MAX = 64 << 10
@@ -66,20 +68,23 @@ class CommonKwargs:
         SerializationError: they cannot be pickled.
     """
 
-    __slots__ = ("buffer", "prefix")
+    __slots__ = ("buffers", "prefix")
 
     def __init__(self, kwargs: dict[str, Any]) -> None:
         try:
-            pickled = _pickle_in_band(kwargs)
+            pickled, large = _pickle(kwargs)
+            if len(large) > COMMON_BUFFER_COUNT_MAX:
+                pickled, large = _pickle_in_band(kwargs), []
         except _PICKLE_ERRORS as error:
             raise _args_error((), kwargs, error) from error
-        #: Set when they travel as a blob; always the same object, so that it is hashed once.
-        self.buffer: memoryview | None = None
-        self.prefix = TAG_COMMON_BLOB
-        if len(pickled) <= COMMON_INLINE_SIZE_BYTES_MAX:
+        #: Where they travel as blobs, the pickle and its large buffers; copies, as the user may
+        #: change his. Always the same objects, so that they are hashed once.
+        self.buffers: list[memoryview] = []
+        if not large and len(pickled) <= COMMON_INLINE_SIZE_BYTES_MAX:
             self.prefix = TAG_COMMON_INLINE + len(pickled).to_bytes(4, "little") + pickled
         else:
-            self.buffer = memoryview(pickled)
+            self.buffers = [memoryview(pickled), *(memoryview(bytes(view)) for view in large)]
+            self.prefix = TAG_COMMON_BLOB + bytes([len(self.buffers)])
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -111,9 +116,7 @@ def encode_args(
     except _PICKLE_ERRORS as error:
         raise _args_error(args, kwargs or {}, error) from error
     if common is not None:
-        if common.buffer is not None:
-            buffers.insert(0, common.buffer)
-        return common.prefix + pickled, buffers
+        return common.prefix + pickled, [*common.buffers, *buffers]
     return (TAG_ARGS_KWARGS if kwargs else TAG_ARGS) + pickled, buffers
 
 
@@ -165,8 +168,9 @@ def decode_args(
             kwargs = _loads(data[5 : 5 + size])
             return _loads(data[5 + size :], buffers=buffers), kwargs
         if tag == 3:
-            kwargs = _loads(buffers[0])
-            return _loads(data[1:], buffers=buffers[1:]), kwargs
+            count = data[1]
+            kwargs = _loads(buffers[0], buffers=buffers[1:count])
+            return _loads(data[2:], buffers=buffers[count:]), kwargs
     except Exception as error:
         raise _decode_failed("the arguments", error) from error
     raise exceptions.DeserializationError(

@@ -74,18 +74,30 @@ def test_common_kwargs_are_pickled_once_and_reach_every_input(size: int) -> None
     for number in range(3):
         data, buffers = encode_args((number,), None, common)
         assert decode_args(data, buffers) == ((number,), kwargs)
-        assert buffers == ([] if common.buffer is None else [common.buffer])
-    assert (common.buffer is None) == (size < COMMON_INLINE_SIZE_BYTES_MAX)
+        assert buffers == common.buffers
+    assert (not common.buffers) == (size < COMMON_INLINE_SIZE_BYTES_MAX)
 
 
 def test_common_kwargs_stand_before_the_buffers_of_the_input() -> None:
-    common = CommonKwargs({"text": "x" * COMMON_INLINE_SIZE_BYTES_MAX})
+    table = numpy.arange(BLOB_SIZE_BYTES_MIN // 8)
+    common = CommonKwargs({"text": "x" * COMMON_INLINE_SIZE_BYTES_MAX, "table": table})
+    table[0] = 7
     array = numpy.ones(BLOB_SIZE_BYTES_MIN // 8)
     data, buffers = encode_args((array,), None, common)
-    assert len(buffers) == 2
+    assert len(buffers) == 3
     (back,), kwargs = decode_args(data, buffers)
     assert (back == array).all()
     assert len(kwargs["text"]) == COMMON_INLINE_SIZE_BYTES_MAX
+    assert (kwargs["table"] == numpy.arange(len(table))).all(), "as it was when the map began"
+
+
+def test_common_kwargs_with_very_many_large_buffers_are_one() -> None:
+    tables = [numpy.full(BLOB_SIZE_BYTES_MIN, number, dtype=numpy.uint8) for number in range(101)]
+    common = CommonKwargs({"tables": tables})
+    data, buffers = encode_args((1,), None, common)
+    assert len(buffers) <= 2
+    _, kwargs = decode_args(data, buffers)
+    assert [table[-1] for table in kwargs["tables"]] == list(range(101))
 
 
 @pytest.mark.parametrize(

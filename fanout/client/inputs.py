@@ -66,9 +66,10 @@ class Encoder:
 
     def __init__(self, common: dict[str, Any] | None, is_column: bool) -> None:
         self._common = CommonKwargs(common) if common else None
-        self._common_pin: Pin | None = None
-        if self._common is not None and self._common.buffer is not None:
-            self._common_pin = (blob_id_of(self._common.buffer), self._common.buffer)
+        self._common_pins: dict[int, Pin] = {}
+        if self._common is not None:
+            for buffer in self._common.buffers:
+                self._common_pins[id(buffer)] = (blob_id_of(buffer), buffer)
         self._is_column = is_column
         self._recent: deque[tuple[bytes, Pin]] = deque(maxlen=RECENT_COUNT)
 
@@ -105,11 +106,11 @@ class Encoder:
         encoded.size += len(data)
 
     def _pin_known(self, buffer: memoryview) -> Pin | None:
-        """The blob of the common keyword arguments, or of an earlier input with the same content:
+        """A blob of the common keyword arguments, or of an earlier input with the same content:
         the usual thing where all inputs share an array. Comparing costs a tenth of copying and
         hashing, and such a buffer takes no room of its own on the way."""
-        if self._common_pin is not None and buffer is self._common_pin[1]:
-            return self._common_pin
+        if (pin := self._common_pins.get(id(buffer))) is not None:
+            return pin
         for content, pin in self._recent:
             if len(content) == buffer.nbytes and content.startswith(buffer):
                 return pin
