@@ -414,13 +414,13 @@ class SimContainer:
         random = self.world.random
         if random.random() < self.world.rates.get("start failure", 0.0):
             self.world.counts["container that could not start"] += 1
-            self._exit("start", None)
+            self._exit("start", [])
             return
         self.is_ready = True
         self.worker.state.container_started(self.container_id, 1, 0.05)
         self._next()
 
-    def _exit(self, reason: str, running: tuple[int, int] | None) -> None:
+    def _exit(self, reason: str, running: list[tuple[int, int]]) -> None:
         self.is_gone = True
         self._close_nested()
         del self.worker.containers[self.container_id]
@@ -473,7 +473,7 @@ class SimContainer:
     def stop(self, kill: bool) -> None:
         self.is_stopping = True
         if kill or self.running is None:
-            self._exit("stopped", None)
+            self._exit("stopped", [])
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -482,7 +482,7 @@ class SimContainer:
             return
         if not self.queue:
             if self.is_stopping:
-                self._exit("stopped", None)
+                self._exit("stopped", [])
             return
         lease = self.queue[0]
         index = lease.start + self._done(lease)
@@ -507,7 +507,7 @@ class SimContainer:
     def _crash(self) -> None:
         assert self.running is not None
         lease, index = self.running
-        self._exit("crash", (lease.lease_id, index))
+        self._exit("crash", [(lease.lease_id, index)])
 
     def _cancelled(self) -> None:
         if self.running is not None and self.is_cancelling:

@@ -85,7 +85,7 @@ async def test_an_input_that_cannot_be_unpickled_is_its_own_error_alone() -> Non
     async with containers() as kit:
         container = await kit.start(NOOP)
         parts = [encode_args((1,), None)[0], b"\0not a pickle", encode_args((2,), None)[0]]
-        container.give(m.Lease(1, 1, CALL, 0, lengths_of(parts), [], 0, 0, b"".join(parts)))
+        container.give(m.Lease(1, 1, CALL, 0, lengths_of(parts), [], 0, 0, "", b"".join(parts)))
         await kit.outputs(3)
         assert isinstance(kit.events.error(1), DeserializationError)
         assert kit.events.value(2) == 2
@@ -136,7 +136,7 @@ async def test_large_buffers_come_as_private_mappings_and_go_as_blobs() -> None:
         for blob_id, buffer in zip(ids, buffers, strict=True):
             store.put(blob_id, buffer)
         blobs = [(0, ids), (1, ids)]
-        container.give(m.Lease(1, 1, CALL, 0, lengths_of([data] * 2), blobs, 0, 0, data * 2))
+        container.give(m.Lease(1, 1, CALL, 0, lengths_of([data] * 2), blobs, 0, 0, "", data * 2))
         await kit.outputs(2)
         for index in (0, 1):
             _, encoded = kit.events.outputs[index]
@@ -253,7 +253,7 @@ async def test_a_crash_loses_no_finished_output_and_names_the_input_that_ran() -
         await kit.until(lambda: kit.events.exits, "the container died")
         assert sorted(kit.events.outputs) == list(range(700))
         reason, running, details, _ = kit.events.exits[1]
-        assert (reason, running) == ("crash", (5, 700))
+        assert (reason, running) == ("crash", [(5, 700)])
         assert details["signal"] == "SIGKILL"
         assert details["peak_memory_mib"] > 0
 
@@ -264,7 +264,7 @@ async def test_a_segmentation_fault_is_named() -> None:
         container.give(lease_of([(0,)]))
         await kit.until(lambda: kit.events.exits, "the container died")
         reason, running, details, _ = kit.events.exits[1]
-        assert (reason, running, details["signal"]) == ("crash", (1, 0), "SIGSEGV")
+        assert (reason, running, details["signal"]) == ("crash", [(1, 0)], "SIGSEGV")
         assert "Segmentation fault" in kit.events.text(), "the interpreter's own report is shown"
 
 
@@ -275,7 +275,7 @@ async def test_a_death_between_inputs_charges_nobody() -> None:
         await kit.outputs(1)
         os.kill(container.pid, signal.SIGKILL)
         await kit.until(lambda: kit.events.exits, "the container died")
-        assert kit.events.exits[1][:2] == ("crash", None)
+        assert kit.events.exits[1][:2] == ("crash", [])
 
 
 async def test_an_exit_by_user_code_is_a_crash_with_its_code() -> None:
@@ -284,7 +284,7 @@ async def test_an_exit_by_user_code_is_a_crash_with_its_code() -> None:
         container.give(lease_of([(0,)]))
         await kit.until(lambda: kit.events.exits, "the container died")
         reason, running, details, _ = kit.events.exits[1]
-        assert (reason, running, details["exit_code"]) == ("crash", (1, 0), 7)
+        assert (reason, running, details["exit_code"]) == ("crash", [(1, 0)], 7)
 
 
 async def test_code_that_writes_over_the_shared_memory_ends_only_its_container() -> None:
@@ -347,7 +347,7 @@ async def test_a_c_loop_that_runs_too_long_is_killed_and_its_output_says_why() -
         await kit.until(lambda: kit.events.exits, "the container was killed")
         assert kit.events.value(0) == 0
         assert kit.events.failure(1) == "timeout"
-        assert kit.events.exits[1][:2] == ("timeout", None)
+        assert kit.events.exits[1][:2] == ("timeout", [])
         assert 2 not in kit.events.outputs
 
 
@@ -440,7 +440,7 @@ async def test_a_container_told_to_stop_finishes_its_leases_first() -> None:
         container.stop(kill=False)
         await kit.until(lambda: kit.events.exits, "it left")
         assert len(kit.events.outputs) == 500
-        assert kit.events.exits[1][:2] == ("stopped", None)
+        assert kit.events.exits[1][:2] == ("stopped", [])
 
 
 # --- starting -------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ async def test_a_thread_that_never_ends_does_not_keep_a_container(where: str) ->
         await kit.outputs(1)
         container.stop(kill=False)
         await kit.until(lambda: kit.events.exits, "it left")
-        assert kit.events.exits[1][:2] == ("stopped", None)
+        assert kit.events.exits[1][:2] == ("stopped", [])
         assert kit.events.exits[1][2]["exit_code"] == 0
 
 
@@ -99,7 +99,7 @@ async def test_a_container_that_cannot_leave_is_killed() -> None:
         container.stop(kill=False)
         await kit.until(lambda: kit.events.exits, "it is gone")
         assert kit.events.value(0) == 1
-        assert kit.events.exits[1][:2] == ("stopped", None)
+        assert kit.events.exits[1][:2] == ("stopped", [])
 
 
 async def test_a_paused_container_waits_and_loses_nothing() -> None:

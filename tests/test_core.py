@@ -143,7 +143,7 @@ def test_an_input_that_crashes_three_containers_ends_with_an_error() -> None:
         details = {"text": "killed by SIGSEGV", "signal": "SIGSEGV"}
         bench.frame(
             worker,
-            m.ContainerExited(lease.container_id, "crash", (lease.lease_id, 0), details, b""),
+            m.ContainerExited(lease.container_id, "crash", [(lease.lease_id, 0)], details, b""),
         )
     outputs = bench.take(m.Outputs)
     assert outputs.statuses == bytes([m.Status.FAILURE])
@@ -161,7 +161,7 @@ def test_neighbours_of_a_crashed_input_are_not_charged() -> None:
     lease = bench.take_all(m.Lease)[0]
     bench.frame(
         worker,
-        m.ContainerExited(lease.container_id, "crash", (lease.lease_id, lease.start), {}, b""),
+        m.ContainerExited(lease.container_id, "crash", [(lease.lease_id, lease.start)], {}, b""),
     )
     assert bench.core.state.calls[call_id].crashes == {lease.start: 1}
     assert bench.started_lease(worker).start == lease.start
@@ -175,7 +175,7 @@ def test_a_start_error_is_told_once_for_every_input() -> None:
     bench.forget(m.CallOpened)
     container_id = bench.take_all(m.StartContainer)[0].container_id
     bench.forget(m.Lease, m.DefineFunction)
-    bench.frame(worker, m.ContainerExited(container_id, "start", None, {}, b"pickled error"))
+    bench.frame(worker, m.ContainerExited(container_id, "start", [], {}, b"pickled error"))
     failed = bench.take(m.CallFailed)
     assert (failed.status, bytes(failed.payload)) == (m.Status.ERROR, b"pickled error")
     assert bench.take_all(m.StartContainer) == []

@@ -285,7 +285,7 @@ async def test_a_lease_waits_for_its_blob_and_a_large_output_comes_back_as_one(
         data, buffers = encode_args((bytearray(b"7" * (3 << 20)),), None)
         ids = [blob_id_of(buffer) for buffer in buffers]
         assert len(ids) == 1
-        scheduler.say(m.Lease(1, 1, CALL, 0, lengths_of([data]), [(0, ids)], 0, 0, data))
+        scheduler.say(m.Lease(1, 1, CALL, 0, lengths_of([data]), [(0, ids)], 0, 0, "", data))
         scheduler.store.put(ids[0], buffers[0])
         assert scheduler.exchange is not None
         scheduler.exchange.offer(ids[0])

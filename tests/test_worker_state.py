@@ -42,7 +42,9 @@ class Kit:
         blobs: Sequence[tuple[int, list[bytes]]] = (),
     ) -> None:
         self.state.handle(
-            m.Lease(7, lease_id, CALL, start, b"\1\0\0\0" * count, list(blobs), 0, 0, b"i" * count)
+            m.Lease(
+                7, lease_id, CALL, start, b"\1\0\0\0" * count, list(blobs), 0, 0, "", b"i" * count
+            )
         )
 
     def outputs(self, lease_id: int, start: int, count: int, blobs: Any = ()) -> None:
@@ -108,7 +110,7 @@ def test_unacknowledged_reports_are_sent_again_after_a_reconnect_in_order() -> N
     kit.state.handle(m.OutputsAck(1))
     kit.state.disconnected()
     kit.outputs(1, 3, 1)
-    kit.state.container_exited(7, "crash", None, {})
+    kit.state.container_exited(7, "crash", [], {})
     kit.state.take_commands()
     kit.state.connected(1)
     sent = kit.sent()
@@ -161,7 +163,7 @@ def test_containers_that_the_scheduler_does_not_keep_are_killed() -> None:
 def test_an_acknowledged_exit_is_not_told_again() -> None:
     kit = Kit()
     kit.state.handle(m.StartContainer(8, FUNCTION))
-    kit.state.container_exited(8, "stopped", None, {})
+    kit.state.container_exited(8, "stopped", [], {})
     kit.lease(1, 1)
     kit.outputs(1, 0, 1)
     kit.state.handle(m.OutputsAck(1))
@@ -172,7 +174,7 @@ def test_exits_alone_never_congest_a_worker() -> None:
     kit = Kit()
     for container_id in range(100, 100 + ws.UNACKNOWLEDGED_COUNT_MAX + 10):
         kit.state.handle(m.StartContainer(container_id, FUNCTION))
-        kit.state.container_exited(container_id, "stopped", None, {})
+        kit.state.container_exited(container_id, "stopped", [], {})
     assert not kit.state.is_congested
 
 
@@ -252,7 +254,7 @@ def test_late_and_duplicate_messages_are_counted_and_change_nothing() -> None:
     kit.state.handle(m.StartContainer(7, FUNCTION))
     kit.state.handle(m.StopContainer(55, True))
     kit.state.handle(m.LeaseCredit(55, 3))
-    kit.state.container_exited(55, "crash", None, {})
+    kit.state.container_exited(55, "crash", [], {})
     kit.outputs(55, 0, 1)
     assert sum(kit.state.oddities.values()) == 6
     assert len(kit.commands(ws.GiveLease)) == 1
@@ -262,7 +264,7 @@ def test_an_exit_takes_the_containers_leases_with_it() -> None:
     kit = Kit()
     kit.lease(1, 2)
     kit.lease(2, 2, blobs=[(0, [BLOB])])
-    kit.state.container_exited(7, "crash", (1, 0), {"signal": "SIGSEGV"})
+    kit.state.container_exited(7, "crash", [(1, 0)], {"signal": "SIGSEGV"})
     assert not kit.state.leases
     (exited,) = kit.sent(m.ContainerExited)
     assert exited.running == (1, 0)
@@ -298,7 +300,7 @@ def test_a_report_is_sent_when_its_blob_is_delivered_and_what_follows_it_behind_
     kit.state.take_commands()
     kit.outputs(1, 0, 1, blobs=[(0, [BLOB])])
     kit.outputs(1, 1, 1)
-    kit.state.container_exited(7, "crash", None, {})
+    kit.state.container_exited(7, "crash", [], {})
     assert kit.sent() == []
     kit.state.blob_delivered(BLOB)
     sent = kit.sent()
@@ -376,7 +378,7 @@ def test_a_blob_may_complete_for_several_containers_whose_function_is_gone() -> 
 
 def test_a_leaving_worker_gives_back_what_it_does_not_begin() -> None:
     kit = Kit()
-    kit.state.refuse(m.Lease(7, 3, CALL, 40, b"\1\0\0\0" * 2, [], 0, 0, b"ii"))
+    kit.state.refuse(m.Lease(7, 3, CALL, 40, b"\1\0\0\0" * 2, [], 0, 0, "", b"ii"))
     kit.state.refuse(m.StartContainer(8, FUNCTION))
     reclaimed, exited = kit.sent()
     assert reclaimed == m.Reclaimed(3, 40)
@@ -392,5 +394,5 @@ def test_sources_are_removed_with_the_last_function_and_container_that_need_them
     kit.state.handle(m.DropFunction(FUNCTION))
     kit.state.handle(m.DropFunction(other))
     assert not kit.commands(ws.RemoveSources), "container 7 may still import from them"
-    kit.state.container_exited(7, "stopped", None, {})
+    kit.state.container_exited(7, "stopped", [], {})
     assert kit.commands(ws.RemoveSources) == [ws.RemoveSources(BLOB)]

@@ -44,7 +44,16 @@ def lease_of(
     """A lease of inputs that need no blobs."""
     parts = [encode_args(args, None)[0] for args in inputs]
     return m.Lease(
-        container_id, lease_id, CALL, start, lengths_of(parts), [], skip, credit, b"".join(parts)
+        container_id,
+        lease_id,
+        CALL,
+        start,
+        lengths_of(parts),
+        [],
+        skip,
+        credit,
+        "",
+        b"".join(parts),
     )
 
 
@@ -66,7 +75,7 @@ class Events:
         self.waits: list[tuple[int, int]] = []
         self.reclaimed: list[tuple[int, int]] = []
         self.started: list[int] = []
-        self.exits: dict[int, tuple[str, tuple[int, int] | None, dict[str, Any], bytes]] = {}
+        self.exits: dict[int, tuple[str, list[tuple[int, int]], dict[str, Any], bytes]] = {}
         self.logs: list[m.ContainerLog] = []
         #: ("log" | "output", index), to see what came first.
         self.order: list[tuple[str, int]] = []
@@ -105,7 +114,7 @@ class Events:
         self,
         container_id: int,
         reason: str,
-        running: tuple[int, int] | None,
+        running: list[tuple[int, int]],
         details: dict[str, Any],
         payload: bytes = b"",
     ) -> None:

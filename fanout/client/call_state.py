@@ -74,6 +74,7 @@ class CallState:
         is_durable: bool = False,
         is_generator: bool = False,
         parent: tuple[int, int] | None = None,
+        method: str = "",
     ) -> None:
         self.call_id = call_id
         self.function_id = function_id
@@ -81,6 +82,7 @@ class CallState:
         self.is_durable = is_durable
         self.is_generator = is_generator
         self.parent = parent
+        self.method = method
 
         self.is_resuming = False
         #: Messages for the scheduler, in order. The owner sends them and clears the list.
@@ -286,6 +288,7 @@ class CallState:
             self.is_ordered,
             self.parent,
             self.is_resuming,
+            self.method,
         )
 
     def _on_opened(self, message: m.CallOpened) -> None:
@@ -352,6 +355,7 @@ class CallState:
                         opening.is_durable,
                         opening.is_ordered,
                         opening.parent,
+                        opening.method,
                         inputs.lengths,
                         inputs.blobs,
                         inputs.payload,

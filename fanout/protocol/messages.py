@@ -228,6 +228,7 @@ RequestId = Annotated[int, Between(0, ID_MAX)]
 SmallInt = Annotated[int, Between(0, 255)]
 Flag = Annotated[bool, lambda value: type(value) is bool]
 Number = Annotated[float, _is_number]
+MethodName = Annotated[str, Sized(str, 0, 255)]
 Text = Annotated[str, Sized(str, 0, TEXT_SIZE_MAX)]
 Map = Annotated[dict[str, Any], Plain(dict, 0, LIST_LENGTH_MAX)]
 Lengths = Annotated[bytes, _is_lengths]
@@ -427,6 +428,7 @@ class OpenCall(Message):
 
     `is_durable`: a spawned call; it outlives the client and is acknowledged only when stored.
     `parent`: (lease id, index) of the input that makes this nested call, None at top level.
+    `method`: which method, where the definition is a class; "" for a function.
     """
 
     call_id: CallId
@@ -435,6 +437,7 @@ class OpenCall(Message):
     is_ordered: Flag
     parent: MaybePair
     is_resumed: Flag = False
+    method: MethodName = ""
 
 
 @_message(24)
@@ -553,6 +556,7 @@ class SubmitCall(Message):
     is_durable: Flag
     is_ordered: Flag
     parent: MaybePair
+    method: MethodName
     lengths: Lengths
     blobs: BlobRefs
     payload: Payload
@@ -707,7 +711,8 @@ class StopContainer(Message):
 
 @_message(63)
 class Lease(Message):
-    """Run inputs `start`, `start` + 1, ... (one for each length) of a call, one after another.
+    """Run inputs `start`, `start` + 1, ... (one for each length) of a call: one after another, or
+    all at once where the definition has `max_inputs` or `batch`. `method` as in `OpenCall`.
 
     `credit` and `skip` matter to generators: items below `credit` may be sent, and the first
     `skip` items are made and thrown away because somebody has them already.
@@ -721,6 +726,7 @@ class Lease(Message):
     blobs: BlobRefs
     skip: Count
     credit: Count
+    method: MethodName
     payload: Payload
 
 
@@ -804,13 +810,13 @@ class ContainerExited(Message):
     """A container is gone. All that it finished has been reported before this.
 
     `reason`: stopped (as ordered), start (it never became ready), timeout, cancelled, crash.
-    `running`: (lease id, index) of the input that was running. `details` is plain data: exit
+    `running`: (lease id, index) of the inputs that were running. `details` is plain data: exit
     code, signal, peak memory in MiB, text. The payload is the pickled exception for `start`.
     """
 
     container_id: ContainerId
     reason: Text
-    running: MaybePair
+    running: Pairs
     details: Map
     payload: Payload
 

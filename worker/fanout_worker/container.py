@@ -282,7 +282,7 @@ class Container:
         shown = error if is_told else ContainerStartError(f"no container can start: {error}")
         reason = "stopped" if self._is_stop_ordered else "start"
         self._host.events.container_exited(
-            self.container_id, reason, None, {"text": str(shown)}, encode_error(shown)
+            self.container_id, reason, [], {"text": str(shown)}, encode_error(shown)
         )
         self._ended.set()
         self._host.changed()
@@ -564,10 +564,10 @@ class Container:
         self._ended.set()
         self._host.changed()
 
-    def _judge(self, details: dict[str, Any]) -> tuple[str, tuple[int, int] | None]:
-        """Reason and running input of the exit. Makes the output of an input that was killed."""
+    def _judge(self, details: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+        """Reason and running inputs of the exit. Makes the output of an input that was killed."""
         progress = self._memory_at_death
-        running: tuple[int, int] | None = None
+        running: list[tuple[int, int]] = []
         given = self._leases.get(progress.slot) if progress is not None else None
         if (
             given is not None
@@ -575,17 +575,17 @@ class Container:
             and not progress.is_tentative
             and given.start + given.done <= progress.index < given.stop
         ):
-            running = (given.lease_id, progress.index)
+            running = [(given.lease_id, progress.index)]
         if self._start_failure:
             details["text"] = "the user's code could not be loaded"
-            return "start", None
+            return "start", []
         if self._killed_for:
             self._make_output()
-            return outcome.REASONS[self._killed_for], None
-        if self._is_kill_ordered or (self._is_stop_ordered and running is None):
-            return "stopped", None
+            return outcome.REASONS[self._killed_for], []
+        if self._is_kill_ordered or (self._is_stop_ordered and not running):
+            return "stopped", []
         if not self.is_started:
-            return "start", None
+            return "start", []
         if self._fault:
             details["text"] = self._fault
         elif details["signal"] == "SIGKILL":

@@ -397,7 +397,7 @@ class Daemon:
         except OSError as error:
             failure = ContainerStartError(f"no container can start: {error}")
             self.state.container_exited(
-                container_id, "start", None, {"text": str(failure)}, encode_error(failure)
+                container_id, "start", [], {"text": str(failure)}, encode_error(failure)
             )
             return
         self._containers[container_id] = container

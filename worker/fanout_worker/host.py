@@ -29,7 +29,7 @@ class ContainerEvents(Protocol):
         self,
         container_id: int,
         reason: str,
-        running: tuple[int, int] | None,
+        running: list[tuple[int, int]],
         details: dict[str, Any],
         payload: bytes = b"",
     ) -> None: ...

@@ -259,7 +259,7 @@ class WorkerState:
         self,
         container_id: int,
         reason: str,
-        running: tuple[int, int] | None,
+        running: list[tuple[int, int]],
         details: dict[str, Any],
         payload: bytes = b"",
     ) -> None:
@@ -283,7 +283,7 @@ class WorkerState:
             self._send(m.Reclaimed(message.lease_id, message.start))
             return
         details = {"text": "the worker is leaving"}
-        exited = m.ContainerExited(message.container_id, "stopped", None, details, b"")
+        exited = m.ContainerExited(message.container_id, "stopped", [], details, b"")
         self._report(exited, message.container_id, is_numbered=False)
 
     def lease_outputs(
@@ -387,7 +387,7 @@ class WorkerState:
         if definition is None:
             self._note("start of an unknown function")
             text = "the worker was not told what this function is"
-            self.container_exited(message.container_id, "start", None, {"text": text})
+            self.container_exited(message.container_id, "start", [], {"text": text})
         elif not missing:
             self._start(container)
 
@@ -395,7 +395,7 @@ class WorkerState:
         definition = self.functions.get(container.function_id)
         if definition is None:
             text = "the function was dropped before its container could start"
-            self.container_exited(container.container_id, "start", None, {"text": text})
+            self.container_exited(container.container_id, "start", [], {"text": text})
             return
         self._commands.append(Start(container.container_id, definition))
         self._give_parked(container)
@@ -407,7 +407,7 @@ class WorkerState:
             return
         container.is_stopping = True
         if container.missing:
-            self.container_exited(container.container_id, "stopped", None, {})
+            self.container_exited(container.container_id, "stopped", [], {})
             return
         self._commands.append(Stop(message.container_id, message.kill))
 

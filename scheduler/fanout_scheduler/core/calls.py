@@ -199,6 +199,7 @@ def on_submit_call(state: State, peer: Peer, message: m.SubmitCall) -> None:
         message.is_durable,
         message.is_ordered,
         message.parent,
+        method=message.method,
     )
     if message.call_id in state.calls:
         state.note("duplicate call")
@@ -242,6 +243,7 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
         session=session,
         is_durable=message.is_durable,
         parent=message.parent,
+        method=message.method,
         depth=depth,
         ancestors=ancestors,
         service_s=state.service_clock_s,

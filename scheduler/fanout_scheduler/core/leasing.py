@@ -89,6 +89,7 @@ def grant(state: State, container: Container, call: Call, count: int) -> Lease:
             blobs=blobs,
             skip=generator.next_number if generator else 0,
             credit=max(generator.credit if generator else 0, ITEM_CREDIT_INITIAL),
+            method=call.method,
             payload=payload,
         ),
     )

@@ -71,6 +71,7 @@ def _restore_call(state: State, record: m.OpenCall) -> bool:
         parent=None,
         depth=0,
         ancestors=(),
+        method=record.method,
     )
     if record.call_id not in state.calls:
         add_call(state, call)

@@ -147,6 +147,8 @@ class Call:
     depth: int
     #: Containers that wait, directly or not, for this call.
     ancestors: tuple[Container, ...]
+    #: Which method, where the function is a class.
+    method: str = ""
     #: Inputs received; of a durable call, only what is stored counts.
     received: IntervalSet = field(default_factory=IntervalSet)
     #: Received, and their blobs are not all here.

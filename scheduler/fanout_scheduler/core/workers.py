@@ -178,11 +178,11 @@ def on_container_exited(state: State, peer: Peer, message: m.ContainerExited) ->
     if container is None or container.worker is not peer.worker:
         state.note("exit of an unknown container")
         return
-    if message.running is not None and message.reason == "crash":
-        lease_id, index = message.running
-        lease = state.leases.get(lease_id)
-        if lease is not None and lease.container is container:
-            outputs.charge_crash(state, lease, index, message)
+    if message.reason == "crash":
+        for lease_id, index in message.running:
+            lease = state.leases.get(lease_id)
+            if lease is not None and lease.container is container:
+                outputs.charge_crash(state, lease, index, message)
     function = container.function
     _lose_container(state, container)
     if message.reason == "start":
