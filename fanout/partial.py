@@ -301,7 +301,7 @@ def check_batchable(partial: PartialFunction[..., Any, Any]) -> None:
     """
     if partial.is_generator:
         raise InvalidError(
-            f"@fanout.batched() on generator {partial.__qualname__!r}: a batch is a list"
+            f"@fanout.batched() on generator {partial.__qualname__!r}: a batch gives one list"
         )
     for parameter in inspect.signature(partial.raw).parameters.values():
         if parameter.default is not parameter.empty:

@@ -267,7 +267,7 @@ def test_an_exit_takes_the_containers_leases_with_it() -> None:
     kit.state.container_exited(7, "crash", [(1, 0)], {"signal": "SIGSEGV"})
     assert not kit.state.leases
     (exited,) = kit.sent(m.ContainerExited)
-    assert exited.running == (1, 0)
+    assert exited.running == [(1, 0)]
     travelled = m.decode(m.encode_header(exited), b"")
     assert isinstance(travelled, m.ContainerExited)
     assert travelled.details == {"signal": "SIGSEGV"}
