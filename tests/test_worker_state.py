@@ -382,7 +382,7 @@ def test_a_leaving_worker_gives_back_what_it_does_not_begin() -> None:
     kit.state.refuse(m.StartContainer(8, FUNCTION))
     reclaimed, exited = kit.sent()
     assert reclaimed == m.Reclaimed(3, 40)
-    assert (exited.container_id, exited.reason, exited.running) == (8, "stopped", None)
+    assert (exited.container_id, exited.reason, exited.running) == (8, "stopped", [])
     assert set(kit.state.containers) == {7}
 
 
