@@ -25,36 +25,57 @@ if TYPE_CHECKING:
     from fanout.app import LocalEntrypoint as LocalEntrypoint
     from fanout.app import Stub as Stub
     from fanout.call import FunctionCall as FunctionCall
+    from fanout.cls import Cls as Cls
+    from fanout.cls import parameter as parameter
     from fanout.exceptions import Error as Error
     from fanout.function import Function as Function
     from fanout.output import enable_output as enable_output
+    from fanout.partial import batched as batched
+    from fanout.partial import concurrent as concurrent
+    from fanout.partial import enter as enter
+    from fanout.partial import exit as exit
+    from fanout.partial import method as method
     from fanout.retries import Retries as Retries
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "App": "fanout.app",
+    "Cls": "fanout.cls",
     "Error": "fanout.exceptions",
     "Function": "fanout.function",
     "FunctionCall": "fanout.call",
     "LocalEntrypoint": "fanout.app",
     "Retries": "fanout.retries",
     "Stub": "fanout.app",
+    "batched": "fanout.partial",
+    "concurrent": "fanout.partial",
     "enable_output": "fanout.output",
+    "enter": "fanout.partial",
+    "exit": "fanout.partial",
+    "method": "fanout.partial",
+    "parameter": "fanout.cls",
 }
 _MODULES = {"exception": "fanout.exceptions", "exceptions": "fanout.exceptions"}
 
 __all__ = [
     "App",
+    "Cls",
     "Error",
     "Function",
     "FunctionCall",
     "LocalEntrypoint",
     "Retries",
     "Stub",
+    "batched",
+    "concurrent",
     "enable_output",
+    "enter",
     "exception",
     "exceptions",
+    "exit",
+    "method",
+    "parameter",
 ]
 
 

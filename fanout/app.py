@@ -11,23 +11,27 @@ from collections.abc import (
     Coroutine,
     Generator,
     Iterator,
+    Mapping,
 )
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from fanout import config, context
 from fanout.exceptions import ExecutionError, InvalidError
-from fanout.function import Function, Options
-from fanout.retries import Retries, as_retries
+from fanout.function import Function
+from fanout.options import Options, check_options, named
+from fanout.partial import PartialFunction, lifecycle_of
+from fanout.retries import Retries
+from fanout.service import Service
 
 if TYPE_CHECKING:
     from fanout.client.app_run import AppRun
+    from fanout.cls import Cls
 
 P = ParamSpec("P")
 R = TypeVar("R")
 O = TypeVar("O")  # noqa: E741
-
-TIMEOUT_S_MAX = 24 * 3600.0
+T = TypeVar("T", bound=type)
 
 
 class _FunctionDecorator(Protocol):
@@ -99,6 +103,7 @@ class App:
         self._name = name
         self._run: AppRun | None = None
         self.registered_functions: dict[str, Function[..., Any, Any]] = {}
+        self.registered_classes: dict[str, Cls] = {}
         self.registered_entrypoints: dict[str, LocalEntrypoint[..., Any]] = {}
 
     @property
@@ -119,49 +124,121 @@ class App:
         misplaced: Any = None,
         *,
         name: str | None = None,
+        is_generator: bool | None = None,
         timeout: float = config.TIMEOUT_S,
+        startup_timeout: float | None = None,
         retries: int | Retries | None = None,
         max_containers: int | None = None,
-        concurrency_limit: int | None = None,
-        serialized: bool = False,
-        is_generator: bool | None = None,
-        cpu: float | None = None,
-        memory: int | None = None,
+        min_containers: int | None = None,
+        buffer_containers: int | None = None,
         scaledown_window: float | None = None,
+        single_use_containers: bool = False,
+        cpu: float | tuple[float, float] | None = None,
+        memory: int | tuple[int, int] | None = None,
+        env: Mapping[str, str | None] | None = None,
+        serialized: bool = False,
+        **others: Any,
     ) -> _FunctionDecorator:
         """Decorator: the function becomes a `Function`, which runs in containers.
 
         Args:
             misplaced: nothing; catches `@app.function` without parentheses.
             name: instead of the function's own.
+            is_generator: whether calling it gives a generator; found out if None.
             timeout: seconds an attempt may run; at most a day.
+            startup_timeout: seconds in which its module must be loaded; as `timeout` if None.
             retries: attempts after the first one failed, with a delay of 1 s, or a `Retries`.
             max_containers: how many containers of it may live at a time, over all workers.
-            concurrency_limit: older name of `max_containers`.
-            serialized: send the function by value: closures, lambdas, dynamically made ones.
-            is_generator: whether calling it gives a generator; found out if None.
-            cpu: cores that a container of it holds while it works; None means 1.
-            memory: MiB that a container of it holds.
+            min_containers: how many are kept also when idle, while the app runs.
+            buffer_containers: how many idle ones are kept ready beside those that work.
             scaledown_window: seconds an idle container is kept.
+            single_use_containers: each input gets a container of its own.
+            cpu: cores that a container of it holds while it works; None means 1. Of a pair
+                (request, limit) the first counts.
+            memory: MiB that a container of it holds; a pair as for `cpu`.
+            env: environment variables that its containers have beside the others.
+            serialized: send the function by value: closures, lambdas, dynamically made ones.
+            others: older names (`concurrency_limit`, `keep_warm`, `container_idle_timeout`), and
+                options of Modal that need its cloud, which are refused with what to do instead.
 
         Raises:
             InvalidError: an option is wrong, or the function cannot be found by name.
         """
         if misplaced is not None:
             raise InvalidError("write `@app.function()`, with parentheses")
-        options = _check_options(
-            timeout=timeout,
-            retries=retries,
-            max_containers=max_containers,
-            concurrency_limit=concurrency_limit,
-            serialized=serialized,
-            cpu=cpu,
-            memory=memory,
-            scaledown_window=scaledown_window,
+        options = check_options(
+            named(
+                "@app.function()",
+                timeout=timeout,
+                startup_timeout=startup_timeout,
+                retries=retries,
+                max_containers=max_containers,
+                min_containers=min_containers,
+                buffer_containers=buffer_containers,
+                scaledown_window=scaledown_window,
+                single_use_containers=single_use_containers,
+                cpu=cpu,
+                memory=memory,
+                env=env,
+                serialized=serialized,
+                **others,
+            )
         )
 
         def decorate(f: Any) -> Any:
             return self._add(f, name, options, is_generator)
+
+        return decorate
+
+    def cls(
+        self,
+        misplaced: Any = None,
+        *,
+        timeout: float = config.TIMEOUT_S,
+        startup_timeout: float | None = None,
+        retries: int | Retries | None = None,
+        max_containers: int | None = None,
+        min_containers: int | None = None,
+        buffer_containers: int | None = None,
+        scaledown_window: float | None = None,
+        single_use_containers: bool = False,
+        cpu: float | tuple[float, float] | None = None,
+        memory: int | tuple[int, int] | None = None,
+        env: Mapping[str, str | None] | None = None,
+        serialized: bool = False,
+        **others: Any,
+    ) -> Callable[[T | PartialFunction[..., Any, Any]], T]:
+        """Decorator: the methods of the class run in containers, which keep an instance of it; see
+        `fanout.cls`. To type checkers it is still the class, its methods have `.remote` and so on.
+
+        Args: as of `function`.
+
+        Raises:
+            InvalidError: an option is wrong, or the class is not one that a container could make.
+        """
+        if misplaced is not None:
+            raise InvalidError("write `@app.cls()`, with parentheses")
+        options = check_options(
+            named(
+                "@app.cls()",
+                timeout=timeout,
+                startup_timeout=startup_timeout,
+                retries=retries,
+                max_containers=max_containers,
+                min_containers=min_containers,
+                buffer_containers=buffer_containers,
+                scaledown_window=scaledown_window,
+                single_use_containers=single_use_containers,
+                cpu=cpu,
+                memory=memory,
+                env=env,
+                serialized=serialized,
+                **others,
+            )
+        )
+
+        def decorate(user_class: Any) -> Any:
+            return self._add_class(user_class, options)
 
         return decorate
 
@@ -219,22 +296,54 @@ class App:
     ) -> Function[..., Any, Any]:
         from fanout import source
 
-        _check_decorated("function", f)
+        raw = f
+        if isinstance(f, PartialFunction):
+            raw = f.raw
+            is_generator = f.generator_flag if is_generator is None else is_generator
+            options = options.with_partial(f)
+        _check_decorated("function", raw)
         if name is not None and (not isinstance(name, str) or not name):
             raise InvalidError(f"name={name!r}: must be a text that is not empty")
         if is_generator is None:
-            is_generator = inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f)
+            is_generator = inspect.isgeneratorfunction(raw) or inspect.isasyncgenfunction(raw)
         if is_generator and options.retries is not None:
             raise InvalidError(
-                f"retries= of generator function {f.__qualname__!r}: its items would come twice; "
+                f"retries= of generator function {raw.__qualname__!r}: its items would come twice; "
                 "catch errors inside the generator, or call it again"
             )
-        source.is_by_value(f, options.is_serialized)
-        function: Function[..., Any, Any] = Function(
-            self, f, name or f.__name__, options, bool(is_generator)
-        )
+        source.is_by_value(raw, options.is_serialized)
+        is_async = inspect.iscoroutinefunction(raw) or inspect.isasyncgenfunction(raw)
+        shape = {"is_generator": bool(is_generator), "is_async": is_async}
+        service = Service(self, raw, name or raw.__name__, options, shape)
+        function: Function[..., Any, Any] = Function(service, raw, bool(is_generator))
         self.registered_functions[function.name] = function
         return function
+
+    def _add_class(self, decorated: Any, options: Options) -> Cls:
+        from fanout import source
+        from fanout.cls import Cls
+
+        user_class = decorated
+        if isinstance(decorated, PartialFunction):
+            user_class = decorated.raw
+            options = options.with_partial(decorated)
+        if not inspect.isclass(user_class):
+            raise InvalidError(
+                f"@app.cls() is for classes, and this is a {type(user_class).__name__}; for a "
+                "function write `@app.function()`"
+            )
+        for partial in lifecycle_of(user_class).methods.values():
+            if partial.batching is not None:
+                options = options.with_partial(partial)
+            if partial.is_generator and options.retries is not None:
+                raise InvalidError(
+                    f"retries= of class {user_class.__name__!r}, whose method "
+                    f"{partial.__name__!r} is a generator: its items would come twice"
+                )
+        source.is_by_value(user_class, options.is_serialized)
+        made = Cls(self, user_class, user_class.__name__, options)
+        self.registered_classes[made.__name__] = made
+        return made
 
     def _current_run(self, what: str) -> AppRun:
         """The run that calls belong to.
@@ -348,60 +457,11 @@ def _check_decorated(decorator: str, f: Any) -> None:
         )
     if inspect.isclass(f):
         raise InvalidError(
-            f"@app.{decorator}() is for functions, and {f.__name__!r} is a class; decorate a "
-            "function that uses it"
+            f"@app.{decorator}() is for functions, and {f.__name__!r} is a class; write "
+            "`@app.cls()` above it"
         )
     if not inspect.isfunction(f):
         raise InvalidError(
             f"@app.{decorator}() is for functions, and this is a {type(f).__name__}; write "
             f"`@app.{decorator}()` on a line above `def`"
         )
-
-
-def _check_options(
-    *,
-    timeout: Any,
-    retries: Any,
-    max_containers: Any,
-    concurrency_limit: Any,
-    serialized: Any,
-    cpu: Any,
-    memory: Any,
-    scaledown_window: Any,
-) -> Options:
-    if max_containers is not None and concurrency_limit is not None:
-        raise InvalidError(
-            "max_containers= and concurrency_limit= are two names of one option; keep the first"
-        )
-    limit_name = "max_containers" if concurrency_limit is None else "concurrency_limit"
-    limit = max_containers if concurrency_limit is None else concurrency_limit
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise InvalidError(f"{limit_name}={limit!r}: must be an int of at least 1, or None")
-    if not _is_number(timeout) or not 0 < timeout <= TIMEOUT_S_MAX:
-        raise InvalidError(
-            f"timeout={timeout!r}: must be seconds, more than 0 and at most {TIMEOUT_S_MAX:g}"
-        )
-    if cpu is not None and (not _is_number(cpu) or not 0 < cpu < 1e6):
-        raise InvalidError(f"cpu={cpu!r}: must be a number of cores above 0, or None")
-    if memory is not None and (type(memory) is not int or not 0 <= memory < 1 << 40):
-        raise InvalidError(f"memory={memory!r}: must be an int of MiB of at least 0, or None")
-    window = config.SCALEDOWN_WINDOW_S if scaledown_window is None else scaledown_window
-    if not _is_number(window) or not 0 <= window <= TIMEOUT_S_MAX:
-        raise InvalidError(
-            f"scaledown_window={window!r}: must be seconds, from 0 to {TIMEOUT_S_MAX:g}"
-        )
-    if type(serialized) is not bool:
-        raise InvalidError(f"serialized={serialized!r}: must be True or False")
-    return Options(
-        timeout=float(timeout),
-        retries=as_retries(retries),
-        max_containers=limit,
-        cpu=None if cpu is None else float(cpu),
-        memory=memory or 0,
-        scaledown_window=float(window),
-        is_serialized=serialized,
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import inspect
-import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar
 
+from fanout.autoscaler import Autoscaler, FunctionCurrentStats, current_stats
 from fanout.call import FunctionCall
-from fanout.exceptions import ExecutionError, InvalidError
-from fanout.retries import Retries
-from fanout.twin import Twin
+from fanout.exceptions import InvalidError
+from fanout.handle import Handle
+from fanout.options import Options, check_together, options_of
+from fanout.partial import PartialFunction, check_batchable, make_batching, make_concurrency
+from fanout.service import Service
+from fanout.twin import Twin, twin
 
 if TYPE_CHECKING:
-    from fanout.app import App
     from fanout.client.stream import Plan
-    from fanout.protocol import messages as m
 
 P = ParamSpec("P")
 #: What the function gives: its value, or the items of a generator.
@@ -37,32 +37,6 @@ class Results(Protocol[T_co]):
     async def aclose(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The checked options of a function; times in seconds, memory in MiB, cpu in cores."""
-
-    timeout: float
-    retries: Retries | None
-    max_containers: int | None
-    cpu: float | None
-    memory: int
-    scaledown_window: float
-    is_serialized: bool
-
-    def as_data(self, is_generator: bool, is_async: bool) -> dict[str, Any]:
-        """As `DefineFunction.options` has them."""
-        return {
-            "timeout": self.timeout,
-            "retries": None if self.retries is None else self.retries.as_data(),
-            "max_containers": self.max_containers,
-            "cpu": self.cpu,
-            "memory": self.memory,
-            "scaledown_window": self.scaledown_window,
-            "is_generator": is_generator,
-            "is_async": is_async,
-        }
-
-
 class Function(Generic[P, R, O]):
     """A function that runs in containers. Made by `@app.function()`; never called directly::
 
@@ -76,16 +50,18 @@ class Function(Generic[P, R, O]):
 
     def __init__(
         self,
-        app: App,
+        service: Service,
         raw_f: Callable[P, O],
-        name: str,
-        options: Options,
         is_generator: bool,
+        method: str = "",
+        run_local: Callable[P, O] | None = None,
     ) -> None:
-        self.app = app
-        self.name = name
-        self.options = options
+        self.service = service
+        self.app = service.app
+        self.name = f"{service.name}.{method}" if method else service.name
         self.is_generator = is_generator
+        self._method = method
+        self._run_local = run_local or raw_f
         self.is_async = inspect.iscoroutinefunction(raw_f) or inspect.isasyncgenfunction(raw_f)
         self._raw_f = raw_f
         self.__name__ = raw_f.__name__
@@ -104,7 +80,7 @@ class Function(Generic[P, R, O]):
     def local(self, *args: P.args, **kwargs: P.kwargs) -> O:
         """Run the plain function here, in this process: an async function gives its coroutine, a
         generator function its generator."""
-        return self._raw_f(*args, **kwargs)
+        return self._run_local(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise InvalidError(
@@ -121,10 +97,89 @@ class Function(Generic[P, R, O]):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        run = self.app._current_run(f"pickling {self.name}")
-        definition, _ = self._defined(run)
-        fields = (definition.name, definition.options, bytes(definition.payload))
-        return _rebuild, (self.app.name, run.app_id, definition.function_id, *fields)
+        handle = Handle.of(self.service)
+        return _function_out_of, (handle, self._method, self.is_generator, self.is_async)
+
+    def has_options(self, data: dict[str, Any]) -> bool:
+        """Whether its containers have the options of a definition."""
+        return self.service.has_options(data)
+
+    # --- other options ---------------------------------------------------------------------------
+
+    def with_options(self, **options: Any) -> Function[P, R, O]:
+        """The same function with other options, in containers of its own; this one is unchanged.
+
+        Args:
+            options: those of `app.function`; None leaves one as it is.
+
+        Raises:
+            InvalidError: an option is wrong, or it is a method: use the class's `with_options`.
+        """
+        self._forbid_method("with_options")
+        return self._of_options(self.service.options.with_changes(options_of(self.name, options)))
+
+    def with_concurrency(
+        self, *, max_inputs: int, target_inputs: int | None = None
+    ) -> Function[P, R, O]:
+        """The same function, several inputs at a time in each container; see `concurrent`."""
+        self._forbid_method("with_concurrency")
+        concurrency = make_concurrency(max_inputs, target_inputs)
+        return self._of_options(dataclasses.replace(self.service.options, concurrency=concurrency))
+
+    def with_batching(self, *, max_batch_size: int, wait_ms: int) -> Function[P, R, O]:
+        """The same function, given lists of inputs; see `batched`."""
+        self._forbid_method("with_batching")
+        partial = PartialFunction[..., Any, Any](self._raw_f)
+        partial.generator_flag = self.is_generator
+        check_batchable(partial)
+        batching = make_batching(max_batch_size, wait_ms)
+        return self._of_options(dataclasses.replace(self.service.options, batching=batching))
+
+    def _of_options(self, options: Options) -> Function[P, R, O]:
+        check_together(options)
+        return Function(self.service.with_options(options), self._raw_f, self.is_generator)
+
+    @property
+    def autoscaler(self) -> Autoscaler:
+        """How its containers are scaled: look, and change."""
+        self._forbid_method("autoscaler")
+        return Autoscaler(self.service)
+
+    async def _update_autoscaler(
+        self,
+        *,
+        min_containers: int | None = None,
+        max_containers: int | None = None,
+        buffer_containers: int | None = None,
+        scaledown_window: float | None = None,
+    ) -> None:
+        """Older form of ``autoscaler.update(...)``, with its arguments and errors."""
+        await self.autoscaler.update.aio(
+            min_containers=min_containers,
+            max_containers=max_containers,
+            buffer_containers=buffer_containers,
+            scaledown_window=scaledown_window,
+        )
+
+    async def _get_current_stats(self) -> FunctionCurrentStats:
+        """How many inputs wait and run, and how many containers there are.
+
+        Raises:
+            ExecutionError: no app is running.
+        """
+        return await current_stats(self.service)
+
+    update_autoscaler = twin(_update_autoscaler)
+    get_current_stats = twin(_get_current_stats)
+
+    def _forbid_method(self, what: str) -> None:
+        if self._method:
+            name = self.service.name
+            instead = f"{name}.{what}(...)" if "with" in what else f"{name}(...).{what}"
+            raise InvalidError(
+                f"{self.name} is a method, and the containers are those of its class; use "
+                f"`{instead}`"
+            )
 
     # --- one input -------------------------------------------------------------------------------
 
@@ -397,7 +452,7 @@ class Function(Generic[P, R, O]):
         from fanout.client.stream import Plan
 
         run = self.app._current_run(f"{self.name}.{method}")
-        definition, sources = self._defined(run)
+        definition, sources = self.service.defined(run)
         running = context.current_input.get() if context.container is not None else None
         return Plan(
             run,
@@ -406,41 +461,9 @@ class Function(Generic[P, R, O]):
             is_generator=self.is_generator,
             is_ordered=is_ordered,
             is_durable=is_durable,
+            method=self._method,
             parent=None if running is None else (running.lease_id, running.index),
         )
-
-    def _defined(self, run: Any) -> tuple[m.DefineFunction, bytes | None]:
-        """The definition for this run of the app, made when the function is first used in it."""
-        made: tuple[m.DefineFunction, bytes | None] | None = run.definitions.get(self)
-        if made is None:
-            made = run.definitions[self] = self._define(run)
-        return made
-
-    def _define(self, run: Any) -> tuple[m.DefineFunction, bytes | None]:
-        from fanout import source
-        from fanout.definition import Definition, pack_definition
-        from fanout.protocol import messages as m
-
-        code = run.definitions.get("code")
-        if code is None:
-            code = run.definitions["code"] = source.capture(source.is_remote_scheduler())
-        target = source.make_target(self._raw_f, self.options.is_serialized)
-        extra = source.describe_main(target)
-        payload = pack_definition(
-            Definition(code.environment, target, self.app.name or "", self.name, extra)
-        )
-        options = self.options.as_data(self.is_generator, self.is_async)
-        options["environment"] = code.environment.fingerprint()
-        options["python"] = f"{sys.executable} ({code.environment.python_version})"
-        digest = hashlib.sha256()
-        for part in (run.app_id, self.name.encode(), repr(sorted(options.items())).encode()):
-            digest.update(len(part).to_bytes(4, "little") + part)
-        digest.update(payload)
-        sources = code.environment.sources
-        blobs = [bytes.fromhex(sources)] if sources else []
-        function_id = digest.digest()[:16]
-        define = m.DefineFunction(function_id, run.app_id, self.name, options, blobs, payload)
-        return define, code.archive
 
     def _forbid_generator(self, method: str, instead: str) -> None:
         if self.is_generator:
@@ -457,58 +480,22 @@ class Function(Generic[P, R, O]):
             )
 
 
-def _rebuild(
-    app_name: str | None,
-    app_id: bytes,
-    function_id: bytes,
-    name: str,
-    options: dict[str, Any],
-    payload: bytes,
+def _function_out_of(
+    handle: Handle, method: str, is_generator: bool, is_async: bool
 ) -> Function[..., Any, Any]:
     """A handle out of a pickle: the one of this process if its module is loaded here, else one
     that can do everything but run locally."""
-    from fanout.app import App
-    from fanout.definition import unpack_definition
-    from fanout.protocol import messages as m
-
-    definition = unpack_definition(payload)
-    target = definition.target
-    found: Any = sys.modules.get(target.module)
-    for part in target.qualname.split("."):
-        found = getattr(found, part, None)
-    if isinstance(found, Function) and not target.pickled:
+    found = handle.find_here()
+    if method:
+        owner = getattr(found, "of_parameters", None)
+        if owner is not None:
+            bound: Function[..., Any, Any] = getattr(owner(handle.parameters), method)
+            return bound
+    elif isinstance(found, Function):
         return found
-
-    def run_locally(*args: Any, **kwargs: Any) -> NoReturn:
-        raise ExecutionError(
-            f"{name} came here as a handle and cannot run locally: module {target.module!r}, "
-            "which defines it, is not loaded"
-        )
-
-    run_locally.__name__ = run_locally.__qualname__ = target.qualname.rpartition(".")[2]
-    run_locally.__module__ = target.module
-    retries = options["retries"]
-    function: Function[..., Any, Any] = Function(
-        App._joined(app_name, app_id),
-        run_locally,
-        name,
-        Options(
-            options["timeout"],
-            None if retries is None else Retries(retries[0], retries[2], retries[1], retries[3]),
-            options["max_containers"],
-            options["cpu"],
-            options["memory"],
-            options["scaledown_window"],
-            bool(target.pickled),
-        ),
-        options["is_generator"],
-    )
-    function.is_async = options["is_async"]
-    sources = definition.environment.sources
-    blobs = [bytes.fromhex(sources)] if sources else []
-    define = m.DefineFunction(function_id, app_id, name, options, blobs, payload)
-    run = function.app._current_run(name)
-    run.definitions[function] = (define, None)
+    service = handle.service()
+    function: Function[..., Any, Any] = Function(service, service.raw, is_generator, method)
+    function.is_async = is_async
     return function
 
 

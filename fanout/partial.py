@@ -92,7 +92,7 @@ class PartialFunction(Generic[P, R, O]):
         if instance is None:
             return self
         handle = getattr(instance, "__dict__", {}).get(HANDLE)
-        if handle is not None and self.is_method:
+        if handle is not None and (self.is_method or self.batching is not None):
             return getattr(handle, self.__name__)
         return self.raw.__get__(instance, owner)
 

@@ -88,8 +88,8 @@ def test_the_limits_of_options_themselves_are_allowed() -> None:
     function = fanout.App().function(timeout=0.001, retries=0, max_containers=1, memory=0)(
         _module_level
     )
-    assert function.options.retries is None
-    assert function.options.max_containers == 1
+    assert function.service.options.retries is None
+    assert function.service.options.max_containers == 1
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_retries_are_checked(fields: dict[str, Any], pattern: str) -> None:
 
 def test_a_count_of_retries_means_a_fixed_delay() -> None:
     function = fanout.App().function(retries=3)(_module_level)
-    assert function.options.retries is not None
-    assert function.options.retries.as_data() == [3, 1.0, 1.0, 60.0]
+    assert function.service.options.retries is not None
+    assert function.service.options.retries.as_data() == [3, 1.0, 1.0, 60.0]
     assert fanout.Retries(2, initial_delay=0).as_data() == [2, 0.0, 2.0, 60.0]
 
 

@@ -54,6 +54,7 @@ class Plan:
     is_ordered: bool = True
     is_durable: bool = False
     parent: tuple[int, int] | None = None
+    method: str = ""
     call_id: bytes = field(default_factory=lambda: os.urandom(16))
 
     def open(self, session: Session, listener: Any) -> LiveCall:
@@ -67,6 +68,7 @@ class Plan:
             is_durable=self.is_durable,
             is_generator=self.is_generator,
             parent=self.parent,
+            method=self.method,
         )
         call = LiveCall(session, state, self.run.app_id, listener)
         session.open_call(call)

@@ -570,6 +570,17 @@ class CallsFinished(Message):
     call_ids: Annotated[list[bytes], _is_call_ids]
 
 
+@_message(38)
+class AskFunction(Message):
+    """How busy is a function, and how is it scaled? `changes`, if there are any, are made first:
+    `min_containers`, `max_containers`, `buffer_containers`, `scaledown_window`. Answered by
+    `FunctionInfo`."""
+
+    request_id: RequestId
+    function_id: FunctionId
+    changes: Map
+
+
 # --- scheduler to client -------------------------------------------------------------------------
 
 
@@ -649,6 +660,15 @@ class CallInfo(Message):
     output_count: Count
     function_name: Text
     is_generator: Flag
+
+
+@_message(54)
+class FunctionInfo(Message):
+    """Answer to `AskFunction`: what is set (the names of its `changes`) and `backlog`,
+    `containers`, `running`, `headroom`; or `error`, why the changes were not made."""
+
+    request_id: RequestId
+    info: Map
 
 
 @_message(47)
@@ -958,7 +978,7 @@ BLOB_KINDS = frozenset({BlobOffer, BlobWanted, BlobHeld, BlobPart, BlobCredit})
 FROM_CLIENT: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, OpenApp, CloseApp, DefineFunction, OpenCall, SubmitCall, Inputs, SealCall,
     Ack, CallsFinished,
-    ItemCredit, CancelCall, FetchOutputs, StopFetch, AskCall, AskStatus, AskShutdown,
+    ItemCredit, CancelCall, FetchOutputs, StopFetch, AskCall, AskFunction, AskStatus, AskShutdown,
 }  # fmt: skip
 FROM_NESTED_CLIENT: frozenset[type[Message]] = (FROM_CLIENT | {SessionWaits, SessionRuns}) - {
     AskShutdown, OpenApp, CloseApp,
@@ -969,7 +989,7 @@ FROM_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
 }  # fmt: skip
 TO_CLIENT: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, CallOpened, Window, Outputs, Items, CallFailed, InputsStored, CallInfo,
-    StatusInfo, Log, Notice, ShutdownInfo,
+    FunctionInfo, StatusInfo, Log, Notice, ShutdownInfo,
 }  # fmt: skip
 TO_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, WorkerAccepted, DefineFunction, DropFunction, StartContainer,
@@ -980,7 +1000,7 @@ TO_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
 #: Frames that can end a client's wait. While a container waits, the scheduler holds them back until
 #: the container has its core again.
 ENDS_WAIT: frozenset[type[Message]] = frozenset(
-    {Outputs, Items, CallFailed, InputsStored, CallInfo, StatusInfo}
+    {Outputs, Items, CallFailed, InputsStored, CallInfo, FunctionInfo, StatusInfo}
 )
 
 # --- codec ----------------------------------------------------------------------------------------

@@ -1,0 +1,460 @@
+"""Classes whose methods run in containers: a model is loaded once for each container.
+
+::
+
+    @app.cls(max_containers=2)
+    class Model:
+        size: str = fanout.parameter(default="small")
+
+        @fanout.enter()
+        def load(self):
+            self.weights = load(self.size)
+
+        @fanout.method()
+        def predict(self, text: str) -> float: ...
+
+    Model(size="large").predict.map(texts)
+
+`app.cls` puts a `Cls` in the place of the class. Calling it with values for the parameters gives an
+`Obj`; each set of values has containers of its own. In a container, and for `.local`, there is an
+instance of the user's own class behind it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import typing
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fanout.autoscaler import Autoscaler
+from fanout.exceptions import InvalidError, NotFoundError
+from fanout.function import Function
+from fanout.handle import AbsentService, Handle
+from fanout.options import Options, check_together, options_of
+from fanout.partial import (
+    HANDLE,
+    Lifecycle,
+    PartialFunction,
+    check_batchable,
+    lifecycle_of,
+    make_batching,
+    make_concurrency,
+)
+from fanout.service import Service
+from fanout.twin import twin
+
+if TYPE_CHECKING:
+    from fanout.app import App
+
+#: What the values of parameters may be.
+PARAMETER_TYPES: tuple[type, ...] = (str, int, bool, bytes)
+
+_NOTHING: Any = object()
+
+
+class _Parameter:
+    """What `parameter` leaves in the class body; an instance has the value under the same name."""
+
+    def __init__(self, default: Any, is_argument: bool) -> None:
+        self.default = default
+        self.is_argument = is_argument
+        self.name = ""
+
+    @property
+    def default_or_none(self) -> Any:
+        return None if self.default is _NOTHING else self.default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        if instance is None:
+            return self
+        if self.default is _NOTHING:
+            raise AttributeError(f"parameter {self.name!r} has no value yet")
+        return self.default
+
+
+def parameter(*, default: Any = _NOTHING, init: bool = True) -> Any:
+    """A parameter of a class under `app.cls`, with its type as annotation::
+
+        size: str = fanout.parameter(default="small")
+
+    Args:
+        default: its value when none is given; without it a value must be given.
+        init: whether it is an argument at all; if not it just has its default.
+    """
+    return _Parameter(default, init)
+
+
+class Cls:
+    """A class of an app. Made by `@app.cls()`; call it for an object whose methods can be called::
+
+    Model(size="large").predict.remote("text")
+    """
+
+    def __init__(self, app: App, user_class: type, name: str, options: Options) -> None:
+        self._app = app
+        self._user_class = user_class
+        self._name = name
+        self._options = options
+        self._lifecycle = lifecycle_of(user_class)
+        self._parameters = parameters_of(user_class)
+        _check_class(user_class, self._lifecycle)
+        self.__name__ = user_class.__name__
+        self.__qualname__ = user_class.__qualname__
+        self.__module__ = user_class.__module__
+        self.__doc__ = user_class.__doc__
+        self.__wrapped__ = user_class
+
+    def __repr__(self) -> str:
+        return f"<fanout.Cls {self._name!r} of app {self._app.name!r}>"
+
+    def get_user_cls(self) -> type:
+        """The plain Python class."""
+        return self._user_class
+
+    def __call__(self, *args: Any, **values: Any) -> Obj:
+        """An object with these values of the parameters; nothing runs yet.
+
+        Raises:
+            InvalidError: a positional argument, an unknown or a missing parameter.
+            TypeError: a value is not of its parameter's type.
+        """
+        if args:
+            raise InvalidError(
+                f"{self._name}(...) takes its parameters by name: "
+                + ", ".join(f"{name}=..." for name in self._parameters)
+            )
+        return self.of_parameters(self._checked(values))
+
+    def of_parameters(self, values: dict[str, Any] | None) -> Obj:
+        """An object with values that were checked before."""
+        return Obj(self, values or {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in self._lifecycle.methods:
+            raise AttributeError(
+                f"{self._name}.{name} is a method of an object of the class; did you forget to "
+                f"instantiate the class first? Write `{self._name}().{name}`"
+            )
+        return getattr(self._user_class, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _cls_out_of, (Handle.of(self.service_of({})),)
+
+    def has_options(self, data: dict[str, Any]) -> bool:
+        """Whether its containers have the options of a definition."""
+        return self.service_of({}).has_options(data)
+
+    # --- other options ---------------------------------------------------------------------------
+
+    def with_options(self, **options: Any) -> Cls:
+        """The same class with other options, in containers of its own; this one is unchanged.
+
+        Args:
+            options: those of `app.cls`; None leaves one as it is.
+
+        Raises:
+            InvalidError: an option is wrong.
+        """
+        return self._of_options(self._options.with_changes(options_of(self._name, options)))
+
+    def with_concurrency(self, *, max_inputs: int, target_inputs: int | None = None) -> Cls:
+        """The same class, several inputs at a time in each container; see `concurrent`."""
+        concurrency = make_concurrency(max_inputs, target_inputs)
+        return self._of_options(dataclasses.replace(self._options, concurrency=concurrency))
+
+    def with_batching(self, *, max_batch_size: int, wait_ms: int) -> Cls:
+        """The same class, its one method given lists of inputs; see `batched`."""
+        batching = make_batching(max_batch_size, wait_ms)
+        _check_one_method(self._name, self._lifecycle)
+        for partial in self._lifecycle.methods.values():
+            check_batchable(partial)
+        return self._of_options(dataclasses.replace(self._options, batching=batching))
+
+    def _of_options(self, options: Options) -> Cls:
+        check_together(options)
+        other = copy.copy(self)
+        other._options = options
+        return other
+
+    @staticmethod
+    def from_name(app_name: str, name: str, **_options: Any) -> NoReturn:
+        """A class of a deployed app. There are no deployed apps yet.
+
+        Raises:
+            NotFoundError: always.
+        """
+        raise NotFoundError(
+            f"Cls.from_name({app_name!r}, {name!r}): this fanout has no deployed apps; import the "
+            "class from its module and run its app"
+        )
+
+    # --- for objects and containers --------------------------------------------------------------
+
+    def service_of(self, values: dict[str, Any]) -> Service:
+        """What containers of these parameters are started for."""
+        declared = {
+            name: [kind.__name__, p.is_argument, p.default is not _NOTHING, p.default_or_none]
+            for name, (kind, p) in self._parameters.items()
+        }
+        extra = {"parameters": values, "declared": declared}
+        return Service(self._app, self._user_class, self._name, self._options, self._shape(), extra)
+
+    def _shape(self) -> dict[str, Any]:
+        methods = {
+            name: {"is_generator": partial.is_generator, "is_async": partial.is_async}
+            for name, partial in self._lifecycle.methods.items()
+        }
+        return {"methods": methods}
+
+    def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name in given:
+            if name not in self._parameters or not self._parameters[name][1].is_argument:
+                known = ", ".join(n for n, (_, p) in self._parameters.items() if p.is_argument)
+                raise InvalidError(
+                    f"{self._name}({name}=...): the class has no parameter of that name; it has "
+                    f"{known or 'none'}. Declare one with `{name}: str = fanout.parameter()`"
+                )
+        for name, (kind, declared) in self._parameters.items():
+            value = given.get(name, declared.default)
+            if value is _NOTHING:
+                raise InvalidError(
+                    f"{self._name}(): parameter {name!r} has no default; give it a value: "
+                    f"`{self._name}({name}=...)`"
+                )
+            if type(value) is not kind:
+                raise TypeError(
+                    f"{self._name}({name}={value!r}): expected {kind.__name__}, got "
+                    f"{type(value).__name__}"
+                )
+            values[name] = value
+        return values
+
+
+class Obj:
+    """An object of a `Cls`: the values of its parameters, and its methods as `Function`s."""
+
+    def __init__(self, cls: Cls, values: dict[str, Any]) -> None:
+        self._cls = cls
+        self._values = values
+        self._service = cls.service_of(values)
+        self._methods: dict[str, Function[..., Any, Any]] = {}
+        self._instance: Any = None
+        self._is_entered = False
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value!r}" for name, value in self._values.items())
+        return f"<fanout.Obj {self._cls._name}({values})>"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        partial = self._cls._lifecycle.methods.get(name)
+        if partial is None:
+            return getattr(self._local_instance(), name)
+        made = self._methods.get(name)
+        if made is None:
+            made = self._methods[name] = self._method(name, partial)
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _obj_out_of, (self._cls, self._values)
+
+    def _method(
+        self, name: str, partial: PartialFunction[..., Any, Any]
+    ) -> Function[..., Any, Any]:
+        def run_local(*args: Any, **kwargs: Any) -> Any:
+            return _run_local(self, partial, args, kwargs)
+
+        return Function(self._service, partial.raw, partial.is_generator, name, run_local)
+
+    # --- the user's instance in this process -----------------------------------------------------
+
+    def _local_instance(self) -> Any:
+        """The user's own object, made when it is first needed, its enter hooks not run."""
+        if self._instance is None:
+            self._instance = make_instance(self._cls._user_class, self._values, self)
+        return self._instance
+
+    def _hooks(self) -> list[Any]:
+        """The enter hooks that have to run yet, bound."""
+        if self._is_entered:
+            return []
+        self._is_entered = True
+        instance = self._local_instance()
+        return [getattr(instance, name) for name in self._cls._lifecycle.enters]
+
+    # --- scaling ---------------------------------------------------------------------------------
+
+    @property
+    def autoscaler(self) -> Autoscaler:
+        """How the containers of these parameters are scaled: look, and change."""
+        return Autoscaler(self._service)
+
+    async def _update_autoscaler(
+        self,
+        *,
+        min_containers: int | None = None,
+        max_containers: int | None = None,
+        buffer_containers: int | None = None,
+        scaledown_window: float | None = None,
+    ) -> None:
+        """Older form of ``autoscaler.update(...)``, with its arguments and errors."""
+        await self.autoscaler.update.aio(
+            min_containers=min_containers,
+            max_containers=max_containers,
+            buffer_containers=buffer_containers,
+            scaledown_window=scaledown_window,
+        )
+
+    update_autoscaler = twin(_update_autoscaler)
+
+
+def _run_local(
+    obj: Obj, partial: PartialFunction[..., Any, Any], args: tuple[Any, ...], kwargs: Any
+) -> Any:
+    """A method in this process, behind the enter hooks; an async one gives its coroutine."""
+    hooks = obj._hooks()
+    bound = partial.raw.__get__(obj._local_instance())
+    if not any(inspect.iscoroutinefunction(hook) for hook in hooks):
+        for hook in hooks:
+            hook()
+        return bound(*args, **kwargs)
+
+    async def enter_and_run() -> Any:
+        for hook in hooks:
+            entered = hook()
+            if inspect.isawaitable(entered):
+                await entered
+        result = bound(*args, **kwargs)
+        return await result if inspect.isawaitable(result) else result
+
+    return enter_and_run()
+
+
+def make_instance(user_class: type, values: dict[str, Any], handle: Obj | None) -> Any:
+    """An instance of a user's class with the values of its parameters; no hook has run."""
+    make: Any = user_class.__new__
+    instance = make(user_class)
+    instance.__dict__.update(values)
+    if handle is not None:
+        instance.__dict__[HANDLE] = handle
+    return instance
+
+
+def instance_in_container(found: Any, parameters: dict[str, Any]) -> Any:
+    """The one instance that a container of a class works with.
+
+    Args:
+        found: what the definition's target is: a `Cls`, or the plain class where it came by value.
+        parameters: the values of its parameters.
+    """
+    if not isinstance(found, Cls):
+        return make_instance(found, parameters, None)
+    obj = found.of_parameters(parameters)
+    # The runtime runs the hooks, so `self.other.local()` finds them done.
+    obj._is_entered = True
+    return obj._local_instance()
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def parameters_of(user_class: type) -> dict[str, tuple[type, _Parameter]]:
+    """The parameters that a class and its bases declare, with their types.
+
+    Raises:
+        InvalidError: one has no annotation, or one of another type than parameters may have.
+    """
+    found: dict[str, _Parameter] = {}
+    for base in reversed(user_class.__mro__):
+        found |= {name: v for name, v in vars(base).items() if isinstance(v, _Parameter)}
+    if not found:
+        return {}
+    try:
+        hints = typing.get_type_hints(user_class)
+    except NameError:
+        hints = {}
+        for base in reversed(user_class.__mro__):
+            hints |= inspect.get_annotations(base)
+    by_name: dict[Any, type] = {kind.__name__: kind for kind in PARAMETER_TYPES}
+    parameters = {}
+    for name, declared in found.items():
+        hint = hints.get(name)
+        kind = by_name.get(hint, hint) if isinstance(hint, str) else hint
+        if kind not in PARAMETER_TYPES:
+            shown = "no annotation" if hint is None else f"annotation {hint!r}"
+            raise InvalidError(
+                f"parameter {name!r} of class {user_class.__name__!r} has {shown}; it must be one "
+                "of str, int, bool and bytes, as the value is part of what containers are kept for"
+            )
+        parameters[name] = (kind, declared)
+    return parameters
+
+
+def _check_class(user_class: type, lifecycle: Lifecycle) -> None:
+    if user_class.__init__ is not object.__init__:  # type: ignore[misc]
+        raise InvalidError(
+            f"class {user_class.__name__!r} has an __init__ of its own; declare what it takes as "
+            "`name: str = fanout.parameter()`, and do its work in a method under @fanout.enter()"
+        )
+    for name, partial in lifecycle.methods.items():
+        if partial.concurrency is not None:
+            raise InvalidError(
+                f"@fanout.concurrent() stands on method {name!r}; it belongs on the class"
+            )
+        if partial.batching is not None:
+            _check_one_method(user_class.__name__, lifecycle)
+
+
+def _check_one_method(name: str, lifecycle: Lifecycle) -> None:
+    if len(lifecycle.methods) != 1:
+        raise InvalidError(
+            f"class {name!r} has a batched method and others ({', '.join(lifecycle.methods)}); a "
+            "class with a batched method has no other one, as they would wait for each other"
+        )
+
+
+# --- out of pickles -------------------------------------------------------------------------------
+
+
+def _cls_out_of(handle: Handle) -> Any:
+    found = handle.find_here()
+    return found if found is not None else _AbsentCls(handle)
+
+
+def _obj_out_of(cls: Any, values: dict[str, Any]) -> Any:
+    return cls.of_parameters(values)
+
+
+class _AbsentCls(Cls):
+    """A class of which only a handle came here: everything but `.local` works."""
+
+    def __init__(self, handle: Handle) -> None:
+        service = handle.service()
+        self._handle = handle
+        self._app = service.app
+        self._user_class = type(service.name, (), {})
+        self._name = service.name
+        self._options = service.options
+        self._lifecycle = Lifecycle()
+        self._parameters = {}
+        by_name: dict[str, type] = {kind.__name__: kind for kind in PARAMETER_TYPES}
+        for name, (kind, is_argument, has_default, value) in handle.extra["declared"].items():
+            declared = _Parameter(value if has_default else _NOTHING, is_argument)
+            self._parameters[name] = (by_name[kind], declared)
+        for name, shape in service.shape["methods"].items():
+            partial = PartialFunction[..., Any, Any](service.raw)
+            partial.is_method = True
+            partial.generator_flag = shape["is_generator"]
+            self._lifecycle.methods[name] = partial
+
+    def service_of(self, values: dict[str, Any]) -> Service:
+        return AbsentService(self._handle, self._options, values)

@@ -1,0 +1,137 @@
+"""Handles of functions and classes on their way between processes.
+
+A pickled handle holds the definition that the scheduler has. Where the module that made it is
+loaded, the object found there is used, so that `is` and `.local` hold; elsewhere a handle without
+a body is made, which can do everything but run locally.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fanout.definition import pack_definition, unpack_definition
+from fanout.exceptions import ExecutionError
+from fanout.options import Options
+from fanout.service import Service, id_of
+
+if TYPE_CHECKING:
+    from fanout.client.app_run import AppRun
+    from fanout.protocol import messages as m
+
+_SHAPE = ("is_generator", "is_async", "methods")
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What is pickled of a service."""
+
+    app_name: str | None
+    app_id: bytes
+    name: str
+    options: dict[str, Any]
+    payload: bytes
+
+    @classmethod
+    def of(cls, service: Service) -> Handle:
+        """The handle of a service in the run under way.
+
+        Raises:
+            ExecutionError: the app does not run.
+        """
+        run = service.app._current_run(f"pickling {service.name}")
+        definition, _ = service.defined(run)
+        return cls(
+            service.app.name,
+            run.app_id,
+            definition.name,
+            definition.options,
+            bytes(definition.payload),
+        )
+
+    @property
+    def parameters(self) -> dict[str, Any] | None:
+        """Values of a class's parameters; None for a function."""
+        values: dict[str, Any] | None = self.extra.get("parameters")
+        return values
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """`Definition.extra`."""
+        return unpack_definition(self.payload).extra
+
+    def find_here(self) -> Any:
+        """The object of this process that it means, with the same options; None if there is
+        none."""
+        target = unpack_definition(self.payload).target
+        if target.pickled:
+            return None
+        found: Any = sys.modules.get(target.module)
+        for part in target.qualname.split("."):
+            found = getattr(found, part, None)
+        is_same = getattr(found, "has_options", None)
+        return found if is_same is not None and is_same(self.options) else None
+
+    def service(self) -> Service:
+        """A service of which only this handle came here."""
+        return AbsentService(self)
+
+
+class AbsentService(Service):
+    """What containers are started for, where its code is not: its definition is made out of the
+    one that came, with other options or parameters."""
+
+    def __init__(
+        self,
+        handle: Handle,
+        options: Options | None = None,
+        parameters: dict[str, Any] | None = None,
+    ) -> None:
+        from fanout.app import App
+
+        definition = unpack_definition(handle.payload)
+        extra = definition.extra
+        if parameters is not None:
+            extra = {**extra, "parameters": parameters}
+        target = definition.target
+        super().__init__(
+            App._joined(handle.app_name, handle.app_id),
+            _absent(handle.name, target.module, target.qualname),
+            handle.name,
+            options or Options.of_data(handle.options),
+            {key: handle.options[key] for key in _SHAPE if key in handle.options},
+            extra,
+        )
+        self.handle = handle
+
+    def with_options(self, options: Options) -> Service:
+        return AbsentService(self.handle, options, self.extra.get("parameters"))
+
+    def _define(self, run: AppRun) -> tuple[m.DefineFunction, bytes | None]:
+        from fanout.protocol import messages as m
+
+        definition = unpack_definition(self.handle.payload)
+        definition.extra.update(self.extra)
+        if self.options.env:
+            definition.extra["env"] = dict(self.options.env)
+        payload = pack_definition(definition)
+        options = {**self.handle.options, **self.options.as_data()}
+        sources = definition.environment.sources
+        blobs = [bytes.fromhex(sources)] if sources else []
+        function_id = id_of(run.app_id, self.name, options, payload)
+        return m.DefineFunction(function_id, run.app_id, self.name, options, blobs, payload), None
+
+
+def _absent(name: str, module: str, qualname: str) -> Any:
+    """Stands for a function whose module is not loaded here."""
+
+    def run_locally(*args: Any, **kwargs: Any) -> NoReturn:
+        raise ExecutionError(
+            f"{name} came here as a handle and cannot run locally: module {module!r}, which "
+            "defines it, is not loaded"
+        )
+
+    run_locally.__name__ = run_locally.__qualname__ = qualname.rpartition(".")[2]
+    run_locally.__module__ = module
+    return run_locally

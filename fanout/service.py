@@ -1,0 +1,99 @@
+"""What containers are started for: a function, or a class with the values of its parameters.
+
+A `Service` turns itself into the definition that a scheduler stores, once for each run of its app.
+Definitions with the same content have the same id, so two handles that mean the same share their
+containers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from fanout.options import Options
+
+if TYPE_CHECKING:
+    from fanout.app import App
+    from fanout.client.app_run import AppRun
+    from fanout.protocol import messages as m
+
+
+class Service:
+    """See the module's text.
+
+    Args:
+        app: whose runs it belongs to.
+        raw: the user's function or class.
+        name: for people, and one of the things that tell services apart.
+        options: of the containers.
+        shape: what else `DefineFunction.options` says: `is_generator` and `is_async` of a
+            function, `methods` of a class.
+        extra: what else the definition says; `parameters`, the values of a class's parameters.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        raw: Any,
+        name: str,
+        options: Options,
+        shape: dict[str, Any],
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        self.app = app
+        self.raw = raw
+        self.name = name
+        self.options = options
+        self.shape = shape
+        self.extra = extra or {}
+
+    def with_options(self, options: Options) -> Service:
+        """The same in containers of other options, which are other containers."""
+        return Service(self.app, self.raw, self.name, options, self.shape, self.extra)
+
+    def has_options(self, data: dict[str, Any]) -> bool:
+        """Whether these are the options of a definition."""
+        mine = {**self.options.as_data(), **self.shape}
+        return all(data.get(name) == value for name, value in mine.items())
+
+    def defined(self, run: AppRun) -> tuple[m.DefineFunction, bytes | None]:
+        """The definition for a run of the app, made when it is first used there; and the content
+        of the blob with the sources, where code must travel."""
+        made: tuple[m.DefineFunction, bytes | None] | None = run.definitions.get(self)
+        if made is None:
+            made = run.definitions[self] = self._define(run)
+        return made
+
+    def _define(self, run: AppRun) -> tuple[m.DefineFunction, bytes | None]:
+        from fanout import source
+        from fanout.definition import Definition, pack_definition
+        from fanout.protocol import messages as m
+
+        code = run.definitions.get("code")
+        if code is None:
+            code = run.definitions["code"] = source.capture(source.is_remote_scheduler())
+        target = source.make_target(self.raw, self.options.is_serialized)
+        extra = {**source.describe_main(target), **self.extra}
+        if self.options.env:
+            extra["env"] = dict(self.options.env)
+        payload = pack_definition(
+            Definition(code.environment, target, self.app.name or "", self.name, extra)
+        )
+        options = {**self.options.as_data(), **self.shape}
+        options["environment"] = code.environment.fingerprint()
+        options["python"] = f"{sys.executable} ({code.environment.python_version})"
+        sources = code.environment.sources
+        blobs = [bytes.fromhex(sources)] if sources else []
+        function_id = id_of(run.app_id, self.name, options, payload)
+        define = m.DefineFunction(function_id, run.app_id, self.name, options, blobs, payload)
+        return define, code.archive
+
+
+def id_of(app_id: bytes, name: str, options: dict[str, Any], payload: bytes) -> bytes:
+    """The id of a definition: 16 bytes that follow from its content."""
+    digest = hashlib.sha256()
+    for part in (app_id, name.encode(), repr(sorted(options.items())).encode()):
+        digest.update(len(part).to_bytes(4, "little") + part)
+    digest.update(payload)
+    return digest.digest()[:16]
