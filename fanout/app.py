@@ -366,6 +366,7 @@ class App:
 
     def _define_kept(self, run: AppRun, session: Session) -> None:
         """Tell the scheduler at once of what keeps containers although nobody calls it yet."""
+        services: list[Service | None]
         services = [function.service for function in self.registered_functions.values()]
         services += [c.default_service for c in self.registered_classes.values()]
         for service in services:
