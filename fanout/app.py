@@ -26,6 +26,7 @@ from fanout.service import Service
 
 if TYPE_CHECKING:
     from fanout.client.app_run import AppRun
+    from fanout.client.session import Session
     from fanout.cls import Cls
 
 P = ParamSpec("P")
@@ -363,6 +364,15 @@ class App:
             "(or `async with`), or start the script with `fanout run`"
         )
 
+    def _define_kept(self, run: AppRun, session: Session) -> None:
+        """Tell the scheduler at once of what keeps containers although nobody calls it yet."""
+        services: list[Service | None]
+        services = [function.service for function in self.registered_functions.values()]
+        services += [c.default_service for c in self.registered_classes.values()]
+        for service in services:
+            if service is not None and service.options.min_containers:
+                session.define(*service.defined(run))
+
     @staticmethod
     def _joined(name: str | None, app_id: bytes) -> App:
         """An app of which only a handle came here, as running as it is over there."""
@@ -391,7 +401,9 @@ class RunningApp:
         run = self._begin()
 
         async def enter() -> None:
-            await session_here().open_app(run)
+            session = session_here()
+            await session.open_app(run)
+            self._app._define_kept(run, session)
 
         try:
             loop.run(enter)
@@ -415,7 +427,9 @@ class RunningApp:
 
         run = self._begin()
         try:
-            await session_here().open_app(run)
+            session = session_here()
+            await session.open_app(run)
+            self._app._define_kept(run, session)
         except BaseException:
             self._app._run = None
             raise

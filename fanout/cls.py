@@ -206,6 +206,15 @@ class Cls:
         extra = {"parameters": values, "declared": declared}
         return Service(self._app, self._user_class, self._name, self._options, self._shape(), extra)
 
+    @property
+    def default_service(self) -> Service | None:
+        """What containers are started for when every parameter has its default; None if one has
+        none."""
+        declared = [p for _, p in self._parameters.values()]
+        if any(p.default is _NOTHING for p in declared):
+            return None
+        return self.service_of(self._checked({}))
+
     def _shape(self) -> dict[str, Any]:
         methods = {
             name: {"is_generator": partial.is_generator, "is_async": partial.is_async}

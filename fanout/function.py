@@ -7,7 +7,6 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar
 
-from fanout.autoscaler import Autoscaler, FunctionCurrentStats, current_stats
 from fanout.call import FunctionCall
 from fanout.exceptions import InvalidError
 from fanout.handle import Handle
@@ -17,6 +16,7 @@ from fanout.service import Service
 from fanout.twin import Twin, twin
 
 if TYPE_CHECKING:
+    from fanout.autoscaler import Autoscaler, FunctionCurrentStats
     from fanout.client.stream import Plan
 
 P = ParamSpec("P")
@@ -142,6 +142,8 @@ class Function(Generic[P, R, O]):
     @property
     def autoscaler(self) -> Autoscaler:
         """How its containers are scaled: look, and change."""
+        from fanout.autoscaler import Autoscaler
+
         self._forbid_method("autoscaler")
         return Autoscaler(self.service)
 
@@ -167,6 +169,8 @@ class Function(Generic[P, R, O]):
         Raises:
             ExecutionError: no app is running.
         """
+        from fanout.autoscaler import current_stats
+
         return await current_stats(self.service)
 
     update_autoscaler = twin(_update_autoscaler)

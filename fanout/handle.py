@@ -11,7 +11,6 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fanout.definition import pack_definition, unpack_definition
 from fanout.exceptions import ExecutionError
 from fanout.options import Options
 from fanout.service import Service, id_of
@@ -59,11 +58,15 @@ class Handle:
     @property
     def extra(self) -> dict[str, Any]:
         """`Definition.extra`."""
+        from fanout.definition import unpack_definition
+
         return unpack_definition(self.payload).extra
 
     def find_here(self) -> Any:
         """The object of this process that it means, with the same options; None if there is
         none."""
+        from fanout.definition import unpack_definition
+
         target = unpack_definition(self.payload).target
         if target.pickled:
             return None
@@ -89,6 +92,7 @@ class AbsentService(Service):
         parameters: dict[str, Any] | None = None,
     ) -> None:
         from fanout.app import App
+        from fanout.definition import unpack_definition
 
         definition = unpack_definition(handle.payload)
         extra = definition.extra
@@ -109,6 +113,7 @@ class AbsentService(Service):
         return AbsentService(self.handle, options, self.extra.get("parameters"))
 
     def _define(self, run: AppRun) -> tuple[m.DefineFunction, bytes | None]:
+        from fanout.definition import pack_definition, unpack_definition
         from fanout.protocol import messages as m
 
         definition = unpack_definition(self.handle.payload)

@@ -7,7 +7,6 @@ containers.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +91,8 @@ class Service:
 
 def id_of(app_id: bytes, name: str, options: dict[str, Any], payload: bytes) -> bytes:
     """The id of a definition: 16 bytes that follow from its content."""
+    import hashlib
+
     digest = hashlib.sha256()
     for part in (app_id, name.encode(), repr(sorted(options.items())).encode()):
         digest.update(len(part).to_bytes(4, "little") + part)

@@ -116,11 +116,12 @@ class Bench:
         is_durable: bool = False,
         parent: tuple[int, int] | None = None,
         is_sealed: bool = True,
+        method: str = "",
     ) -> bytes:
         """Open a call and submit `count` one byte inputs."""
         call_id = bytes([call]) * 16
         messages: list[m.Message] = [
-            m.OpenCall(call_id, function.encode() * 16, is_durable, True, parent)
+            m.OpenCall(call_id, function.encode() * 16, is_durable, True, parent, method=method)
         ]
         if count:
             messages.append(inputs(call_id, 0, count))

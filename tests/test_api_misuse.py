@@ -63,7 +63,7 @@ def refuses(pattern: str, action: Callable[[], Any], kind: type[Exception] = Inv
         ({"retries": -1}, "retries=-1: must be an int of at least 0"),
         ({"retries": "2"}, "retries='2'"),
         ({"max_containers": 0}, "max_containers=0: must be an int of at least 1"),
-        ({"concurrency_limit": 0}, "concurrency_limit=0"),
+        ({"concurrency_limit": 0}, "max_containers=0"),
         ({"max_containers": 1, "concurrency_limit": 1}, "two names of one option"),
         ({"cpu": 0}, "cpu=0: must be a number of cores above 0"),
         ({"cpu": float("nan")}, "cpu=nan"),

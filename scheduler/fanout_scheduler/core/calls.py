@@ -7,7 +7,7 @@ from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs, durable, outputs
 from fanout_scheduler.core.events import Disconnect, Exit, PeerId
-from fanout_scheduler.core.leasing import cancel_lease, run_again
+from fanout_scheduler.core.leasing import cancel_lease, run_again, stop_container
 from fanout_scheduler.core.snapshot import describe_busy, snapshot
 from fanout_scheduler.core.state import (
     App,
@@ -138,19 +138,13 @@ def _drop_function(state: State, function: Function) -> None:
     function.app.functions.pop(function_id, None)
     state.functions.pop(function_id, None)
     state.ready_functions.pop(function_id, None)
+    state.scaled.pop(function_id, None)
     if not function.is_stored:
         blobs.release(state, function.definition.blobs)
     for worker in state.workers.values():
         if function_id in worker.functions:
             worker.functions.discard(function_id)
             state.send(worker.peer_id, m.DropFunction(function_id))
-
-
-def stop_container(state: State, container: Container) -> None:
-    if container.state != "stopping":
-        container.state = "stopping"
-        kill = bool(container.leases)
-        state.send(container.worker.peer_id, m.StopContainer(container.container_id, kill))
 
 
 def on_define_function(state: State, peer: Peer, message: m.DefineFunction) -> None:
@@ -164,6 +158,8 @@ def on_define_function(state: State, peer: Peer, message: m.DefineFunction) -> N
     state.functions[message.function_id] = app.functions[message.function_id] = function
     blobs.keep(state, message.blobs)
     blobs.await_definition(state, function)
+    if function.min_containers or function.buffer_containers:
+        state.scaled[function.function_id] = function
 
 
 def may_use(peer: Peer, app: App) -> bool:
@@ -229,6 +225,10 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
     if function is None or not may_use(peer, function.app):
         _refuse_call(state, peer, message, "internal", "its function is not defined")
         return None
+    method = function.methods.get(message.method)
+    if method is None:
+        _refuse_call(state, peer, message, "internal", f"there is no method {message.method!r}")
+        return None
     if message.parent is not None:
         lease = state.leases.get(message.parent[0])
         if lease is None or lease.container is not session.container:
@@ -243,7 +243,7 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
         session=session,
         is_durable=message.is_durable,
         parent=message.parent,
-        method=message.method,
+        method=method,
         depth=depth,
         ancestors=ancestors,
         service_s=state.service_clock_s,
@@ -468,7 +468,7 @@ def on_ask_call(state: State, peer: Peer, message: m.AskCall) -> None:
             call.received.count if call.sealed_count is None else call.sealed_count,
             call.finished.count,
             call.function.definition.name,
-            call.function.is_generator,
+            call.method.is_generator,
         )
     state.send(peer.peer_id, info)
 

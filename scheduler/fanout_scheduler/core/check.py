@@ -68,7 +68,11 @@ def _check_worker(worker: Worker) -> None:
         # 6. A core is held by containers that have a lease and do not wait, and by no other.
         runs = bool(container.leases) and not container.is_waiting
         assert container.holds_core == runs, f"6: container {container.container_id}"
-        assert len(container.leases) <= 2, f"6: container {container.container_id}"
+        slots = container.function.slots
+        assert len(container.leases) <= max(2, slots), f"6: container {container.container_id}"
+        count = sum(lease.open.count for lease in container.leases.values())
+        assert container.open_count == count, f"6: inputs of {container.container_id}"
+        assert slots == 1 or count <= slots, f"6: {container.container_id} has too many inputs"
         assert not container.deferred or container.is_waiting, "6: frames kept for nobody"
 
 
@@ -85,7 +89,8 @@ def _check_references(state: State) -> None:
     for function in state.functions.values():
         # 8. Permits are never exceeded.
         limit = function.max_containers
-        assert limit is None or len(function.containers) <= limit, "8: more than max_containers"
+        count = sum(c.state != "stopping" for c in function.containers.values())
+        assert limit is None or count <= limit, "8: more than max_containers"
         # 9. Who is on offer is known to be.
         for _, _, _, call in function.ready:
             assert call.is_ready, "9: a call on offer does not know it"

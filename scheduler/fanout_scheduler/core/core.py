@@ -28,6 +28,7 @@ from fanout_scheduler.core import (
     outputs,
     placement,
     restore,
+    scaling,
     workers,
 )
 from fanout_scheduler.core import check as invariants
@@ -63,6 +64,7 @@ PEER_MESSAGES: dict[type[m.Message], Callable[[State, Peer, Any], None]] = {
     m.SubmitCall: calls.on_submit_call,
     m.FetchOutputs: calls.on_fetch_outputs,
     m.StopFetch: calls.on_stop_fetch,
+    m.AskFunction: scaling.on_ask_function,
     m.CallsFinished: calls.on_calls_finished,
     m.AskCall: calls.on_ask_call,
     m.AskStatus: calls.on_ask_status,
@@ -127,6 +129,8 @@ class Scheduler:
         if state.deadlines and state.deadlines[0][0] <= now:
             self._fire_deadlines()
         placement.place(state)
+        if state.scaled:
+            placement.scale(state)
         workers.acknowledge(state)
         commands, state.commands = state.commands, []
         return commands
@@ -224,7 +228,7 @@ class Scheduler:
             if kind == "retry":
                 outputs.on_retry_due(state, *what)
             elif kind == "idle":
-                workers.on_idle_deadline(state, what, leasing.scaledown_s(what))
+                workers.on_idle_deadline(state, what)
             elif kind == "session":
                 calls.on_session_deadline(state, what)
             elif kind == "worker":

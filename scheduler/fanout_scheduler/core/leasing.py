@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from heapq import heappush
 
-from fanout.config import ITEM_CREDIT_INITIAL, SCALEDOWN_WINDOW_S, WINDOW_BYTES
+from fanout.config import ITEM_CREDIT_INITIAL, WINDOW_BYTES
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import PeerId, SendBlob
@@ -55,8 +55,13 @@ def call_window_bytes(call: Call) -> int:
 
 def grant(state: State, container: Container, call: Call, count: int) -> Lease:
     """Lease up to `count` of the call's lowest queued inputs to a container."""
-    chunk = call.chunk_of(call.queued.first)
-    start, stop = call.queued.pop_front(count, chunk.stop)
+    first = call.queued.first
+    chunk = call.chunk_of(first)
+    stop_max = chunk.stop
+    if call.suspects:
+        count, stop_max = _among_suspects(call, first, count, stop_max)
+        container.is_exclusive = first in call.suspects
+    start, stop = call.queued.pop_front(count, stop_max)
     lengths, blobs, payload = chunk.cut(start, stop)
     lease = Lease(
         lease_id=state.next_id(),
@@ -71,6 +76,10 @@ def grant(state: State, container: Container, call: Call, count: int) -> Lease:
     call.leases[lease.lease_id] = lease
     container.leases[lease.lease_id] = lease
     call.leased_count += stop - start
+    container.open_count += stop - start
+    container.is_used = True
+    if container.is_waiting:
+        end_wait(state, container)
     call.waits_for = ""
     call.stranded_since = None
     hold_core(container)
@@ -89,11 +98,18 @@ def grant(state: State, container: Container, call: Call, count: int) -> Lease:
             blobs=blobs,
             skip=generator.next_number if generator else 0,
             credit=max(generator.credit if generator else 0, ITEM_CREDIT_INITIAL),
-            method=call.method,
+            method=call.method.name,
             payload=payload,
         ),
     )
     return lease
+
+
+def _among_suspects(call: Call, first: int, count: int, stop_max: int) -> tuple[int, int]:
+    """How many inputs a lease may have, and where it ends at the latest: a suspect goes alone."""
+    if first in call.suspects:
+        return 1, stop_max
+    return count, min([stop_max, *(index for index in call.suspects if index > first)])
 
 
 def send_blob_once(state: State, worker: Worker, blob_id: bytes) -> None:
@@ -117,7 +133,9 @@ def release_core(container: Container) -> None:
 
 def close_inputs(state: State, lease: Lease, start: int, stop: int) -> None:
     """Inputs `start` to `stop` are no longer this lease's; the last one ends it."""
-    lease.call.leased_count -= lease.open.remove(start, stop)
+    removed = lease.open.remove(start, stop)
+    lease.call.leased_count -= removed
+    lease.container.open_count -= removed
     if not lease.open:
         end_lease(state, lease)
 
@@ -126,6 +144,7 @@ def end_lease(state: State, lease: Lease) -> None:
     container = lease.container
     was_first = next(iter(container.leases), None) == lease.lease_id
     lease.call.leased_count -= lease.open.count
+    container.open_count -= lease.open.count
     lease.open = IntervalSet()
     state.leases.pop(lease.lease_id, None)
     lease.call.leases.pop(lease.lease_id, None)
@@ -139,14 +158,27 @@ def end_lease(state: State, lease: Lease) -> None:
         return
     end_wait(state, container)
     release_core(container)
+    container.is_exclusive = False
     container.idle_since = state.now
-    if container.state != "stopping" and not container.has_idle_deadline:
-        container.has_idle_deadline = True
-        state.at(state.now + scaledown_s(container), "idle", container)
+    if container.function.is_single_use:
+        stop_container(state, container)
+    elif container.state != "stopping" and not container.has_idle_deadline:
+        watch_idle(state, container)
 
 
-def scaledown_s(container: Container) -> float:
-    return container.function.scaledown_window_s or SCALEDOWN_WINDOW_S
+def watch_idle(state: State, container: Container) -> None:
+    """Have it leave when it is idle for its scaledown window."""
+    container.has_idle_deadline = True
+    due_at = container.idle_since + container.function.scaledown_window_s
+    state.at(max(state.now, due_at), "idle", container)
+
+
+def stop_container(state: State, container: Container, is_patient: bool = False) -> None:
+    """Have it leave: at once, or if `is_patient` when what it runs has ended."""
+    if container.state != "stopping":
+        container.state = "stopping"
+        kill = bool(container.leases) and not is_patient
+        state.send(container.worker.peer_id, m.StopContainer(container.container_id, kill))
 
 
 def requeue(state: State, call: Call, start: int, stop: int) -> None:
@@ -235,7 +267,11 @@ def on_lease_waits(state: State, peer_id: PeerId, message: m.LeaseWaits) -> None
 
 def reclaim(state: State, lease: Lease, keep: int) -> None:
     """Ask for the tail of a lease. The answer is `Reclaimed`."""
-    if lease.is_reclaiming or lease.is_cancelled or lease.call.function.is_generator:
+    call = lease.call
+    if lease.is_reclaiming or lease.is_cancelled or call.method.is_generator:
+        return
+    if call.function.slots > 1:
+        # All of it has begun.
         return
     is_first = next(iter(lease.container.leases)) == lease.lease_id
     if is_first and lease.open.count < 2:

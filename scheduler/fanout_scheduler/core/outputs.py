@@ -20,7 +20,7 @@ from fanout_scheduler.core.leasing import (
     requeue,
     wake_call,
 )
-from fanout_scheduler.core.state import Call, Function, GeneratorState, Lease, State
+from fanout_scheduler.core.state import Call, GeneratorState, Lease, Method, State
 
 #: Weight of the newest report in the moving averages, at most and when it makes them grow.
 WEIGHT_MAX = 0.5
@@ -50,7 +50,7 @@ def _accept(state: State, message: m.LeaseOutputs) -> int:
         return 0
     if lease is not None:
         lease.heard_at = state.now
-        _measure(state, lease.call.function, message)
+        _measure(state, lease.call.method, message)
         lease.call.service_s += message.busy_us / 1e6
     if call is None or call.is_over or call.failure is not None:
         state.note("output of an ended call")
@@ -86,19 +86,19 @@ def _fresh(call: Call, start: int, stop: int) -> list[tuple[int, int]]:
     return fresh
 
 
-def _measure(state: State, function: Function, message: m.LeaseOutputs) -> None:
+def _measure(state: State, method: Method, message: m.LeaseOutputs) -> None:
     count = len(message.statuses)
     seconds = message.busy_us / 1e6 / count
     size = (len(message.payload) + blobs.size_bytes(state, message.blobs)) / count
-    if function.input_s is None:
-        function.input_s, function.output_bytes = seconds, size
+    if method.input_s is None:
+        method.input_s, method.output_bytes = seconds, size
         return
     weight = WEIGHT_MAX
-    if seconds > function.input_s:
+    if seconds > method.input_s:
         # One slow input among thousands must not make the next leases tiny.
         weight = min(WEIGHT_MAX, max(WEIGHT_GROW_MIN, count / 64))
-    function.input_s += weight * (seconds - function.input_s)
-    function.output_bytes += WEIGHT_MAX * (size - function.output_bytes)
+    method.input_s += weight * (seconds - method.input_s)
+    method.output_bytes += WEIGHT_MAX * (size - method.output_bytes)
 
 
 def _as_outputs(message: m.LeaseOutputs) -> m.Outputs:
@@ -209,10 +209,11 @@ def finish(state: State, call: Call, outputs: m.Outputs) -> None:
         release_inputs(state, call, start, stop)
     call.output_bytes += len(outputs.payload) + blobs.size_bytes(state, outputs.blobs)
     call.outputs.append(outputs)
-    if call.attempts or call.crashes:
+    if call.attempts or call.crashes or call.suspects:
         for index in range(start, stop):
             call.attempts.pop(index, None)
             call.crashes.pop(index, None)
+            call.suspects.discard(index)
     if call.is_durable:
         durable.serve_fetches(state, call, outputs)
         if call.is_done and not call.is_over:
@@ -348,9 +349,7 @@ def charge_crash(state: State, lease: Lease, index: int, message: m.ContainerExi
     """The input that ran when its container died: run it again, or end it after the third time,
     so that no input takes containers down for ever."""
     call = lease.call
-    if call.is_over or call.failure is not None or index not in lease.open:
-        return
-    if index in call.finished or index in call.storing:
+    if not _may_crash(lease, index):
         return
     crashes = call.crashes[index] = call.crashes.get(index, 0) + 1
     if crashes < CRASH_LIMIT:
@@ -363,6 +362,20 @@ def charge_crash(state: State, lease: Lease, index: int, message: m.ContainerExi
     close_inputs(state, lease, index, index + 1)
     payload = m.failure_payload("crash", text, details)
     deliver(state, call, single_output(call, index, m.Status.FAILURE, payload))
+
+
+def suspect(lease: Lease, index: int) -> None:
+    """One of several inputs that ran when their container died: it runs alone the next time, and
+    is charged if it dies alone too."""
+    if _may_crash(lease, index):
+        lease.call.suspects.add(index)
+
+
+def _may_crash(lease: Lease, index: int) -> bool:
+    call = lease.call
+    if call.is_over or call.failure is not None or index not in lease.open:
+        return False
+    return index not in call.finished and index not in call.storing
 
 
 def single_output(call: Call, index: int, status: int, payload: bytes | memoryview) -> m.Outputs:

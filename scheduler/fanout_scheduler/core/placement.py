@@ -19,7 +19,7 @@ from __future__ import annotations
 from heapq import heappop
 
 from fanout.protocol import messages as m
-from fanout_scheduler.core.calls import fail_call, stop_container, update_window
+from fanout_scheduler.core.calls import fail_call, update_window
 from fanout_scheduler.core.leasing import (
     HELD_BY_CONSUMER,
     end_wait,
@@ -28,8 +28,11 @@ from fanout_scheduler.core.leasing import (
     is_held_by_consumer,
     reclaim,
     send_blob_once,
+    stop_container,
     wake_call,
+    watch_idle,
 )
+from fanout_scheduler.core.scaling import is_spare, lacks_container
 from fanout_scheduler.core.state import Call, Container, Function, Lease, State, Worker
 from fanout_scheduler.core.workers import add_container
 
@@ -162,30 +165,53 @@ def _place_call(state: State, call: Call) -> str:
         return NO_BLOB
     if not state.workers:
         return NO_WORKER
-    reason = NO_CORE
-    for container in function.containers.values():
-        if container.is_idle and _has_core(container.worker, function):
-            if _is_reserved(state, container.worker):
-                continue
-            _lease(state, container, call)
-            return ""
-    if not _is_worth_a_container(state, call):
-        return NO_CORE
-    worker, reason = _choose_worker(state, function)
-    if worker is None:
+    # A suspect gets a container for itself.
+    is_alone = bool(call.suspects) and call.queued.first in call.suspects
+    container = _with_room(state, function, 1 if is_alone else function.target)
+    if container is None and not _is_worth_a_container(state, call):
+        container = None if is_alone else _with_room(state, function, function.slots)
+        if container is None:
+            return NO_CORE
+    reason = ""
+    if container is None:
+        worker, reason = _choose_worker(state, function)
+        if worker is not None:
+            container = start_container(state, worker, function)
+        elif not is_alone and function.slots > function.target:
+            container = _with_room(state, function, function.slots)
+    if container is None:
         return _final_reason(state, call, reason)
-    _lease(state, _start_container(state, worker, function), call)
+    _lease(state, container, call)
     return ""
+
+
+def _with_room(state: State, function: Function, limit: int) -> Container | None:
+    """A container that may have another input and has a core for it: for batches the fullest one,
+    else the emptiest."""
+    best: Container | None = None
+    for container in function.containers.values():
+        if not container.has_room(limit):
+            continue
+        if not container.holds_core and (
+            not _has_core(container.worker, function) or _is_reserved(state, container.worker)
+        ):
+            continue
+        if function.slots == 1:
+            return container
+        is_better = best is None or (container.open_count > best.open_count) == function.is_batched
+        if is_better and (best is None or container.open_count != best.open_count):
+            best = container
+    return best
 
 
 def _is_worth_a_container(state: State, call: Call) -> bool:
     """Where a container is about to finish quick inputs anyway, a few more are done before another
     container could start."""
-    function = call.function
-    if function.input_s is None:
+    function, input_s = call.function, call.method.input_s
+    if input_s is None or function.is_single_use:
         return True
     waiting_count = call.queued.count + len(function.ready) - 1
-    if waiting_count * function.input_s > START_WORTH_S:
+    if waiting_count * input_s > START_WORTH_S:
         return True
     if not any(_can_prefetch(state, c) for c in function.containers.values()):
         return True
@@ -194,7 +220,9 @@ def _is_worth_a_container(state: State, call: Call) -> bool:
     return False
 
 
-def _choose_worker(state: State, function: Function) -> tuple[Worker | None, str]:
+def _choose_worker(
+    state: State, function: Function, needs_core: bool = True
+) -> tuple[Worker | None, str]:
     """The worker with the most free cores that can hold another container of the function."""
     limit = function.max_containers
     if limit is not None and len(function.containers) >= limit:
@@ -204,10 +232,10 @@ def _choose_worker(state: State, function: Function) -> tuple[Worker | None, str
     for worker in state.workers.values():
         if worker.cpu + EPSILON < function.cpu or worker.memory_mib < function.memory_mib:
             continue
-        if not _has_core(worker, function) or _is_reserved(state, worker):
+        if needs_core and (not _has_core(worker, function) or _is_reserved(state, worker)):
             reason = NO_CORE
             continue
-        if not _make_room(state, worker, function):
+        if not _make_room(state, worker, function, is_needed=needs_core):
             reason = NO_ROOM if function.memory_mib <= worker.memory_free_mib else NO_MEMORY
             continue
         if best is None or worker.cpu_free > best.cpu_free:
@@ -215,13 +243,17 @@ def _choose_worker(state: State, function: Function) -> tuple[Worker | None, str
     return best, reason
 
 
-def _make_room(state: State, worker: Worker, function: Function) -> bool:
+def _make_room(state: State, worker: Worker, function: Function, is_needed: bool) -> bool:
     """Whether memory and the number of containers allow one more; idle ones of other functions are
-    asked to leave if not."""
+    asked to leave if not. For a container that no input needs, only those that are not kept."""
     lacks_memory = worker.memory_free_mib < function.memory_mib
     if not lacks_memory and len(worker.containers) < CONTAINERS_MAX:
         return True
-    idle = [c for c in worker.containers.values() if c.is_idle and c.function is not function]
+    idle = [
+        c
+        for c in worker.containers.values()
+        if c.is_idle and c.function is not function and (is_needed or is_spare(c.function))
+    ]
     if idle:
         stop_container(state, min(idle, key=lambda c: (c.idle_since, c.number)))
     return False
@@ -244,7 +276,7 @@ def _final_reason(state: State, call: Call, reason: str) -> str:
     return reason
 
 
-def _start_container(state: State, worker: Worker, function: Function) -> Container:
+def start_container(state: State, worker: Worker, function: Function) -> Container:
     # A worker that kept containers over a restart knows the function, and has dropped its blobs.
     for blob_id in function.definition.blobs:
         send_blob_once(state, worker, blob_id)
@@ -263,36 +295,51 @@ def _lease(state: State, container: Container, call: Call) -> None:
     assert taken[3] is call
     call.is_ready = False
     state.service_clock_s = max(state.service_clock_s, taken[1])
-    grant(state, container, call, _lease_size(call))
+    grant(state, container, call, _lease_size(call, container))
     update_window(state, call)
     wake_call(state, call)
     if not function.ready:
         state.ready_functions.pop(function.function_id, None)
 
 
-def _lease_size(call: Call) -> int:
+def _lease_size(call: Call, container: Container) -> int:
     """As many inputs as take LEASE_S; one while nothing is known; never more than a fair part of
-    the queue, so that a short queue is spread over all containers."""
-    function = call.function
-    if function.is_generator or function.input_s is None:
+    the queue, so that a short queue is spread over all containers. Of a concurrent function as
+    many as the container has room for, since all of them begin."""
+    function, method = call.function, call.method
+    if method.is_generator or function.is_single_use:
         return 1
-    count = int(LEASE_S / max(function.input_s, 1e-7))
-    if function.output_bytes > 0:
-        count = min(count, int(LEASE_BYTES_MAX / function.output_bytes))
+    if function.slots > 1:
+        limit = function.target if container.open_count < function.target else function.slots
+        part = -(-call.queued.count // max(1, len(function.containers)))
+        room = limit - container.open_count
+        return room if function.is_batched else max(1, min(room, part))
+    if method.input_s is None:
+        return 1
+    count = int(LEASE_S / max(method.input_s, 1e-7))
+    if method.output_bytes > 0:
+        count = min(count, int(LEASE_BYTES_MAX / method.output_bytes))
     part = -(-call.queued.count // (2 * max(1, len(function.containers))))
     return max(1, min(count, part, LEASE_INPUTS_MAX))
 
 
 def _prefetch(state: State, function: Function) -> None:
     """Second leases for containers whose inputs are quick, so that none waits for a round trip."""
-    if function.input_s is None or function.input_s > QUICK_S or function.is_generator:
+    if function.slots > 1 or function.is_single_use:
         return
     for container in function.containers.values():
         _drop_stale(state, function)
-        if not function.ready:
+        if not function.ready or not _is_quick(function.ready[0][3]):
             return
         if _can_prefetch(state, container) and not _is_reserved(state, container.worker):
             _lease(state, container, function.ready[0][3])
+
+
+def _is_quick(call: Call) -> bool:
+    method = call.method
+    if method.input_s is None or method.input_s > QUICK_S or method.is_generator:
+        return False
+    return not call.suspects
 
 
 def _can_prefetch(state: State, container: Container) -> bool:
@@ -300,7 +347,22 @@ def _can_prefetch(state: State, container: Container) -> bool:
     if len(container.leases) != 1 or container.is_waiting or container.state != "ready":
         return False
     lease = next(iter(container.leases.values()))
+    if container.is_exclusive:
+        return False
     return state.now - lease.heard_at < STUCK_S and not lease.is_cancelled
+
+
+# --- containers that no input asks for -----------------------------------------------------------
+
+
+def scale(state: State) -> None:
+    """Start the containers that functions are to have in any case; see scaling.py."""
+    for function in list(state.scaled.values()):
+        while lacks_container(function):
+            worker, _ = _choose_worker(state, function, needs_core=False)
+            if worker is None:
+                break
+            watch_idle(state, start_container(state, worker, function))
 
 
 # --- deadlocks -----------------------------------------------------------------------------------
@@ -393,7 +455,9 @@ def _reclaim_tails(state: State) -> None:
         function = lease.call.function
         if function.function_id in state.ready_functions or lease.is_reclaiming:
             continue
-        if lease.is_cancelled or function.is_generator or lease.container.is_waiting:
+        if lease.is_cancelled or lease.call.method.is_generator or lease.container.is_waiting:
+            continue
+        if function.slots > 1:
             continue
         is_first = next(iter(lease.container.leases)) == lease.lease_id
         if (is_first and lease.open.count < 2) or state.now < lease.reclaim_after:
@@ -420,7 +484,7 @@ def _is_stuck(state: State, lease: Lease) -> bool:
 
 
 def _tail_seconds(state: State, lease: Lease, is_first: bool) -> float:
-    input_s = lease.call.function.input_s or 0.0
+    input_s = lease.call.method.input_s or 0.0
     if _is_stuck(state, lease):
         head = next(iter(lease.container.leases.values()))
         return max(state.now - head.heard_at, lease.open.count * input_s)

@@ -62,6 +62,9 @@ def _restore_call(state: State, record: m.OpenCall) -> bool:
     function = state.functions.get(record.function_id)
     if function is None:
         return False
+    method = function.methods.get(record.method)
+    if method is None:
+        return False
     call = Call(
         call_id=record.call_id,
         function=function,
@@ -71,7 +74,7 @@ def _restore_call(state: State, record: m.OpenCall) -> bool:
         parent=None,
         depth=0,
         ancestors=(),
-        method=record.method,
+        method=method,
     )
     if record.call_id not in state.calls:
         add_call(state, call)

@@ -64,7 +64,7 @@ def _wait_of(container: Container) -> str:
         return ""
     if container.deferred:
         return "its core"
-    return "its consumer" if container.function.is_generator else "its own calls"
+    return "its consumer" if container.waiting_peer is None else "its own calls"
 
 
 def _call(call: Call) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from heapq import heappush
 from itertools import accumulate
 from typing import Any
 
-from fanout.config import TIMEOUT_S, WINDOW_COUNT_MIN
+from fanout.config import SCALEDOWN_WINDOW_S, TIMEOUT_S, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import Command, PeerId, Send
@@ -41,8 +41,20 @@ class App:
 
 
 @dataclass(slots=True)
+class Method:
+    """What a call names: a function has one, without a name, and a class several, which share its
+    containers."""
+
+    name: str
+    is_generator: bool
+    #: Seconds an input takes, and bytes its output has: moving averages. None: not measured.
+    input_s: float | None = None
+    output_bytes: float = 0.0
+
+
+@dataclass(slots=True)
 class Function:
-    """A definition, with what was measured of it and who runs it."""
+    """A definition (of a function, or of a class) with who runs it."""
 
     definition: m.DefineFunction
     app: App
@@ -50,19 +62,27 @@ class Function:
     cpu: float
     memory_mib: int
     max_containers: int | None
-    is_generator: bool
-    timeout_s: float
+    min_containers: int
+    buffer_containers: int
     scaledown_window_s: float
+    timeout_s: float
+    methods: dict[str, Method]
+    #: Inputs that a container may have at a time, and how many it should have before another
+    #: container is started. Both are 1 unless the function is concurrent or batched.
+    slots: int
+    target: int
+    is_batched: bool
+    #: Each container runs one input and leaves.
+    is_single_use: bool
     #: (max_retries, initial_delay_s, backoff_coefficient, max_delay_s) or None.
     retries: tuple[int, float, float, float] | None
     containers: dict[int, Container] = field(default_factory=dict)
     #: Calls that have inputs to lease, as a heap of (-depth, service time, number, call).
     ready: list[tuple[int, float, int, Call]] = field(default_factory=list)
-    #: Seconds an input takes, and bytes its output has: moving averages. None: not measured.
-    input_s: float | None = None
-    output_bytes: float = 0.0
     #: Containers in a row that died before they were ready.
     start_failures: int = 0
+    #: The last container could not start: none is started without an input that needs it.
+    is_broken: bool = False
     is_stored: bool = False
     #: Blobs of its definition are still on their way.
     lacks_blobs: bool = False
@@ -77,6 +97,10 @@ def make_function(definition: m.DefineFunction, app: App, number: int) -> Functi
     options = definition.options
     retries = options.get("retries")
     cpu = options.get("cpu")
+    batch = options.get("batch")
+    batch_size = int(batch[0]) if batch else 1
+    max_inputs = int(options.get("max_inputs") or 1)
+    target_inputs = int(options.get("target_inputs") or max_inputs)
     return Function(
         definition=definition,
         app=app,
@@ -84,11 +108,24 @@ def make_function(definition: m.DefineFunction, app: App, number: int) -> Functi
         cpu=1.0 if cpu is None else float(cpu),
         memory_mib=int(options.get("memory") or 0),
         max_containers=options.get("max_containers"),
-        is_generator=bool(options.get("is_generator")),
+        min_containers=int(options.get("min_containers") or 0),
+        buffer_containers=int(options.get("buffer_containers") or 0),
+        scaledown_window_s=float(options.get("scaledown_window", SCALEDOWN_WINDOW_S)),
         timeout_s=float(options.get("timeout") or TIMEOUT_S),
-        scaledown_window_s=float(options.get("scaledown_window") or 0.0),
+        methods=_methods_of(options),
+        slots=max_inputs * batch_size,
+        target=target_inputs * batch_size,
+        is_batched=batch is not None,
+        is_single_use=bool(options.get("single_use")),
         retries=None if retries is None else (int(retries[0]), *map(float, retries[1:4])),  # type: ignore[arg-type]
     )
+
+
+def _methods_of(options: dict[str, Any]) -> dict[str, Method]:
+    methods = options.get("methods")
+    if methods is None:
+        return {"": Method("", bool(options.get("is_generator")))}
+    return {name: Method(name, bool(shape["is_generator"])) for name, shape in methods.items()}
 
 
 class Chunk:
@@ -147,14 +184,16 @@ class Call:
     depth: int
     #: Containers that wait, directly or not, for this call.
     ancestors: tuple[Container, ...]
-    #: Which method, where the function is a class.
-    method: str = ""
+    method: Method
     #: Inputs received; of a durable call, only what is stored counts.
     received: IntervalSet = field(default_factory=IntervalSet)
     #: Received, and their blobs are not all here.
     parked: IntervalSet = field(default_factory=IntervalSet)
     queued: IntervalSet = field(default_factory=IntervalSet)
     backing_off: set[int] = field(default_factory=set)
+    #: Inputs that ran beside others when their container died. Each runs alone the next time, so
+    #: that the one to blame is found.
+    suspects: set[int] = field(default_factory=set)
     #: Inputs whose output is here (of a durable call: stored), whether or not acknowledged.
     finished: IntervalSet = field(default_factory=IntervalSet)
     #: Outputs of a durable call that are on their way to disk.
@@ -267,8 +306,14 @@ class Container:
     number: int
     #: starting, ready, stopping; see the table in scheduler/README.md.
     state: str
-    #: At most two; the first one runs.
+    #: At most two, of which the first one runs; of a concurrent function all of them run.
     leases: dict[int, Lease] = field(default_factory=dict)
+    #: Inputs of its leases that are neither reported nor given back.
+    open_count: int = 0
+    #: It runs a suspect, which gets no company.
+    is_exclusive: bool = False
+    #: It has had a lease.
+    is_used: bool = False
     holds_core: bool = False
     #: Its inputs wait: for nested calls, or for credit.
     is_waiting: bool = False
@@ -283,6 +328,12 @@ class Container:
     @property
     def is_idle(self) -> bool:
         return not self.leases and self.state != "stopping"
+
+    def has_room(self, limit: int) -> bool:
+        """Whether it may have another input, as long as it has less than `limit`."""
+        if self.state == "stopping" or self.is_exclusive:
+            return False
+        return self.open_count < limit and not (self.is_used and self.function.is_single_use)
 
 
 @dataclass(slots=True)
@@ -360,6 +411,8 @@ class State:
     peers: dict[PeerId, Peer] = field(default_factory=dict)
     #: Functions that have ready calls, in the order in which they got them.
     ready_functions: dict[bytes, Function] = field(default_factory=dict)
+    #: Functions that have containers without inputs that need them; see scaling.py.
+    scaled: dict[bytes, Function] = field(default_factory=dict)
     #: Containers that have deferred frames and no core.
     resuming: dict[int, Container] = field(default_factory=dict)
     #: (when, order, kind, what); entries may be stale, the kinds check.

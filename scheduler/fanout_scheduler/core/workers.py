@@ -6,9 +6,14 @@ from typing import Any
 
 from fanout.config import CLIENT_GRACE_S, WORKER_DEADLINE_S
 from fanout.protocol import messages as m
-from fanout_scheduler.core import calls, durable, outputs
+from fanout_scheduler.core import calls, durable, outputs, scaling
 from fanout_scheduler.core.events import Disconnect, PeerId
-from fanout_scheduler.core.leasing import give_back_lease, release_core
+from fanout_scheduler.core.leasing import (
+    give_back_lease,
+    release_core,
+    stop_container,
+    watch_idle,
+)
 from fanout_scheduler.core.state import Container, Function, Peer, State, Worker
 
 #: Reports of a worker that wait to be acknowledged, at most, and for how long.
@@ -65,8 +70,10 @@ def _adopt(state: State, worker: Worker, container_id: int, function_id: bytes) 
     limit = function.max_containers
     if limit is not None and len(function.containers) >= limit:
         return False
+    if function.is_single_use:
+        return False
     worker.functions.add(function.function_id)
-    add_container(state, worker, function, container_id, "ready")
+    watch_idle(state, add_container(state, worker, function, container_id, "ready"))
     return True
 
 
@@ -167,6 +174,7 @@ def on_container_started(state: State, peer: Peer, message: m.ContainerStarted) 
     if container.state == "starting":
         container.state = "ready"
     container.function.start_failures = 0
+    container.function.is_broken = False
     for lease in container.leases.values():
         lease.heard_at = state.now
 
@@ -179,19 +187,31 @@ def on_container_exited(state: State, peer: Peer, message: m.ContainerExited) ->
         state.note("exit of an unknown container")
         return
     if message.reason == "crash":
-        for lease_id, index in message.running:
-            lease = state.leases.get(lease_id)
-            if lease is not None and lease.container is container:
-                outputs.charge_crash(state, lease, index, message)
+        _blame(state, container, message)
     function = container.function
     _lose_container(state, container)
     if message.reason == "start":
         _on_start_failure(state, function, message)
 
 
+def _blame(state: State, container: Container, message: m.ContainerExited) -> None:
+    """Charge the input that ran when a container died; of several, none yet."""
+    ran = [
+        (lease, index)
+        for lease_id, index in message.running
+        if (lease := container.leases.get(lease_id)) is not None and index in lease.open
+    ]
+    for lease, index in ran:
+        if len(ran) == 1:
+            outputs.charge_crash(state, lease, index, message)
+        else:
+            outputs.suspect(lease, index)
+
+
 def _on_start_failure(state: State, function: Function, message: m.ContainerExited) -> None:
     """An exception while the user's code was loaded is final; it is told once, for every input.
     A container that just died gets two more chances."""
+    function.is_broken = True
     if message.payload:
         calls.fail_function(state, function, m.Status.ERROR, bytes(message.payload))
         return
@@ -206,17 +226,20 @@ def _on_start_failure(state: State, function: Function, message: m.ContainerExit
         calls.fail_function(state, function, m.Status.FAILURE, payload)
 
 
-def on_idle_deadline(state: State, container: Container, window_s: float) -> None:
-    """A container that has been idle for its scaledown window leaves. It has one deadline at a
-    time, which moves on when it comes too early."""
+def on_idle_deadline(state: State, container: Container) -> None:
+    """A container that has been idle for its scaledown window leaves, unless it is one of those
+    that are kept in any case. It has one deadline at a time, which moves on when it is early."""
     container.has_idle_deadline = False
     if state.containers.get(container.container_id) is not container or not container.is_idle:
         return
-    if container.idle_since + window_s <= state.now:
-        calls.stop_container(state, container)
+    function = container.function
+    if container.idle_since + function.scaledown_window_s > state.now:
+        watch_idle(state, container)
+    elif scaling.is_spare(function):
+        stop_container(state, container)
     else:
         container.has_idle_deadline = True
-        state.at(container.idle_since + window_s, "idle", container)
+        state.at(state.now + max(1.0, function.scaledown_window_s), "idle", container)
 
 
 def acknowledge(state: State) -> None:
