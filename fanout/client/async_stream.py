@@ -60,11 +60,11 @@ class AsyncStream:
             assert self.call is not None
             self._waiter = self.loop.create_future()
             session = self.call.session
-            session.begin_wait()
+            waiter = session.begin_wait()
             try:
                 await self._waiter
             finally:
-                session.end_wait()
+                session.end_wait(waiter)
                 self._waiter = None
         return self._deliveries.popleft()
 

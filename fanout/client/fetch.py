@@ -37,11 +37,11 @@ class _Listener:
     async def wait(self, session: Session) -> None:
         """Until something changed."""
         self._waiter = session.loop.create_future()
-        session.begin_wait()
+        waiter = session.begin_wait()
         try:
             await self._waiter
         finally:
-            session.end_wait()
+            session.end_wait(waiter)
             self._waiter = None
 
 

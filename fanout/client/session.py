@@ -24,6 +24,7 @@ import logging
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +72,10 @@ class Session:
         self._on_gone = on_gone
         self.session_id = os.urandom(16)
         self.is_nested = context.container is not None
+        self._waits = context.container.waits if context.container is not None else None
+        self._thread = threading.get_ident()
+        if self._waits is not None:
+            self._waits.watch(self)
         self.store = MemoryBlobStore()
         self._blob_pins: dict[bytes, int] = {}
         self.transport: wire.Transport | None = None
@@ -290,8 +295,8 @@ class Session:
                     transport.send(message)
         for message, _ in self._requests.values():
             transport.send(message)
-        if self._wait_count:
-            self.tell_waiting()
+        self._told_at = -1
+        self._review_waits()
 
     def lose(self, transport: wire.Transport, error: Exception | None) -> None:
         """The connection is gone."""
@@ -423,11 +428,11 @@ class Session:
         self._requests[question.request_id] = (question, future)
         self._wanted.set()
         self.send(question)
-        self.begin_wait()
+        waiter = self.begin_wait()
         try:
             return await future
         finally:
-            self.end_wait()
+            self.end_wait(waiter)
             self._requests.pop(question.request_id, None)
 
     def send(self, message: m.Message) -> None:
@@ -477,24 +482,48 @@ class Session:
 
     # --- waiting ---------------------------------------------------------------------------------
 
-    def begin_wait(self) -> None:
-        """User code waits for the scheduler. In a container that frees its core for others."""
+    def begin_wait(self) -> context.InputContext | None:
+        """User code waits for the scheduler. In a container that frees its core for others, when
+        nothing else runs there. Returns what `end_wait` is to be given."""
         self._wait_count += 1
-        if self.is_nested:
-            self.tell_waiting()
+        if self._waits is None:
+            return None
+        waiter = self._waits.begin(self)
+        if self._waits.are_all:
+            self._tell_waiting()
+        return waiter
 
-    def end_wait(self) -> None:
+    def end_wait(self, waiter: context.InputContext | None) -> None:
         self._wait_count -= 1
         assert self._wait_count >= 0
-        if self._wait_count == 0 and self._told_at == self.seen:
+        if self._waits is not None:
+            self._waits.end(waiter, self)
+            self._review_waits()
+
+    def waits_changed(self) -> None:
+        """Another part of the container has begun or ended to wait; in any thread."""
+        if threading.get_ident() == self._thread:
+            self._review_waits()
+            return
+        # The loop may be gone.
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._review_waits)
+
+    def _review_waits(self) -> None:
+        """Tell the scheduler if it does not know whether this container waits."""
+        if self._waits is None:
+            return
+        if self._waits.are_all:
+            if self._wait_count and self._told_at != self.seen:
+                self._tell_waiting()
+        elif self._told_at == self.seen:
             # No frame ended it, so the scheduler takes this container for a waiting one.
             self._told_at = -1
             self.send(m.SessionRuns())
 
-    def tell_waiting(self) -> None:
-        if self.is_nested:
-            self._told_at = self.seen
-            self.send(m.SessionWaits(self.seen))
+    def _tell_waiting(self) -> None:
+        self._told_at = self.seen
+        self.send(m.SessionWaits(self.seen))
 
     # --- blobs -----------------------------------------------------------------------------------
 
@@ -558,8 +587,8 @@ class Session:
                 self.unknown_count += 1
         for call in touched.values():
             call.settle()
-        if has_ended_wait and self._wait_count and self.is_nested:
-            self.tell_waiting()
+        if has_ended_wait:
+            self._review_waits()
 
     def _on_other(self, message: m.Message) -> None:
         if isinstance(message, m.Log):

@@ -7,6 +7,7 @@ import threading
 import weakref
 from typing import Any
 
+from fanout import context
 from fanout.client.session import Session
 
 _sessions: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Session] = (
@@ -58,5 +59,8 @@ def forget_after_fork() -> None:
         if session.transport is not None:
             session.transport.abandon()
     _inherited.append(_sessions)
+    if context.container is not None:
+        # Its lock may be held by a thread that is not here, and its inputs run elsewhere.
+        context.container.waits = context.Waits()
     _sessions = weakref.WeakKeyDictionary()
     _lock = threading.Lock()

@@ -31,6 +31,7 @@ from fanout.client.inputs import Encoded, Encoder, Puller, Rows, encode_one
 from fanout.client.loop import background_loop
 from fanout.client.session import Session
 from fanout.client.sessions import connected, session_here
+from fanout.context import InputContext
 from fanout.exceptions import InternalError
 from fanout.protocol import messages as m
 
@@ -103,6 +104,7 @@ class _Opener:
         self.is_cancelled = False
         self._is_waiting = False
         self._is_wait_told = False
+        self._waiter: InputContext | None = None
         self._task: asyncio.Task[None] | None = None
 
     def open(self) -> None:
@@ -136,14 +138,14 @@ class _Opener:
         self._is_waiting = True
         if self.call is not None and not self._is_wait_told:
             self._is_wait_told = True
-            self.call.session.begin_wait()
+            self._waiter = self.call.session.begin_wait()
 
     def end_wait(self) -> None:
         self._is_waiting = False
         if self._is_wait_told:
             self._is_wait_told = False
             assert self.call is not None
-            self.call.session.end_wait()
+            self.call.session.end_wait(self._waiter)
 
     def opened(self, call: LiveCall) -> None:
         raise NotImplementedError

@@ -2,7 +2,8 @@
 
 The frames are those of `fanout.protocol.frames`; the header is a msgpack array that begins with
 one of the kinds below. They never leave the host, and both ends must run the same code, which
-`fingerprint` tells. Outputs do not travel here unless they are large: see `shared.py`.
+`fingerprint` tells. Outputs of a container that runs one input at a time do not travel here unless
+they are large: see `shared.py`. For one that runs several (`runs_many`), messages are all there is.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from fanout.protocol import frames
 # --- daemon to container ---
 #: [START, info]; payload: the function's definition. `info` is plain data, see `container.py`.
 START = 1
-#: [LEASE, lease id, slot, call id, start, lengths, blobs, skip, method]; payload: the inputs end
-#: to end.
+#: [LEASE, lease id, slot, call id, start, lengths, blobs, skip, method, credit]; payload: the
+#: inputs end to end. One input at a time: `credit` is in the slot's memory and grows there. Several
+#: at a time: there are no slots.
 LEASE = 2
 #: [CREDIT]: the credit word of a waiting generator was raised.
 CREDIT = 3
 #: [STOP]: leave when the leases before this are done.
 STOP = 4
+#: [ITEM_CREDIT, lease id, upto]: several at a time: the lease's generator may give items below.
+ITEM_CREDIT = 5
+#: [STOP_INPUT, lease id, index, reason]: several at a time: stop one input; `shared.REASON_...`.
+STOP_INPUT = 6
 
 # --- container to daemon ---
 #: [BELL]: there is something in the ring.
@@ -42,6 +48,16 @@ WAITS = 14
 #: [LOG, source, call id, index]; payload: bytes as written.
 LOG = 15
 
+# --- the same, of a container that runs several inputs at a time ---
+#: [BEGUN, since_ns, ranges]: inputs run from now on; a range is [lease id, start, count]. Written
+#: before any of their code runs, so a death tells who ran.
+BEGUN = 16
+#: [OUTPUTS, entries]; payload: the values end to end. An entry is [lease id, kind, index, number,
+#: status, duration_ns, length, blob ids], in any order of inputs.
+OUTPUTS = 17
+#: [ITEM_WAITS, lease id, index, upto]: a generator has used its credit.
+ITEM_WAITS = 18
+
 _FIELDS: dict[int, tuple[type, ...]] = {
     BELL: (),
     STARTED: (),
@@ -49,6 +65,9 @@ _FIELDS: dict[int, tuple[type, ...]] = {
     OUTPUT: (int,) * 7 + (list,),
 }
 _FIELDS |= {WAITS: (int, int), LOG: (int, bytes, int)}
+_FIELDS |= {BEGUN: (int, list), OUTPUTS: (list,), ITEM_WAITS: (int, int, int)}
+_RANGE = (int, int, int)
+_ENTRY = (int,) * 7 + (list,)
 
 #: Paths and environment variables may be any bytes, and are text with surrogates then.
 _UNICODE_ERRORS = "surrogateescape"
@@ -94,11 +113,47 @@ def parse_checked(header: bytes) -> list[Any]:
     return fields
 
 
+def runs_many(options: dict[str, Any]) -> bool:
+    """Whether containers of a definition with these options run several inputs at a time."""
+    max_inputs: int | None = options.get("max_inputs")
+    return (max_inputs or 1) > 1 or options.get("batch") is not None
+
+
+def check_ranges(ranges: list[Any]) -> list[tuple[int, int, int]]:
+    """The ranges of `BEGUN`.
+
+    Raises:
+        ProtocolError: they are none.
+    """
+    return [_checked(fields, _RANGE) for fields in ranges]
+
+
+def check_entries(
+    entries: list[Any],
+) -> list[tuple[int, int, int, int, int, int, int, list[Any]]]:
+    """The entries of `OUTPUTS`.
+
+    Raises:
+        ProtocolError: they are none.
+    """
+    return [_checked(fields, _ENTRY) for fields in entries]
+
+
+def _checked(fields: Any, types: tuple[type, ...]) -> Any:
+    if type(fields) is not list or len(fields) != len(types):
+        raise ProtocolError("a container frame has an invalid entry")
+    for value, kind in zip(fields, types, strict=True):
+        if type(value) is not kind or (type(value) is int and value < 0):
+            raise ProtocolError("a container frame has an entry with an invalid field")
+    return tuple(fields)
+
+
 def fingerprint() -> str:
     """A digest of the code that daemon and container must have in common. They may come from
     different installations, and an installation may change while a daemon runs."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in (folder / "channel.py", folder / "shared.py", *sorted(folder.glob("runtime/*.py"))):
+    both = [folder / name for name in ("channel.py", "outcome.py", "process.py", "shared.py")]
+    for path in (*both, *sorted(folder.glob("runtime/*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()

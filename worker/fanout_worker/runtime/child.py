@@ -294,14 +294,20 @@ def _prepare(
     )
     options = info["options"]
     sender = LogSender(channel, gate)
-    writers = [streams.LogWriter(source, sender) for source in (Source.STDOUT, Source.STDERR)]
+    runs_many = ch.runs_many(options)
+    make_writer = streams.ConcurrentLogWriter if runs_many else streams.LogWriter
+    writers = [make_writer(source, sender) for source in (Source.STDOUT, Source.STDERR)]
     sys.stdout, sys.stderr = map(streams.make_stream, writers)
     faulthandler.enable(file=2)
     code = loader.load_code(definition, info["sources"], options)
-    if code.needs_loop:
+    if runs_many:
+        from fanout_worker.runtime.child_concurrent import ConcurrentRunner
+
+        kind: type[Runner] = ConcurrentRunner
+    elif code.needs_loop:
         from fanout_worker.runtime.child_async import AsyncRunner
 
-        kind: type[Runner] = AsyncRunner
+        kind = AsyncRunner
     else:
         kind = SyncRunner
     runner = kind(channel, memory, gate, code, options, info["blob_folder"])

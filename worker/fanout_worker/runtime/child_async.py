@@ -35,20 +35,29 @@ async def settled(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-class AsyncRunner(Runner):
-    """Runs coroutine functions and async generator functions."""
+class LoopRunner(Runner):
+    """Base of containers with an event loop: the same one for hooks and for all inputs."""
 
     def enter(self) -> None:
         self._loops = asyncio.Runner()
-        self._loops.run(self._enter())
+        if self._code.needs_loop:
+            self._loops.run(self._enter())
+        else:
+            super().enter()
 
     def serve(self) -> None:
         self._loops.run(self._serve())
 
     def exit(self) -> None:
-        self._end_inputs()
-        self._loops.run(self._exit())
+        if self._code.needs_loop:
+            self._end_inputs()
+            self._loops.run(self._exit())
+        else:
+            super().exit()
         self._loops.close()
+
+    async def _serve(self) -> None:
+        raise NotImplementedError
 
     async def _enter(self) -> None:
         for hook in self._code.enters:
@@ -62,6 +71,10 @@ class AsyncRunner(Runner):
                     await result
             except BaseException as error:
                 tell_failed_hook(error)
+
+
+class AsyncRunner(LoopRunner):
+    """Runs coroutine functions and async generator functions."""
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()

@@ -48,6 +48,8 @@ class LeaseOrder:
     skip: int
     #: Of a class; "" for a function.
     method: str
+    #: Items of a generator that may be sent; what counts is in memory, where there is a slot.
+    credit: int
     #: Bytes when the inputs are small: a slice that copies is cheaper than a view then.
     payload: bytes | memoryview
 
@@ -63,6 +65,8 @@ class Channel:
         self.leases: deque[LeaseOrder] = deque()
         self.start: tuple[dict[str, Any], bytes] | None = None
         self.is_stopping = False
+        #: Orders about inputs that run, for a container that runs several.
+        self.orders: deque[list[Any]] = deque()
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -105,7 +109,7 @@ class Channel:
     def _take(self, fields: list[Any], payload: bytes) -> None:
         kind = fields[0]
         if kind == ch.LEASE:
-            _, lease_id, slot, call_id, start, lengths, blobs, skip, method = fields
+            _, lease_id, slot, call_id, start, lengths, blobs, skip, method, credit = fields
             self.leases.append(
                 LeaseOrder(
                     lease_id,
@@ -116,11 +120,14 @@ class Channel:
                     dict(blobs),
                     skip,
                     method,
+                    credit,
                     payload
                     if len(payload) < len(lengths) * _SMALL_SIZE_BYTES
                     else memoryview(payload),
                 )
             )
+        elif kind in (ch.STOP_INPUT, ch.ITEM_CREDIT):
+            self.orders.append(fields)
         elif kind == ch.START:
             self.start = (fields[1], payload)
         elif kind == ch.STOP:
@@ -191,6 +198,7 @@ class Runner:
         self._function: Callable[..., Any] = print
         self._is_generator = False
         self._is_async = False
+        self._options = options
         self._timeout_s = options.get("timeout")
         self._store = FileBlobStore(blob_folder)
         self._drafts = count()
@@ -337,9 +345,14 @@ class Runner:
             return Status.FAILURE, stopped_payload(
                 self._words[shared.CANCEL_REASON], self._timeout_s
             )
-        if isinstance(error, SerializationError):
-            error = _explained(value, error)
-        return Status.ERROR, encode_error(error)
+        return error_output(error, value)
+
+
+def error_output(error: BaseException, value: object) -> tuple[int, bytes]:
+    """Status and bytes of an input whose code raised, or gave a value that cannot be pickled."""
+    if isinstance(error, SerializationError):
+        error = _explained(value, error)
+    return Status.ERROR, encode_error(error)
 
 
 def tell_failed_hook(error: BaseException) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -69,11 +70,53 @@ class LogWriter(io.RawIOBase):
         if data and os.getpid() == self._pid:
             self._emit(data)
 
+    def flush_input(self, running: context.InputContext) -> None:
+        """Let go of what this input has printed without a newline."""
+        self.flush()
+
     def _emit(self, data: bytes) -> None:
-        running = context.current_input.get() or self.recent
+        self._emit_of(context.current_input.get(), data)
+
+    def _emit_of(self, running: context.InputContext | None, data: bytes) -> None:
+        running = running or self.recent
         call_id, index = (running.call_id, running.index) if running is not None else (b"", 0)
         for start in range(0, len(data), LOG_SIZE_BYTES_MAX):
             self._send(self._source, call_id, index, data[start : start + LOG_SIZE_BYTES_MAX])
+
+
+class ConcurrentLogWriter(LogWriter):
+    """The same for inputs that print at the same time: each has its own line under way."""
+
+    def __init__(self, source: Source, send: SendLog) -> None:
+        super().__init__(source, send)
+        self._lines: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if os.getpid() != self._pid:
+            return super().write(data)
+        key = id(context.current_input.get())
+        with self._lock:
+            data = self._lines.pop(key, b"") + bytes(view)
+            is_whole = data.endswith(b"\n") or len(data) >= LOG_SIZE_BYTES_MAX
+            if not is_whole:
+                self._lines[key] = data
+        if is_whole:
+            self._emit(data)
+        return len(view)
+
+    def flush(self) -> None:
+        self._flush_line(context.current_input.get())
+
+    def flush_input(self, running: context.InputContext) -> None:
+        self._flush_line(running)
+
+    def _flush_line(self, running: context.InputContext | None) -> None:
+        with self._lock:
+            data = self._lines.pop(id(running), b"")
+        if data and os.getpid() == self._pid:
+            self._emit_of(running, data)
 
 
 def make_stream(writer: LogWriter) -> io.TextIOWrapper:

@@ -26,7 +26,7 @@ import msgpack
 import fanout  # noqa: F401
 import fanout.serialization  # noqa: F401
 from fanout_worker import channel, process
-from fanout_worker.runtime import child, child_async, loader, streams  # noqa: F401
+from fanout_worker.runtime import child, child_async, child_concurrent  # noqa: F401
 
 #: Channel, shared memory, standard output, standard error.
 DESCRIPTORS = 4
