@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fanout import exceptions as exception
     from fanout import exceptions as exceptions
+    from fanout import types as types
     from fanout.app import App as App
     from fanout.app import LocalEntrypoint as LocalEntrypoint
     from fanout.app import Stub as Stub
@@ -42,7 +43,11 @@ _HOMES = {
     "Stub": "fanout.app",
     "enable_output": "fanout.output",
 }
-_MODULES = {"exception": "fanout.exceptions", "exceptions": "fanout.exceptions"}
+_MODULES = {
+    "exception": "fanout.exceptions",
+    "exceptions": "fanout.exceptions",
+    "types": "fanout.types",
+}
 
 __all__ = [
     "App",
@@ -55,6 +60,7 @@ __all__ = [
     "enable_output",
     "exception",
     "exceptions",
+    "types",
 ]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 
 from fanout.call import FunctionCall
 from fanout.exceptions import ExecutionError, InvalidError
+from fanout.results import BlockingResults, Results, warn_wrapping
 from fanout.retries import Retries
 from fanout.twin import Twin
 
@@ -24,17 +25,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 #: What calling the plain Python function returns: the value, a coroutine, a generator.
 O = TypeVar("O")  # noqa: E741
-T_co = TypeVar("T_co", covariant=True)
-
-
-class Results(Protocol[T_co]):
-    """What `f.map.aio(...)` returns: iterate with ``async for``, or ``await`` it for a list."""
-
-    def __aiter__(self) -> AsyncIterator[T_co]: ...
-
-    def __await__(self) -> Any: ...
-
-    async def aclose(self) -> None: ...
+#: What may be mapped over, and what `starmap` unpacks.
+Inputs = Iterable[Any] | AsyncIterable[Any]
+ArgumentTuples = Iterable[Iterable[Any]] | AsyncIterable[Iterable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,20 +149,25 @@ class Function(Generic[P, R, O]):
         value: R = await call_async(plan, encode_one(args, kwargs))
         return value
 
-    def _remote_gen(self, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
+    def _remote_gen(self, /, *args: P.args, **kwargs: P.kwargs) -> BlockingResults[R]:
         """Run a generator function in a container; its items come as they are made.
 
         Raises:
-            InvalidError: not a generator function, or called inside a running event loop.
+            InvalidError: not a generator function; on iterating, inside a running event loop.
             ExecutionError: no app is running.
+            SerializationError: an argument cannot be pickled.
         """
-        from fanout.client.loop import forbid_in_loop
+        from fanout.client.async_stream import AsyncResults
+        from fanout.client.inputs import encode_one
         from fanout.client.stream import iterate_one
 
         self._forbid_plain()
-        forbid_in_loop(f"{self.name}.remote_gen", f"async for x in {self.name}.remote_gen.aio(...)")
-        plan = self._plan("remote_gen")
-        return iterate_one(plan, args, kwargs)
+        plan, encoded, name = self._plan("remote_gen"), encode_one(args, kwargs), self.name
+        return BlockingResults(
+            f"{name}.remote_gen",
+            lambda: iterate_one(plan, encoded),
+            lambda: AsyncResults(f"{name}.remote_gen", lambda: plan, None, {}, False, encoded),
+        )
 
     def _remote_gen_aio(self, /, *args: P.args, **kwargs: P.kwargs) -> Results[R]:
         from fanout.client.async_stream import AsyncResults
@@ -177,7 +175,8 @@ class Function(Generic[P, R, O]):
 
         self._forbid_plain()
         plan = self._plan("remote_gen")
-        return AsyncResults(lambda: plan, None, {}, False, encode_one(args, kwargs))
+        name = f"{self.name}.remote_gen.aio"
+        return AsyncResults(name, lambda: plan, None, {}, False, encode_one(args, kwargs))
 
     def _spawn(self, /, *args: P.args, **kwargs: P.kwargs) -> FunctionCall[R]:
         """Start one input and return as soon as the scheduler has stored it. It runs whether or
@@ -211,12 +210,14 @@ class Function(Generic[P, R, O]):
 
     def _map(
         self,
-        *input_iterators: Any,
+        *input_iterators: Inputs,
         kwargs: dict[str, Any] | None = None,
         order_outputs: bool = True,
         return_exceptions: bool = False,
-    ) -> Iterator[R]:
-        """Run the function on many inputs; an iterator over their values.
+        wrap_returned_exceptions: bool | None = None,
+    ) -> BlockingResults[R]:
+        """Run the function on many inputs; an iterator over their values, which begins when it is
+        asked for the first one. Inside a running event loop, iterate with ``async for``.
 
         The iterators are zipped (the shortest ends it) and pulled lazily, as results are taken.
         Of a generator function the items of all inputs come, one generator after the other.
@@ -226,55 +227,64 @@ class Function(Generic[P, R, O]):
             kwargs: keyword arguments that every input gets.
             order_outputs: in the order of the inputs; else as they come.
             return_exceptions: errors take the place of values; else the first one is raised, in
-                the order of outputs.
+                the order of outputs, after the values before it.
+            wrap_returned_exceptions: accepted for scripts of Modal; does nothing.
 
         Raises:
-            InvalidError: no iterator, something not iterable, or inside a running event loop.
+            InvalidError: no iterator, something not iterable; on iterating, inside a running event
+                loop.
             ExecutionError: no app is running.
         """
+        warn_wrapping(wrap_returned_exceptions)
         return self._iterate(
             "map", input_iterators, kwargs, order_outputs, return_exceptions, False
         )
 
     def _map_aio(
         self,
-        *input_iterators: Any,
+        *input_iterators: Inputs,
         kwargs: dict[str, Any] | None = None,
         order_outputs: bool = True,
         return_exceptions: bool = False,
+        wrap_returned_exceptions: bool | None = None,
     ) -> Results[R]:
+        warn_wrapping(wrap_returned_exceptions)
         return self._iterate_aio(
             "map", input_iterators, kwargs, order_outputs, return_exceptions, False
         )
 
     def _starmap(
         self,
-        input_iterator: Any,
+        input_iterator: ArgumentTuples,
         *,
         kwargs: dict[str, Any] | None = None,
         order_outputs: bool = True,
         return_exceptions: bool = False,
-    ) -> Iterator[R]:
+        wrap_returned_exceptions: bool | None = None,
+    ) -> BlockingResults[R]:
         """As `map`, over an iterator of argument tuples."""
+        warn_wrapping(wrap_returned_exceptions)
         return self._iterate(
             "starmap", (input_iterator,), kwargs, order_outputs, return_exceptions, True
         )
 
     def _starmap_aio(
         self,
-        input_iterator: Any,
+        input_iterator: ArgumentTuples,
         *,
         kwargs: dict[str, Any] | None = None,
         order_outputs: bool = True,
         return_exceptions: bool = False,
+        wrap_returned_exceptions: bool | None = None,
     ) -> Results[R]:
+        warn_wrapping(wrap_returned_exceptions)
         return self._iterate_aio(
             "starmap", (input_iterator,), kwargs, order_outputs, return_exceptions, True
         )
 
     def _for_each(
         self,
-        *input_iterators: Any,
+        *input_iterators: Inputs,
         kwargs: dict[str, Any] | None = None,
         ignore_exceptions: bool = False,
     ) -> None:
@@ -290,7 +300,7 @@ class Function(Generic[P, R, O]):
 
     async def _for_each_aio(
         self,
-        *input_iterators: Any,
+        *input_iterators: Inputs,
         kwargs: dict[str, Any] | None = None,
         ignore_exceptions: bool = False,
     ) -> None:
@@ -302,7 +312,7 @@ class Function(Generic[P, R, O]):
         await run_to_end_async(make, rows, kwargs or {}, ignore_exceptions)
 
     def _spawn_map(
-        self, *input_iterators: Any, kwargs: dict[str, Any] | None = None
+        self, *input_iterators: Inputs, kwargs: dict[str, Any] | None = None
     ) -> FunctionCall[R]:
         """Start many inputs as one call that goes on without this process; returns when the
         scheduler has stored them all.
@@ -319,7 +329,7 @@ class Function(Generic[P, R, O]):
         return FunctionCall(run_to_end(make, rows, kwargs or {}, False))
 
     async def _spawn_map_aio(
-        self, *input_iterators: Any, kwargs: dict[str, Any] | None = None
+        self, *input_iterators: Inputs, kwargs: dict[str, Any] | None = None
     ) -> FunctionCall[R]:
         from fanout.client.async_stream import run_to_end_async
 
@@ -336,6 +346,8 @@ class Function(Generic[P, R, O]):
     starmap = Twin(_starmap, _starmap_aio)
     for_each = Twin(_for_each, _for_each_aio)
     spawn_map = Twin(_spawn_map, _spawn_map_aio)
+    #: Modal's name of what `spawn_map` does here.
+    experimental_spawn_map = spawn_map
 
     # --- behind them -----------------------------------------------------------------------------
 
@@ -347,11 +359,22 @@ class Function(Generic[P, R, O]):
         is_ordered: bool,
         return_exceptions: bool,
         is_star: bool,
-    ) -> Iterator[R]:
+    ) -> BlockingResults[R]:
         from fanout.client.stream import iterate
 
-        make, rows = self._prepare(method, iterables, is_star, is_ordered=is_ordered)
-        return iterate(make, rows, kwargs or {}, return_exceptions)
+        make, rows = self._prepare(
+            method, iterables, is_star, is_ordered=is_ordered, is_blocking=False
+        )
+        common = kwargs or {}
+
+        def begin_async() -> Results[R]:
+            from fanout.client.async_stream import AsyncResults
+
+            return AsyncResults(rows.method, make, rows, common, return_exceptions)
+
+        return BlockingResults(
+            rows.method, lambda: iterate(make, rows, common, return_exceptions), begin_async
+        )
 
     def _iterate_aio(
         self,
@@ -367,7 +390,7 @@ class Function(Generic[P, R, O]):
         make, rows = self._prepare(
             method, iterables, is_star, is_ordered=is_ordered, is_blocking=False
         )
-        return AsyncResults(make, rows, kwargs or {}, return_exceptions)
+        return AsyncResults(f"{rows.method}.aio", make, rows, kwargs or {}, return_exceptions)
 
     def _prepare(
         self,
@@ -385,9 +408,7 @@ class Function(Generic[P, R, O]):
 
         name = f"{self.name}.{method}"
         if is_blocking:
-            is_iterated = method in ("map", "starmap")
-            aio = f"{name}.aio(...)"
-            forbid_in_loop(name, f"async for x in {aio}" if is_iterated else f"await {aio}")
+            forbid_in_loop(name, f"await {name}.aio(...)")
         rows = Rows(name, iterables, is_star)
         self.app._current_run(name)
         return lambda: self._plan(method, is_ordered=is_ordered, is_durable=is_durable), rows
@@ -430,6 +451,7 @@ class Function(Generic[P, R, O]):
             Definition(code.environment, target, self.app.name or "", self.name, extra)
         )
         options = self.options.as_data(self.is_generator, self.is_async)
+        options["module"] = target.module
         options["environment"] = code.environment.fingerprint()
         options["python"] = f"{sys.executable} ({code.environment.python_version})"
         digest = hashlib.sha256()

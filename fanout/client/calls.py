@@ -129,7 +129,8 @@ class LiveCall:
             return
         self.is_closed = True
         state = self.state
-        if not state.is_finished and not state.is_durable:
+        # A spawned call that was cut off before its end has told nobody its id.
+        if not state.is_finished and not (state.is_durable and state.is_sealed):
             state.cancel()
         self.drop_parked()
         for message in state.outgoing:

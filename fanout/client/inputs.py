@@ -312,6 +312,8 @@ class AsyncPuller:
     async def pull(self, count_max: int, size_max: int) -> Encoded:
         """As `Puller.pull`."""
         encoded = Encoded()
+        count_max = min(count_max, CHUNK_COUNT_MAX)
+        size_max = min(size_max, CHUNK_BYTES)
         started = time.perf_counter()
         while len(encoded.inputs) < count_max and encoded.size < size_max:
             try:

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -27,7 +27,7 @@ from fanout.client.call_state import CallState
 from fanout.client.calls import BufferTable, LiveCall
 from fanout.client.chunk import Batch, Ready
 from fanout.client.decode import decode, error_of
-from fanout.client.inputs import Encoded, Encoder, Puller, Rows, encode_one
+from fanout.client.inputs import Encoded, Encoder, Puller, Rows
 from fanout.client.loop import background_loop
 from fanout.client.session import Session
 from fanout.client.sessions import connected, session_here
@@ -386,7 +386,7 @@ class _Feed:
 
 def iterate(
     make_plan: Callable[[], Plan], rows: Rows, common: dict[str, Any], return_exceptions: bool
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """The results of a map, for a thread. Nothing happens before the first `next`; closing or
     dropping the iterator cancels the call."""
     encoder = Encoder(common, rows.is_column)
@@ -396,7 +396,9 @@ def iterate(
     yield from _values(stream, feed, return_exceptions)
 
 
-def _values(stream: BlockingStream, feed: _Feed, return_exceptions: bool) -> Iterator[Any]:
+def _values(
+    stream: BlockingStream, feed: _Feed, return_exceptions: bool
+) -> Generator[Any, None, None]:
     try:
         while (delivery := feed.next_delivery()) is not None:
             for batch, buffers in delivery:
@@ -409,16 +411,8 @@ def _values(stream: BlockingStream, feed: _Feed, return_exceptions: bool) -> Ite
         feed.close()
 
 
-def iterate_one(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """The items of one generator, for a thread.
-
-    Raises:
-        SerializationError: at once, if an argument cannot be pickled.
-    """
-    return _iterate_encoded(plan, encode_one(args, kwargs))
-
-
-def _iterate_encoded(plan: Plan, encoded: Encoded) -> Iterator[Any]:
+def iterate_one(plan: Plan, encoded: Encoded) -> Generator[Any, None, None]:
+    """The items of one generator, for a thread."""
     stream = BlockingStream(plan)
     feed = _Feed(stream, None)
     loop = background_loop()
