@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 
@@ -54,6 +55,10 @@ class Options:
             "is_generator": is_generator,
             "is_async": is_async,
         }
+
+
+#: Functions whose definitions are being made, the outermost first.
+_being_defined: ContextVar[tuple[Any, ...]] = ContextVar("being_defined", default=())
 
 
 class Function(Generic[P, R, O]):
@@ -115,6 +120,10 @@ class Function(Generic[P, R, O]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         run = self.app._current_run(f"pickling {self.name}")
+        if self in _being_defined.get():
+            # By value it refers to itself, directly or by way of another such function.
+            whole = (self.app.name, run.app_id, self._raw_f, self.name, self.options)
+            return _rebuild_whole, (*whole, self.is_generator)
         definition, _ = self._defined(run)
         fields = (definition.name, definition.options, bytes(definition.payload))
         return _rebuild, (self.app.name, run.app_id, definition.function_id, *fields)
@@ -434,22 +443,33 @@ class Function(Generic[P, R, O]):
         """The definition for this run of the app, made when the function is first used in it."""
         made: tuple[m.DefineFunction, bytes | None] | None = run.definitions.get(self)
         if made is None:
-            made = run.definitions[self] = self._define(run)
+            token = _being_defined.set((*_being_defined.get(), self))
+            try:
+                made = run.definitions[self] = self._define(run)
+            finally:
+                _being_defined.reset(token)
         return made
 
     def _define(self, run: Any) -> tuple[m.DefineFunction, bytes | None]:
-        from fanout import source
-        from fanout.definition import Definition, pack_definition
+        from fanout import context, source
+        from fanout.definition import Definition, pack_definition, unpack_definition
         from fanout.protocol import messages as m
 
         code = run.definitions.get("code")
         if code is None:
             code = run.definitions["code"] = source.capture(source.is_remote_scheduler())
-        target = source.make_target(self._raw_f, self.options.is_serialized)
-        extra = source.describe_main(target)
-        payload = pack_definition(
-            Definition(code.environment, target, self.app.name or "", self.name, extra)
-        )
+        here = context.container
+        own = here if here is not None and here.function is self._raw_f else None
+        if own is not None:
+            # The function that this container runs. The scheduler knows it by this definition.
+            payload = own.definition
+            target = unpack_definition(payload).target
+        else:
+            target = source.make_target(self._raw_f, self.options.is_serialized)
+            extra = source.describe_main(target)
+            payload = pack_definition(
+                Definition(code.environment, target, self.app.name or "", self.name, extra)
+            )
         options = self.options.as_data(self.is_generator, self.is_async)
         options["module"] = target.module
         options["environment"] = code.environment.fingerprint()
@@ -460,7 +480,7 @@ class Function(Generic[P, R, O]):
         digest.update(payload)
         sources = code.environment.sources
         blobs = [bytes.fromhex(sources)] if sources else []
-        function_id = digest.digest()[:16]
+        function_id = digest.digest()[:16] if own is None else own.function_id
         define = m.DefineFunction(function_id, run.app_id, self.name, options, blobs, payload)
         return define, code.archive
 
@@ -477,6 +497,20 @@ class Function(Generic[P, R, O]):
                 f"{self.name} is not a generator function; write `{self.name}.remote(...)` instead "
                 "of `.remote_gen(...)`"
             )
+
+
+def _rebuild_whole(
+    app_name: str | None,
+    app_id: bytes,
+    raw_f: Callable[..., Any],
+    name: str,
+    options: Options,
+    is_generator: bool,
+) -> Function[..., Any, Any]:
+    """A handle out of the definition of a function by value that refers to it."""
+    from fanout.app import App
+
+    return Function(App._joined(app_name, app_id), raw_f, name, options, is_generator)
 
 
 def _rebuild(

@@ -103,3 +103,25 @@ def hand_back(function: Any) -> Any:
 @app.function()
 def collect(calls: Any) -> list[Any]:
     return [call.get() for _, call in sorted(calls.items())]
+
+
+@app.function()
+def note_how_it_ends(folder: str) -> None:
+    """Leaves its pid in `begun`, and `asked` when it is asked to stop."""
+    path = Path(folder, "pid")
+    path.write_text(str(os.getpid()))
+    path.rename(Path(folder, "begun"))
+    try:
+        wait_for_file(os.path.join(folder, "go"))
+    except BaseException:
+        Path(folder, "asked").touch()
+        raise
+
+
+@app.function()
+def fail_or_note(x: int, folder: str) -> int:
+    if x < 0:
+        raise Refused(x)
+    wait_for_file(os.path.join(folder, "go"))
+    Path(folder, f"ended-{x}").touch()
+    return x
