@@ -71,10 +71,19 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     elif name in _MODULES:
         value = importlib.import_module(_MODULES[name])
+    elif not name.startswith("_") and name in (compat := _compat()).NAMES:
+        value = compat.absent(name)
     else:
         raise AttributeError(f"module 'fanout' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _compat() -> Any:
+    """What is said of names that only Modal has; loaded when one is asked for."""
+    import importlib
+
+    return importlib.import_module("fanout.compat")
 
 
 def __dir__() -> list[str]:

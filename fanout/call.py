@@ -27,11 +27,12 @@ class FunctionCall(Generic[R]):
         self._call_id = call_id
 
     @classmethod
-    def from_id(cls, object_id: str) -> FunctionCall[Any]:
+    def from_id(cls, object_id: str, client: Any = None) -> FunctionCall[Any]:
         """The call with this id. Whether there is one is seen when it is used.
 
         Args:
             object_id: ``"fc-"`` and 32 hexadecimal digits, as `object_id` gives it.
+            client: as in Modal; ignored, since FANOUT_URL names the scheduler.
 
         Raises:
             InvalidError: it does not have that form.
@@ -47,6 +48,13 @@ class FunctionCall(Generic[R]):
                 "digits, as FunctionCall.object_id gives it"
             )
         return FunctionCall(call_id)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            from fanout.compat import missing_attribute
+
+            raise missing_attribute("FunctionCall", name)
 
     @property
     def object_id(self) -> str:

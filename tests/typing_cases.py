@@ -150,7 +150,7 @@ def mistakes() -> None:
     plain.map(1)  # type: ignore[arg-type]
     plain.map([1], return_exceptions="no")  # type: ignore[arg-type]
     plain.starmap([1, 2])  # type: ignore[list-item]
-    plain.starmap([(1,)], [(2,)])  # type: ignore[call-arg]
+    plain.starmap([(1,)], order_output=False)  # type: ignore[call-arg]
     plain.for_each([1], return_exceptions=True)  # type: ignore[call-arg]
     later.remote(1).bit_length()  # type: ignore[attr-defined]
     plain.spawn(1).get("soon")  # type: ignore[arg-type]
