@@ -44,8 +44,9 @@ class BlockingResults(Generator[T_co, None, None]):
         begin_async: Callable[[], Any],
     ) -> None:
         self._name = name
-        self._begin = begin
-        self._begin_async = begin_async
+        #: Until one of them is used; they hold the user's iterators.
+        self._begins: tuple[Callable[[], Generator[T_co, None, None]], Callable[[], Any]] | None
+        self._begins = begin, begin_async
         self._values: Generator[T_co, None, None] | None = None
         self._async_values: Any = None
         #: Somebody asked for results, in vain or not.
@@ -74,12 +75,11 @@ class BlockingResults(Generator[T_co, None, None]):
     def close(self) -> None:
         """Nobody wants the rest: what runs is stopped, what waits does not run."""
         self._is_used = True
+        self._begins = None
         if self._async_values is not None:
             self._async_values.cancel()
-            return
-        if self._values is None:
-            self._values = _nothing()
-        self._values.close()
+        if self._values is not None:
+            self._values.close()
 
     def __aiter__(self) -> AsyncIterator[T_co]:
         self._is_used = True
@@ -88,8 +88,11 @@ class BlockingResults(Generator[T_co, None, None]):
                 f"{self._name}(...) is iterated over with `for` already; make a second call for "
                 "`async for`"
             )
+        if self._begins is not None:
+            (_, begin), self._begins = self._begins, None
+            self._async_values = begin()
         if self._async_values is None:
-            self._async_values = self._begin_async()
+            return _nothing_async()
         values: AsyncIterator[T_co] = aiter(self._async_values)
         return values
 
@@ -98,19 +101,21 @@ class BlockingResults(Generator[T_co, None, None]):
         self.close()
 
     def _started(self) -> Generator[T_co, None, None]:
-        if self._values is None:
-            from fanout.client.loop import forbid_in_loop
-
-            self._is_used = True
+        if self._values is not None:
+            return self._values
+        self._is_used = True
+        if self._begins is None:
             if self._async_values is not None:
                 raise InvalidError(
                     f"{self._name}(...) is iterated over with `async for` already; make a second "
                     "call for `for`"
                 )
-            forbid_in_loop(
-                f"iterating over {self._name}(...)", f"async for x in {self._name}.aio(...)"
-            )
-            self._values = self._begin()
+            return _nothing()
+        from fanout.client.loop import forbid_in_loop
+
+        forbid_in_loop(f"iterating over {self._name}(...)", f"async for x in {self._name}.aio(...)")
+        (begin, _), self._begins = self._begins, None
+        self._values = begin()
         return self._values
 
     def __repr__(self) -> str:
@@ -147,3 +152,9 @@ def warn_wrapping(wrap_returned_exceptions: bool | None) -> None:
 
 def _nothing() -> Generator[Any, None, None]:
     yield from ()
+
+
+async def _nothing_async() -> AsyncIterator[Any]:
+    empty: tuple[Any, ...] = ()
+    for value in empty:
+        yield value

@@ -123,6 +123,29 @@ def test_a_flat_map_holds_generators_to_the_pace_of_the_consumer(
     results.close()
 
 
+@pytest.mark.parametrize("method", ["map", "spawn_map"])
+def test_an_iterator_that_blocks_does_not_hold_back_what_it_gave_before(
+    running: None, tmp_path: Path, method: str
+) -> None:
+    """It waits for the effect of the inputs that it has just given, page after page."""
+    (tmp_path / "go").touch()
+
+    def have_ended(count: int) -> None:
+        poll_until(lambda: len(ended(tmp_path)) == count, f"{count} inputs end")
+
+    def pages() -> Iterator[int]:
+        for start in range(0, 300, 100):
+            yield from range(start, start + 100)
+            have_ended(start + 100)
+
+    kwargs = {"folder": str(tmp_path)}
+    if method == "map":
+        assert list(kit.note_and_hold.map(pages(), kwargs=kwargs)) == list(range(300))
+    else:
+        call = kit.note_and_hold.spawn_map(pages(), kwargs=kwargs)
+        assert list(call.iter()) == list(range(300))
+
+
 # --- leaving early -------------------------------------------------------------------------------
 
 
@@ -180,6 +203,23 @@ def test_leaving_a_map_early_stops_what_runs_and_what_waits_never_does(
     (tmp_path / "go").touch()
     wait_until_no_call_is_open()
     assert ended(tmp_path) == ["ended-0"]
+
+
+def test_the_users_iterator_is_closed_with_the_map_and_in_its_own_thread(running: None) -> None:
+    closed: list[threading.Thread] = []
+
+    def inputs() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            closed.append(threading.current_thread())
+
+    for _ in kit.same.map(inputs()):
+        break
+    results = kit.same.map(inputs())
+    next(results)
+    results.close()
+    assert closed == [threading.current_thread()] * 2
 
 
 @pytest.mark.parametrize("way", ["break", "aclose", "form"])
@@ -287,9 +327,6 @@ async def test_an_error_of_the_users_iterator_reaches_an_async_caller(
 
 def test_a_spawn_map_whose_iterator_fails_runs_no_further(running: None, tmp_path: Path) -> None:
     def inputs() -> Iterator[int]:
-        # An input that took its time to come is sent before the next one is asked for.
-        slow_until_s = time.perf_counter() + 0.01
-        poll_until(lambda: time.perf_counter() > slow_until_s, "a moment passes")
         yield 1
         poll_until(lambda: begun(tmp_path) == 1, "the first input runs")
         raise Broken

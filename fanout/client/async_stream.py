@@ -120,6 +120,7 @@ class AsyncStream:
 
     async def _pull_all(self) -> None:
         call, rows, encoder = self.call, self._rows, self._encoder
+        self._rows = None
         assert call is not None
         assert rows is not None
         assert encoder is not None
@@ -242,6 +243,7 @@ class AsyncResults:
     def cancel(self) -> None:
         """`aclose`, for whoever cannot await."""
         self._is_begun = self._is_over = True
+        self._rows = None
         self._values = iter(())
         if self._stream is not None:
             self._stream.cancel()

@@ -34,6 +34,11 @@ from fanout.client.sessions import connected, session_here
 from fanout.exceptions import InternalError
 from fanout.protocol import messages as m
 
+#: A user's iterator that has blocked for this long does not keep back what it has given before.
+RESCUE_AFTER_S = 0.02
+#: How often that is looked at while nobody pulls.
+RESCUE_LOOK_S_MAX = 0.5
+
 #: The call is over: nothing follows on the queue.
 _END = object()
 #: There may be room for inputs again.
@@ -230,6 +235,8 @@ class BlockingStream(_Opener):
         self.allowed_size = config.WINDOW_BYTES
         #: Set by the user's thread before it blocks for want of room.
         self.wants_room = False
+        #: Where the inputs come from, unless they are all there.
+        self.puller: Puller | None = None
         self._early: list[tuple[Encoded, bool]] = []
         self._added_size = 0
         self._put_count = 0
@@ -243,6 +250,29 @@ class BlockingStream(_Opener):
             self._add(encoded, is_last)
         call.flush()
         self.call_changed()
+        if self.puller is not None:
+            self._look_later(RESCUE_AFTER_S)
+
+    def _look_later(self, delay_s: float) -> None:
+        asyncio.get_running_loop().call_later(delay_s, self._look, delay_s)
+
+    def _look(self, delay_s: float) -> None:
+        """See whether the user's thread is stuck in its iterator, now and then."""
+        puller, call = self.puller, self.call
+        if puller is None or puller.is_exhausted or call is None or call.is_closed:
+            return
+        if puller.is_inside:
+            # Behind what the user's thread has handed over before.
+            asyncio.get_running_loop().call_soon(self._rescue)
+            self._look_later(RESCUE_AFTER_S)
+        else:
+            self._look_later(min(2 * delay_s, RESCUE_LOOK_S_MAX))
+
+    def _rescue(self) -> None:
+        puller = self.puller
+        encoded = None if puller is None else puller.rescue(RESCUE_AFTER_S)
+        if encoded is not None:
+            self.exchange([], encoded, False)
 
     def exchange(self, used: list[Ready], encoded: Encoded | None, is_last: bool) -> None:
         """Take what the user's thread hands over: batches used up, inputs, the end of inputs."""
@@ -310,10 +340,8 @@ class _Feed:
 
     def __init__(self, stream: BlockingStream, puller: Puller | None) -> None:
         self.stream = stream
-        self._puller = puller
+        stream.puller = self._puller = puller
         self._loop = background_loop()
-        self._pushed_count = 0
-        self._pushed_size = 0
         self._taken_count = 0
         self.used: list[Ready] = []
 
@@ -327,7 +355,7 @@ class _Feed:
         while True:
             is_ready = not queue.empty()
             if puller is not None and puller.is_exhausted:
-                puller = self._puller = None
+                puller = self._puller = self.stream.puller = None
             if puller is not None and not (is_ready and puller.is_slow) and self._top_up(puller):
                 if not is_ready:
                     continue
@@ -349,6 +377,8 @@ class _Feed:
 
     def close(self) -> None:
         """Nobody iterates any more: end the call, if it is not over."""
+        # The user's iterator is let go of here, in the user's thread.
+        self._puller = self.stream.puller = None
         # The loop may be gone already, at the interpreter's exit.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.stream.cancel)
@@ -356,13 +386,11 @@ class _Feed:
     def _top_up(self, puller: Puller) -> bool:
         """Hand over another chunk if there is room for one."""
         stream = self.stream
-        count = stream.allowed_count - self._pushed_count
-        size = stream.allowed_size - self._pushed_size
+        count = stream.allowed_count - puller.count
+        size = stream.allowed_size - puller.size
         if count <= 0 or size <= 0:
             return False
         encoded = puller.pull(count, size)
-        self._pushed_count += len(encoded.inputs)
-        self._pushed_size += encoded.size
         self._exchange(encoded, puller.is_exhausted)
         return True
 
@@ -374,8 +402,9 @@ class _Feed:
         stream = self.stream
         if self._puller is not None:
             stream.wants_room = True
-            if stream.allowed_count > self._pushed_count and stream.allowed_size > (
-                self._pushed_size
+            if (
+                stream.allowed_count > self._puller.count
+                and stream.allowed_size > self._puller.size
             ):
                 # Room came between the look and the flag.
                 stream.queue.put(_ROOM)
