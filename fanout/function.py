@@ -72,6 +72,10 @@ class Function(Generic[P, R, O]):
     Each has an asyncio twin: ``await f.remote.aio(3)``, ``async for x in f.map.aio(xs)``.
     """
 
+    #: Its options, if it came here within the definition of a function by value; see
+    #: `_rebuild_whole`.
+    _own_options: Options | None = None
+
     def __init__(
         self,
         app: App,
@@ -501,8 +505,9 @@ class Function(Generic[P, R, O]):
         code = run.definitions.get("code")
         if code is None:
             code = run.definitions["code"] = source.capture(source.is_remote_scheduler())
-        here = context.container
-        own = here if here is not None and here.function is self._raw_f else None
+        own = context.container if self._own_options is self.options else None
+        if own is not None and own.function is not self._raw_f:
+            own = None
         if own is not None:
             # The function that this container runs. The scheduler knows it by this definition.
             payload = own.definition
@@ -553,7 +558,11 @@ def _rebuild_whole(
     """A handle out of the definition of a function by value that refers to it."""
     from fanout.app import App
 
-    return Function(App._joined(app_name, app_id), raw_f, name, options, is_generator)
+    function: Function[..., Any, Any] = Function(
+        App._joined(app_name, app_id), raw_f, name, options, is_generator
+    )
+    function._own_options = options
+    return function
 
 
 def _rebuild(

@@ -68,6 +68,13 @@ def endless(name: str, folder: str) -> Iterator[tuple[str, int]]:
 
 
 @app.function()
+def leave(x: int) -> int:
+    if x == 1:
+        raise SystemExit(x)
+    return x
+
+
+@app.function()
 def items(n: int) -> Iterator[int]:
     yield from range(n)
 

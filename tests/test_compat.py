@@ -14,6 +14,7 @@ import fanout
 from fanout import compat
 from fanout.exceptions import ExecutionError, InvalidError, NotFoundError
 from tests.conftest import Cluster
+from tests.engine_fixture import status
 
 #: `modal.__all__` of 1.6.4, less what fanout has or is about to have.
 ABSENT = [
@@ -189,6 +190,8 @@ def test_two_apps_run_within_each_other(cluster: Cluster) -> None:
     with one_app.run(name="first"), two_app.run():
         assert one_app.app_id != two_app.app_id
         assert (one.remote(1), two.remote(2)) == ("one 1", "two 2")
+        names = {function["name"]: function["app"] for function in status()["functions"]}
+        assert names == {"one": "first", "two": "two"}
         with pytest.raises(InvalidError, match="running already"):
             one_app.run().__enter__()
     assert one_app.app_id is two_app.app_id is None

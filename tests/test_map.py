@@ -404,6 +404,16 @@ def test_returned_exceptions_are_never_wrapped(running: None, tmp_path: Path) ->
         assert [type(x).__name__ for x in results] == ["Refused"]
 
 
+def test_an_input_that_leaves_the_interpreter_is_returned_as_the_exception_it_raised(
+    running: None,
+) -> None:
+    first, left, last = kit.leave.map(range(3), return_exceptions=True)
+    assert (first, last) == (0, 2)
+    assert isinstance(left, SystemExit)
+    with pytest.raises(SystemExit):
+        list(kit.leave.map(range(3)))
+
+
 def test_the_experimental_name_is_that_of_spawn_map(running: None) -> None:
     call = kit.same.experimental_spawn_map(range(600))
     assert call.num_inputs() == 600
