@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from fanout.client import stream
+from fanout.client.inputs import Puller
 from fanout.config import WINDOW_BYTES, WINDOW_COUNT_MAX, WINDOW_COUNT_MIN
 from fanout.exceptions import InvalidError
 from tests import calls_kit as kit
@@ -144,6 +146,32 @@ def test_an_iterator_that_blocks_does_not_hold_back_what_it_gave_before(
     else:
         call = kit.note_and_hold.spawn_map(pages(), kwargs=kwargs)
         assert list(call.iter()) == list(range(300))
+
+
+def test_what_is_taken_from_under_a_blocked_iterator_keeps_its_order(
+    running: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both threads hand inputs over, in quick alternation."""
+    monkeypatch.setattr(stream, "RESCUE_AFTER_S", 0.0002)
+    rescued: list[int] = []
+    rescue = Puller.rescue
+
+    def counted(self: Puller, since: float) -> Any:
+        encoded = rescue(self, since)
+        rescued.append(len(encoded.inputs) if encoded is not None else 0)
+        return encoded
+
+    monkeypatch.setattr(Puller, "rescue", counted)
+
+    def inputs() -> Iterator[int]:
+        for number in range(20_000):
+            if number % 97 == 0:
+                blocked_until_s = time.perf_counter() + 0.002
+                poll_until(lambda: time.perf_counter() > blocked_until_s, "a moment passes")  # noqa: B023
+            yield number
+
+    assert list(kit.same.map(inputs())) == list(range(20_000))
+    assert sum(rescued) > 1000, "the background loop took a part of them"
 
 
 # --- leaving early -------------------------------------------------------------------------------

@@ -269,8 +269,8 @@ class Puller:
         self._pulled: deque[Any] = deque()
         self._encoded = Encoded()
         self._lock = threading.Lock()
-        #: Since when the pulling thread is inside the iterator.
-        self._inside_since: float | None = None
+        #: Since when the pulling thread is inside the iterator, this time.
+        self.inside_since: float | None = None
         #: All that was pulled so far, whoever has handed it over.
         self.count = 0
         self.size = 0
@@ -297,10 +297,10 @@ class Puller:
                 count_stop - before_count,
                 max(1, int((size_stop - self.size) / self._mean_size)),
             )
-            self._inside_since = now
+            self.inside_since = now
             self._pulled.extend(islice(self._rows, wanted))
             with self._lock:
-                self._inside_since = None
+                self.inside_since = None
                 rows = list(self._pulled)
                 self._pulled.clear()
                 self._encode(rows)
@@ -317,21 +317,14 @@ class Puller:
         self.is_slow = now - started > PULL_S_MAX and self.count - first_count <= 2
         return self._encoded
 
-    @property
-    def is_inside(self) -> bool:
-        """Whether a thread waits for the iterator at the moment."""
-        return self._inside_since is not None
-
-    def rescue(self, inside_s: float) -> Encoded | None:
-        """What has come so far, if the pulling thread has been inside the iterator for that long.
-        Called by another thread, and never waits for the first one."""
-        since = self._inside_since
-        if since is None or time.perf_counter() - since < inside_s:
-            return None
-        if not self._lock.acquire(blocking=False):
+    def rescue(self, since: float) -> Encoded | None:
+        """What has come so far, if the pulling thread is still inside the iterator for the same
+        time as when `inside_since` was this. Else it may have handed over something that nobody has
+        seen yet, which must go first. Called by another thread; never waits for the pulling one."""
+        if self.inside_since is not since or not self._lock.acquire(blocking=False):
             return None
         try:
-            if self._inside_since is None:
+            if self.inside_since is not since:
                 return None
             rows = []
             while self._pulled:

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -261,16 +262,18 @@ class BlockingStream(_Opener):
         puller, call = self.puller, self.call
         if puller is None or puller.is_exhausted or call is None or call.is_closed:
             return
-        if puller.is_inside:
-            # Behind what the user's thread has handed over before.
-            asyncio.get_running_loop().call_soon(self._rescue)
-            self._look_later(RESCUE_AFTER_S)
-        else:
+        since = puller.inside_since
+        if since is None:
             self._look_later(min(2 * delay_s, RESCUE_LOOK_S_MAX))
+            return
+        self._look_later(RESCUE_AFTER_S)
+        if time.perf_counter() - since >= RESCUE_AFTER_S:
+            # Behind what the user's thread had handed over before it went inside.
+            asyncio.get_running_loop().call_soon(self._rescue, since)
 
-    def _rescue(self) -> None:
+    def _rescue(self, since: float) -> None:
         puller = self.puller
-        encoded = None if puller is None else puller.rescue(RESCUE_AFTER_S)
+        encoded = None if puller is None else puller.rescue(since)
         if encoded is not None:
             self.exchange([], encoded, False)
 
