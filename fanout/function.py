@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 
 from fanout.call import FunctionCall
 from fanout.exceptions import ExecutionError, InvalidError
+from fanout.function_surface import FunctionSurface
 from fanout.results import BlockingResults, Results, warn_wrapping
 from fanout.retries import Retries
 from fanout.twin import Twin
@@ -61,7 +62,7 @@ class Options:
 _being_defined: ContextVar[tuple[Any, ...]] = ContextVar("being_defined", default=())
 
 
-class Function(Generic[P, R, O]):
+class Function(FunctionSurface, Generic[P, R, O]):
     """A function that runs in containers. Made by `@app.function()`; never called directly::
 
         f.remote(3)                 one call, its value
@@ -98,49 +99,6 @@ class Function(Generic[P, R, O]):
 
     def __repr__(self) -> str:
         return f"<fanout.Function {self.name!r} of app {self.app.name!r}>"
-
-    @staticmethod
-    def from_name(
-        app_name: str,
-        name: str,
-        *,
-        version: int | None = None,
-        environment_name: str | None = None,
-        client: Any = None,
-    ) -> Function[..., Any, Any]:
-        """A function of a deployed app. fanout has no deployed apps yet, so every use of the handle
-        is an error that says what to do instead.
-
-        Args:
-            app_name, name: what to look for, later, when the handle is used.
-            version, environment_name, client: as in Modal.
-
-        Raises:
-            InvalidError: a name is not one.
-            NotFoundError: on every use of it.
-        """
-        from fanout.lookup import function_from_name
-
-        return function_from_name(app_name, name)
-
-    @staticmethod
-    def from_id(function_id: str, *, client: Any = None) -> NoReturn:
-        """In Modal, a function by its id. Functions have no ids of their own here.
-
-        Raises:
-            InvalidError: always.
-        """
-        raise InvalidError(
-            f"Function.from_id({function_id!r}): functions have no ids of their own here; import "
-            "the function, or pass it as an argument, which is allowed"
-        )
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            from fanout.compat import missing_attribute
-
-            raise missing_attribute("Function", name)
 
     def get_raw_f(self) -> Callable[P, O]:
         """The plain Python function."""
