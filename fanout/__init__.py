@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fanout import exceptions as exception
     from fanout import exceptions as exceptions
+    from fanout import types as types
     from fanout.app import App as App
     from fanout.app import LocalEntrypoint as LocalEntrypoint
     from fanout.app import Stub as Stub
@@ -56,7 +57,11 @@ _HOMES = {
     "method": "fanout.partial",
     "parameter": "fanout.cls",
 }
-_MODULES = {"exception": "fanout.exceptions", "exceptions": "fanout.exceptions"}
+_MODULES = {
+    "exception": "fanout.exceptions",
+    "exceptions": "fanout.exceptions",
+    "types": "fanout.types",
+}
 
 __all__ = [
     "App",
@@ -76,6 +81,7 @@ __all__ = [
     "exit",
     "method",
     "parameter",
+    "types",
 ]
 
 
@@ -86,10 +92,19 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     elif name in _MODULES:
         value = importlib.import_module(_MODULES[name])
+    elif not name.startswith("_") and name in (compat := _compat()).NAMES:
+        value = compat.absent(name)
     else:
         raise AttributeError(f"module 'fanout' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _compat() -> Any:
+    """What is said of names that only Modal has; loaded when one is asked for."""
+    import importlib
+
+    return importlib.import_module("fanout.compat")
 
 
 def __dir__() -> list[str]:

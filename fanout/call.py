@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import AsyncGenerator, Generator
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from fanout.exceptions import InvalidError, NotFoundError
 from fanout.twin import Twin, twin
+
+if TYPE_CHECKING:
+    from fanout.types import InputInfo
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -24,11 +27,12 @@ class FunctionCall(Generic[R]):
         self._call_id = call_id
 
     @classmethod
-    def from_id(cls, object_id: str) -> FunctionCall[Any]:
+    def from_id(cls, object_id: str, client: Any = None) -> FunctionCall[Any]:
         """The call with this id. Whether there is one is seen when it is used.
 
         Args:
             object_id: ``"fc-"`` and 32 hexadecimal digits, as `object_id` gives it.
+            client: as in Modal; ignored, since FANOUT_URL names the scheduler.
 
         Raises:
             InvalidError: it does not have that form.
@@ -44,6 +48,13 @@ class FunctionCall(Generic[R]):
                 "digits, as FunctionCall.object_id gives it"
             )
         return FunctionCall(call_id)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            from fanout.compat import missing_attribute
+
+            raise missing_attribute("FunctionCall", name)
 
     @property
     def object_id(self) -> str:
@@ -90,13 +101,35 @@ class FunctionCall(Generic[R]):
         """
         return int((await self._info()).input_count)
 
-    async def _cancel(self) -> None:
+    async def _cancel(self, terminate_containers: bool = False) -> None:
         """End the call: what runs is stopped, and what has no result yet ends with
-        `InputCancelledError`."""
+        `InputCancelledError`. Calls that its inputs have made end with it, spawned ones excepted.
+
+        Args:
+            terminate_containers: kill the containers that run it, instead of raising
+                `InputCancellation` in the code first. Inputs of other calls that they had run
+                elsewhere, and are not charged an attempt.
+
+        Raises:
+            NotFoundError: the scheduler knows no such call.
+        """
         from fanout.client.fetch import cancel_call
 
         await self._info()
-        await cancel_call(self._call_id)
+        await cancel_call(self._call_id, terminate_containers)
+
+    async def _get_call_graph(self) -> list[InputInfo]:
+        """The inputs of the call, each with the inputs of the calls that it made, and so on: a tree
+        for each input. What the scheduler knows now: at most 1000 inputs, those nearest to this
+        call; of calls that are over, the newest; after a restart of the scheduler, only what came
+        since. A line on the log says when something is missing.
+
+        Raises:
+            NotFoundError: the scheduler knows no such call.
+        """
+        from fanout.client.fetch import ask_graph
+
+        return await ask_graph(self._call_id, self.object_id)
 
     async def _info(self) -> Any:
         from fanout.client.fetch import ask_call
@@ -106,7 +139,7 @@ class FunctionCall(Generic[R]):
             raise not_found(self.object_id)
         return info
 
-    async def _iter_aio(self, *, start: int = 0, end: int | None = None) -> AsyncIterator[R]:
+    async def _iter_aio(self, *, start: int = 0, end: int | None = None) -> AsyncGenerator[R, None]:
         """The results of inputs `start` to `end` (all, if None), in order, as they come.
 
         Raises:
@@ -124,7 +157,7 @@ class FunctionCall(Generic[R]):
         finally:
             reader.close()
 
-    def _iter(self, *, start: int = 0, end: int | None = None) -> Iterator[R]:
+    def _iter(self, *, start: int = 0, end: int | None = None) -> Generator[R, None, None]:
         from fanout.client import loop
         from fanout.client.fetch import Reader
 
@@ -153,6 +186,7 @@ class FunctionCall(Generic[R]):
     get = twin(_get)
     num_inputs = twin(_num_inputs)
     cancel = twin(_cancel)
+    get_call_graph = twin(_get_call_graph)
     iter = Twin(_iter, _iter_aio)
 
 

@@ -42,7 +42,7 @@ from fanout.partial import (
     make_batching,
     make_concurrency,
 )
-from fanout.service import Service
+from fanout.service import Service, is_being_defined
 from fanout.twin import twin
 
 if TYPE_CHECKING:
@@ -145,6 +145,11 @@ class Cls:
         return getattr(self._user_class, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if is_being_defined(self._user_class):
+            # By value it refers to itself.
+            run = self._app._current_run(f"pickling {self._name}")
+            whole = (self._app.name, run.app_id, self._user_class, self._name, self._options)
+            return _cls_within_itself, whole
         return _cls_out_of, (Handle.of(self.service_of({})),)
 
     def has_options(self, data: dict[str, Any]) -> bool:
@@ -279,10 +284,10 @@ class Obj:
     def _method(
         self, name: str, partial: PartialFunction[..., Any, Any]
     ) -> Function[..., Any, Any]:
-        def run_local(*args: Any, **kwargs: Any) -> Any:
-            return _run_local(self, partial, args, kwargs)
+        return Function(self._service, partial.raw, partial.is_generator, self, name)
 
-        return Function(self._service, partial.raw, partial.is_generator, name, run_local)
+    def _run_local(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _run_local(self, self._cls._lifecycle.methods[name], args, kwargs)
 
     # --- the user's instance in this process -----------------------------------------------------
 
@@ -432,6 +437,15 @@ def _check_one_method(name: str, lifecycle: Lifecycle) -> None:
 
 
 # --- out of pickles -------------------------------------------------------------------------------
+
+
+def _cls_within_itself(
+    app_name: str | None, app_id: bytes, user_class: type, name: str, options: Options
+) -> Cls:
+    """A handle out of the definition of a class by value that refers to it."""
+    from fanout.app import App
+
+    return Cls(App._joined(app_name, app_id), user_class, name, options)
 
 
 def _cls_out_of(handle: Handle) -> Any:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fanout.definition import Environment
 
 
@@ -33,6 +35,9 @@ class ContainerContext:
     secret: bytes
     #: Blobs are files here, named by the hex of their id.
     blob_folder: str
+    #: The definition as it came (`fanout.definition`), and the raw function found by it.
+    definition: bytes = b""
+    function: Callable[..., Any] | None = None
 
 
 @dataclass(slots=True)

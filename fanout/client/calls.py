@@ -137,7 +137,8 @@ class LiveCall:
         if state.is_finished and not state.is_durable:
             state.outgoing.clear()
             session.last_words.finish(state.call_id, state.unacked_bytes)
-        elif not state.is_durable:
+        elif not (state.is_durable and (state.is_sealed or state.is_finished)):
+            # A spawned call that was cut off before its end has told nobody its id.
             state.cancel()
         for message in state.outgoing:
             if isinstance(message, m.CancelCall):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fanout.client.calls import BufferTable, LiveFetch
 from fanout.client.chunk import Batch
@@ -13,6 +14,11 @@ from fanout.client.session import Session
 from fanout.client.sessions import connected
 from fanout.exceptions import InvalidError
 from fanout.protocol import messages as m
+
+if TYPE_CHECKING:
+    from fanout.types import InputInfo
+
+logger = logging.getLogger("fanout.client")
 
 #: Outputs asked for at a time, and about how many bytes of them are wanted here at once.
 RANGE_COUNT_MAX = 1024
@@ -122,11 +128,50 @@ async def ask_call(call_id: bytes) -> m.CallInfo:
     return info
 
 
-async def cancel_call(call_id: bytes) -> None:
+async def cancel_call(call_id: bytes, terminate_containers: bool) -> None:
     """Cancel a spawned call, and wait until the scheduler has seen it."""
+    kind = m.TerminateCall if terminate_containers else m.CancelCall
+    state = "open"
+    while state in ("open", "sealed"):
+        # Only the question is repeated over a lost connection, so what it asks for may be lost.
+        session = await connected()
+        session.send(kind(call_id))
+        info: m.CallInfo = await session.ask(m.AskCall(session.next_request(), call_id))
+        state = info.state
+
+
+async def ask_graph(call_id: bytes, object_id: str) -> list[InputInfo]:
+    """See `FunctionCall.get_call_graph`."""
+    from fanout.call import PREFIX, not_found
+    from fanout.types import InputInfo, InputStatus
+
     session = await connected()
-    session.send(m.CancelCall(call_id))
-    await session.ask(m.AskCall(session.next_request(), call_id))
+    answer: m.CallGraph = await session.ask(m.AskCallGraph(session.next_request(), call_id))
+    if not answer.graph:
+        raise not_found(object_id)
+    calls = answer.graph["calls"]
+    infos: list[InputInfo] = []
+    roots: list[InputInfo] = []
+    for position, index, above, status, container in answer.graph["inputs"]:
+        call_hex, function, module = calls[position]
+        info = InputInfo(
+            input_id=f"in-{call_hex}:{index}",
+            function_call_id=PREFIX + call_hex,
+            task_id=container,
+            status=InputStatus[status.upper()],
+            function_name=function,
+            module_name=module,
+        )
+        infos.append(info)
+        (roots if above < 0 else infos[above].children).append(info)
+    if answer.graph["is_cut"]:
+        logger.warning(
+            "the call graph of %s is not whole: the scheduler sends the %d inputs nearest to the "
+            "call, and forgets old calls that have ended",
+            object_id,
+            len(infos),
+        )
+    return roots
 
 
 class Reader:

@@ -60,6 +60,10 @@ LAZY_DELAY_S = 0.002
 WORKER_CHECK_INTERVAL_S = 2.0
 
 
+Question = m.AskCall | m.AskFunction | m.AskStatus | m.AskShutdown | m.AskCallGraph
+Answer = m.CallInfo | m.FunctionInfo | m.StatusInfo | m.ShutdownInfo | m.CallGraph
+
+
 class Session:
     """See the module's text."""
 
@@ -416,7 +420,7 @@ class Session:
         self._request_counter += 1
         return self._request_counter
 
-    async def ask(self, question: m.AskCall | m.AskFunction | m.AskStatus | m.AskShutdown) -> Any:
+    async def ask(self, question: Question) -> Any:
         """Send a question and wait for its answer, over reconnects too."""
         await self.connect()
         future: asyncio.Future[Any] = self.loop.create_future()
@@ -568,14 +572,12 @@ class Session:
             output.show_log(message)
         elif isinstance(message, m.Notice):
             logger.warning("%s", message.text)
-        elif isinstance(message, m.CallInfo | m.FunctionInfo | m.StatusInfo | m.ShutdownInfo):
+        elif isinstance(message, Answer):
             self._on_answer(message)
         elif isinstance(message, m.Goodbye):
             logger.debug("= the scheduler says goodbye: %s", message.text)
 
-    def _on_answer(
-        self, message: m.CallInfo | m.FunctionInfo | m.StatusInfo | m.ShutdownInfo
-    ) -> None:
+    def _on_answer(self, message: Answer) -> None:
         request = self._requests.get(message.request_id)
         if request is not None:
             if not request[1].done():

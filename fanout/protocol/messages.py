@@ -969,6 +969,33 @@ class CallEnded(Message):
     ended_at: Number
 
 
+# --- cancelling with force, call graphs -----------------------------------------------------------
+
+
+@_message(155)
+class TerminateCall(Message):
+    """As `CancelCall`, and the containers that run the call are killed."""
+
+    call_id: CallId
+
+
+@_message(156)
+class AskCallGraph(Message):
+    """Which calls the inputs of a spawned call have made. Answered by `CallGraph`."""
+
+    request_id: RequestId
+    call_id: CallId
+
+
+@_message(157)
+class CallGraph(Message):
+    """`graph` is empty when there is no such call; else `calls`, `inputs` and `is_cut`, as the
+    scheduler's `core/graph.py` writes them."""
+
+    request_id: RequestId
+    graph: Map
+
+
 # --- who may send what ----------------------------------------------------------------------------
 
 #: What transfers of blobs consist of.
@@ -979,6 +1006,7 @@ FROM_CLIENT: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, OpenApp, CloseApp, DefineFunction, OpenCall, SubmitCall, Inputs, SealCall,
     Ack, CallsFinished,
     ItemCredit, CancelCall, FetchOutputs, StopFetch, AskCall, AskFunction, AskStatus, AskShutdown,
+    TerminateCall, AskCallGraph,
 }  # fmt: skip
 FROM_NESTED_CLIENT: frozenset[type[Message]] = (FROM_CLIENT | {SessionWaits, SessionRuns}) - {
     AskShutdown, OpenApp, CloseApp,
@@ -989,7 +1017,7 @@ FROM_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
 }  # fmt: skip
 TO_CLIENT: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, CallOpened, Window, Outputs, Items, CallFailed, InputsStored, CallInfo,
-    FunctionInfo, StatusInfo, Log, Notice, ShutdownInfo,
+    FunctionInfo, StatusInfo, Log, Notice, ShutdownInfo, CallGraph,
 }  # fmt: skip
 TO_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, WorkerAccepted, DefineFunction, DropFunction, StartContainer,
@@ -1000,7 +1028,16 @@ TO_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
 #: Frames that can end a client's wait. While a container waits, the scheduler holds them back until
 #: the container has its core again.
 ENDS_WAIT: frozenset[type[Message]] = frozenset(
-    {Outputs, Items, CallFailed, InputsStored, CallInfo, FunctionInfo, StatusInfo}
+    {
+        Outputs,
+        Items,
+        CallFailed,
+        InputsStored,
+        CallInfo,
+        FunctionInfo,
+        StatusInfo,
+        CallGraph,
+    }
 )
 
 # --- codec ----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fanout.config import CLIENT_GRACE_S, WINDOW_BYTES, WINDOW_COUNT_MAX, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs, durable, outputs
+from fanout_scheduler.core import blobs, durable, graph, outputs
 from fanout_scheduler.core.events import Disconnect, Exit, PeerId
 from fanout_scheduler.core.leasing import cancel_lease, run_again, stop_container
 from fanout_scheduler.core.snapshot import describe_busy, snapshot
@@ -250,6 +250,8 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
     )
     add_call(state, call)
     session.calls[call.call_id] = call
+    if message.parent is not None:
+        graph.join(call, state.leases[message.parent[0]], message.parent[1])
     return call
 
 
@@ -383,6 +385,8 @@ def drop_call(state: State, call: Call) -> None:
     for generator in call.generators.values():
         for items in generator.unconfirmed:
             blobs.release(state, blobs.ids(items.blobs))
+    if call.node is not None:
+        graph.leave(state, call)
     call.outputs.clear()
     call.generators.clear()
     state.calls.pop(call.call_id, None)
@@ -402,6 +406,14 @@ def cancel_call(state: State, call: Call) -> None:
         payload = m.failure_payload("cancelled", text)
         call.is_cancelled = True
         fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+
+
+def terminate_call(state: State, call: Call) -> None:
+    """Cancel a call and kill the containers that run it. Whatever else they had runs elsewhere."""
+    containers = [lease.container for lease in call.leases.values()]
+    cancel_call(state, call)
+    for container in containers:
+        stop_container(state, container)
 
 
 def fail_call(state: State, call: Call, failure: m.CallFailed) -> None:

@@ -103,3 +103,7 @@ def _check_references(state: State) -> None:
     for session in state.sessions.values():
         for call in session.calls.values():
             assert call.session is session, "10: a call of two sessions"
+    # 11. A call graph knows the calls that live, and holds on to no other.
+    for call in state.calls.values():
+        assert call.node is None or call.node.call is call, "11: a call that is not in its node"
+    assert all(node.call is None for node in state.ended_nodes), "11: a node keeps an ended call"

@@ -24,6 +24,7 @@ from fanout_scheduler.core import (
     blobs,
     calls,
     durable,
+    graph,
     leasing,
     outputs,
     placement,
@@ -67,6 +68,7 @@ PEER_MESSAGES: dict[type[m.Message], Callable[[State, Peer, Any], None]] = {
     m.AskFunction: scaling.on_ask_function,
     m.CallsFinished: calls.on_calls_finished,
     m.AskCall: calls.on_ask_call,
+    m.AskCallGraph: graph.on_ask_call_graph,
     m.AskStatus: calls.on_ask_status,
     m.AskShutdown: calls.on_ask_shutdown,
     m.WorkerReady: workers.on_worker_ready,
@@ -202,10 +204,11 @@ class Scheduler:
             state.note("message for an unknown call")
             return
         kind = type(message)
-        if kind is m.CancelCall:
+        if kind is m.CancelCall or kind is m.TerminateCall:
             # A spawned call may be cancelled by whoever knows its id.
             if call.is_durable or call.session is peer.session:
-                calls.cancel_call(state, call)
+                end = calls.cancel_call if kind is m.CancelCall else calls.terminate_call
+                end(state, call)
             return
         if call.session is not peer.session:
             state.note("message for another session's call")

@@ -229,6 +229,8 @@ class Call:
     stranded_since: float | None = None
     is_told: bool = False
     fetches: dict[tuple[PeerId, int], Fetch] = field(default_factory=dict)
+    #: Its place in a call graph, if it has one.
+    node: Node | None = None
 
     def add_chunk(self, chunk: Chunk) -> None:
         insort(self.chunk_starts, chunk.start)
@@ -263,6 +265,30 @@ class Call:
     def is_done(self) -> bool:
         """Every input has its output here (and on disk, where durable)."""
         return self.has_all_inputs and self.finished.count == self.received.count
+
+
+@dataclass(slots=True)
+class Node:
+    """A call in the call graph of a spawned one; see graph.py. It outlives the call."""
+
+    call_id: bytes
+    function: str
+    module: str
+    #: None once the call is forgotten.
+    call: Call | None
+    parent: Node | None = None
+    #: Of the input of `parent` that made it.
+    index: int = 0
+    #: The calls that its inputs made, by their indexes.
+    children: dict[int, list[Node]] = field(default_factory=dict)
+    #: Inputs that ended badly, with a word for how.
+    failures: dict[int, str] = field(default_factory=dict)
+    #: Something of it is not known any more.
+    is_cut: bool = False
+    #: What the call had when it was forgotten, and how its unfinished inputs ended.
+    input_count: int = 0
+    finished: IntervalSet = field(default_factory=IntervalSet)
+    rest: str = ""
 
 
 @dataclass(slots=True)
@@ -427,6 +453,8 @@ class State:
     present_blobs: dict[bytes, int] = field(default_factory=dict)
     #: What is to be done when a blob is here, by blob; see blobs.py.
     blob_waiters: dict[bytes, list[BlobWait]] = field(default_factory=dict)
+    #: What is kept of nested calls that are over, the oldest first; see graph.py.
+    ended_nodes: deque[Node] = field(default_factory=deque)
     #: Workers that have reports to be acknowledged at the end of this turn.
     acknowledging: dict[bytes, Worker] = field(default_factory=dict)
     #: Tails are not looked at again before this time.

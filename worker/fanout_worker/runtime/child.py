@@ -27,7 +27,7 @@ from typing import Any
 import msgpack
 
 from fanout import context
-from fanout.definition import Definition, unpack_definition
+from fanout.definition import unpack_definition
 from fanout.exceptions import InputCancellation
 from fanout.protocol.messages import Source, Status
 from fanout.serialization import decode_args, encode_error, encode_value
@@ -213,7 +213,7 @@ def main(channel_fd: int, memory_fd: int, stdout_fd: int, stderr_fd: int) -> typ
     info, payload = channel.start
     process.die_with_parent(info["daemon_pid"])
     try:
-        runner = _prepare(info, unpack_definition(payload), channel, memory, gate)
+        runner = _prepare(info, bytes(payload), channel, memory, gate)
     except BaseException as error:
         _flush()
         channel.send_frame(ch.START_FAILED, payload=encode_error(error))
@@ -259,12 +259,13 @@ def _leave_template(channel_fd: int, memory_fd: int, stdout_fd: int, stderr_fd: 
 
 def _prepare(
     info: dict[str, Any],
-    definition: Definition,
+    payload: bytes,
     channel: Channel,
     memory: shared.SharedMemory,
     gate: Gate,
 ) -> Runner:
     """Make the process what the definition says, and load the user's code."""
+    definition = unpack_definition(payload)
     if info["descriptors_max"]:
         # The daemon has raised its own limit, which user code is not to inherit.
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -286,6 +287,7 @@ def _prepare(
         socket_path=info["socket_path"],
         secret=info["secret"],
         blob_folder=info["blob_folder"],
+        definition=payload,
     )
     options = info["options"]
     sender = LogSender(channel, gate)
@@ -293,6 +295,7 @@ def _prepare(
     sys.stdout, sys.stderr = map(streams.make_stream, writers)
     faulthandler.enable(file=2)
     function = loader.load_function(definition, info["sources"])
+    context.container.function = function
     is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
     if options.get("is_async") or is_async:
         from fanout_worker.runtime.child_async import AsyncRunner
