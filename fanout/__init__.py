@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from fanout.app import Stub as Stub
     from fanout.call import FunctionCall as FunctionCall
     from fanout.exceptions import Error as Error
+    from fanout.execution import current_function_call_id as current_function_call_id
+    from fanout.execution import current_input_id as current_input_id
+    from fanout.execution import interact as interact
+    from fanout.execution import is_local as is_local
     from fanout.function import Function as Function
     from fanout.output import enable_output as enable_output
     from fanout.retries import Retries as Retries
@@ -40,7 +44,11 @@ _HOMES = {
     "LocalEntrypoint": "fanout.app",
     "Retries": "fanout.retries",
     "Stub": "fanout.app",
+    "current_function_call_id": "fanout.execution",
+    "current_input_id": "fanout.execution",
     "enable_output": "fanout.output",
+    "interact": "fanout.execution",
+    "is_local": "fanout.execution",
 }
 _MODULES = {"exception": "fanout.exceptions", "exceptions": "fanout.exceptions"}
 
@@ -52,9 +60,13 @@ __all__ = [
     "LocalEntrypoint",
     "Retries",
     "Stub",
+    "current_function_call_id",
+    "current_input_id",
     "enable_output",
     "exception",
     "exceptions",
+    "interact",
+    "is_local",
 ]
 
 

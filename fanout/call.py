@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, ClassVar, Generic, TypeVar
 
+from fanout.context import CALL_PREFIX
 from fanout.exceptions import InvalidError, NotFoundError
-from fanout.twin import Twin, twin
+from fanout.twin import Twin, shorten, twin
 
 R = TypeVar("R")
 T = TypeVar("T")
 
-PREFIX = "fc-"
+PREFIX = CALL_PREFIX
 
 
 class FunctionCall(Generic[R]):
@@ -121,6 +122,9 @@ class FunctionCall(Generic[R]):
             while (values := await reader.next_values()) is not None:
                 for value in values:
                     yield value
+        except BaseException as error:
+            shorten(error)
+            raise
         finally:
             reader.close()
 
@@ -134,6 +138,9 @@ class FunctionCall(Generic[R]):
         try:
             while (values := loop.run(reader.next_values)) is not None:
                 yield from values
+        except BaseException as error:
+            shorten(error)
+            raise
         finally:
             loop.background_loop().call_soon_threadsafe(reader.close)
 
@@ -166,7 +173,11 @@ class _Gather:
         from fanout.client import loop
 
         loop.forbid_in_loop("FunctionCall.gather", "await FunctionCall.gather.aio(...)")
-        return loop.run(lambda: self.aio(*calls))
+        try:
+            return loop.run(lambda: self.aio(*calls))
+        except BaseException as error:
+            shorten(error)
+            raise
 
     async def aio(self, *calls: FunctionCall[T]) -> list[T]:
         """The same for asyncio."""
@@ -175,6 +186,9 @@ class _Gather:
         tasks = [asyncio.ensure_future(call.get.aio()) for call in calls]
         try:
             return list(await asyncio.gather(*tasks))
+        except BaseException as error:
+            shorten(error)
+            raise
         finally:
             for task in tasks:
                 task.cancel()

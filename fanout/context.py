@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from fanout.definition import Environment
 
 
+#: Begins the id of a call, as users see it; 32 hexadecimal digits follow.
+CALL_PREFIX = "fc-"
+
+
 @dataclass(slots=True)
 class ContainerContext:
     """The container that this process is."""
@@ -33,6 +37,8 @@ class ContainerContext:
     secret: bytes
     #: Blobs are files here, named by the hex of their id.
     blob_folder: str
+    #: Folder of the sources that came from the client, on another host than the client's; else "".
+    sources: str = ""
 
 
 @dataclass(slots=True)

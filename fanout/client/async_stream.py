@@ -17,6 +17,7 @@ from fanout.client.decode import decode
 from fanout.client.inputs import AsyncPuller, Encoded, Encoder, Puller, Rows
 from fanout.client.sessions import connected
 from fanout.client.stream import Delivery, Plan, add_to, failure_of, raise_first
+from fanout.twin import shorten
 
 
 class AsyncStream:
@@ -183,9 +184,13 @@ class AsyncResults:
     async def __anext__(self) -> Any:
         for value in self._values:
             return value
-        while await self._next_batch():
-            for value in self._values:
-                return value
+        try:
+            while await self._next_batch():
+                for value in self._values:
+                    return value
+        except BaseException as error:
+            shorten(error)
+            raise
         raise StopAsyncIteration
 
     def __await__(self) -> Any:
@@ -196,8 +201,9 @@ class AsyncResults:
         try:
             while await self._next_batch():
                 values += self._values
-        except BaseException:
+        except BaseException as error:
             await self.aclose()
+            shorten(error)
             raise
         return values
 

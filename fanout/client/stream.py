@@ -33,6 +33,7 @@ from fanout.client.session import Session
 from fanout.client.sessions import connected, session_here
 from fanout.exceptions import InternalError
 from fanout.protocol import messages as m
+from fanout.twin import shorten
 
 #: The call is over: nothing follows on the queue.
 _END = object()
@@ -389,11 +390,15 @@ def iterate(
 ) -> Iterator[Any]:
     """The results of a map, for a thread. Nothing happens before the first `next`; closing or
     dropping the iterator cancels the call."""
-    encoder = Encoder(common, rows.is_column)
-    stream = BlockingStream(make_plan())
-    feed = _Feed(stream, Puller(rows.start(), encoder))
-    background_loop().call_soon_threadsafe(stream.open)
-    yield from _values(stream, feed, return_exceptions)
+    try:
+        encoder = Encoder(common, rows.is_column)
+        stream = BlockingStream(make_plan())
+        feed = _Feed(stream, Puller(rows.start(), encoder))
+        background_loop().call_soon_threadsafe(stream.open)
+        yield from _values(stream, feed, return_exceptions)
+    except BaseException as error:
+        shorten(error)
+        raise
 
 
 def _values(stream: BlockingStream, feed: _Feed, return_exceptions: bool) -> Iterator[Any]:
@@ -424,7 +429,11 @@ def _iterate_encoded(plan: Plan, encoded: Encoded) -> Iterator[Any]:
     loop = background_loop()
     loop.call_soon_threadsafe(stream.open)
     loop.call_soon_threadsafe(stream.exchange, [], encoded, True)
-    yield from _values(stream, feed, return_exceptions=False)
+    try:
+        yield from _values(stream, feed, return_exceptions=False)
+    except BaseException as error:
+        shorten(error)
+        raise
 
 
 def run_to_end(

@@ -384,7 +384,7 @@ def cancel_call(state: State, call: Call) -> None:
         drop_call(state, call)
     elif not call.is_over:
         text = "the call was cancelled"
-        payload = m.failure_payload("cancelled", text)
+        payload = m.failure_payload("cancelled", text, {"call_id": call.call_id})
         call.is_cancelled = True
         fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
 
