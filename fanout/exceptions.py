@@ -19,6 +19,7 @@
      |   +- UnknownExceptionError     (RemoteError too) the remote exception cannot be rebuilt
      +- RemoteError                   what ended an input, other than its own exception or time
      |   +- UnknownExceptionError     its own type cannot be rebuilt here
+     |   +- SteeringError             it raised KeyboardInterrupt, StopIteration or the like
      |   +- ContainerStartError       a container of the function cannot start
      |   +- ContainerCrashedError     the process that ran the input died
      |   +- InputCancelledError       the call was cancelled
@@ -126,6 +127,12 @@ class UnknownExceptionError(RemoteError, ExecutionError):
     text: str | None = None
     #: Its traceback, as it would have been printed there.
     traceback_text: str | None = None
+
+
+class SteeringError(RemoteError, RuntimeError):
+    """The function raised what steers an interpreter: KeyboardInterrupt, GeneratorExit,
+    StopIteration, StopAsyncIteration or asyncio.CancelledError. Raised here as it is it would mean
+    something else, so it is the cause of this."""
 
 
 class _ContainerError(RemoteError):

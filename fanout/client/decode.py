@@ -9,10 +9,10 @@ from typing import Any
 
 from fanout.client.calls import BufferTable
 from fanout.client.chunk import Batch, ItemBatch, Ready, split
-from fanout.exceptions import DeserializationError, RemoteError
+from fanout.exceptions import DeserializationError, RemoteError, SteeringError
 from fanout.protocol import messages as m
 from fanout.remote_errors import decode_error, decode_failure
-from fanout.serialization import decode_value
+from fanout.serialization import decode_value, described
 
 _loads = pickle.loads
 
@@ -95,6 +95,6 @@ def raisable(error: BaseException) -> BaseException:
     """The error as it may be raised here; see `_STEERING`."""
     if not isinstance(error, _STEERING):
         return error
-    wrapped = RuntimeError(f"the function raised {type(error).__name__}: {error}")
+    wrapped = SteeringError(f"the function raised {described(error)}")
     wrapped.__cause__ = error
     return wrapped
