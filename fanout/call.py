@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, ClassVar, Generic, TypeVar
 
 from fanout.context import CALL_PREFIX
-from fanout.exceptions import InvalidError, NotFoundError
+from fanout.exceptions import InvalidError, NotFoundError, OutputExpiredError
 from fanout.twin import Twin, shorten, twin
 
 R = TypeVar("R")
@@ -75,6 +75,7 @@ class FunctionCall(Generic[R]):
         Raises:
             TimeoutError: the builtin: it is not there in time.
             NotFoundError: the scheduler knows no such call.
+            OutputExpiredError: its results were kept their time, and are gone.
             InvalidError: the call has no input of that index.
             Exception: what the function raised.
         """
@@ -100,11 +101,11 @@ class FunctionCall(Generic[R]):
         await cancel_call(self._call_id)
 
     async def _info(self) -> Any:
-        from fanout.client.fetch import ask_call
+        from fanout.client.fetch import GONE, ask_call
 
         info = await ask_call(self._call_id)
-        if info.state == "unknown":
-            raise not_found(self.object_id)
+        if info.state in GONE:
+            raise gone(self.object_id, info.state)
         return info
 
     async def _iter_aio(self, *, start: int = 0, end: int | None = None) -> AsyncIterator[R]:
@@ -197,9 +198,15 @@ class _Gather:
 FunctionCall.gather = _Gather()
 
 
-def not_found(object_id: str) -> NotFoundError:
-    """The error for an id that the scheduler does not know."""
+def gone(object_id: str, state: str) -> NotFoundError | OutputExpiredError:
+    """The error for the id of a call of which the scheduler has nothing; `state` as `CallInfo` has
+    it."""
+    if state == "expired":
+        return OutputExpiredError(
+            f"the results of call {object_id} were kept their time, 7 days from its end, and are "
+            "gone; collect them earlier, or have the function write them where they stay"
+        )
     return NotFoundError(
-        f"the scheduler knows no call {object_id}: it was made at another one, its results were "
-        "kept their time (7 days), or it was not made by spawn or spawn_map"
+        f"the scheduler knows no call {object_id}: it was made at another one, its results have "
+        "expired long ago, or it was not made by spawn or spawn_map"
     )

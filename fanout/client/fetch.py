@@ -18,6 +18,9 @@ from fanout.protocol import messages as m
 RANGE_COUNT_MAX = 1024
 RANGE_BYTES = 8 << 20
 
+#: States of a call of which the scheduler has nothing, as `CallInfo.state` says it.
+GONE = ("unknown", "expired")
+
 
 class _Listener:
     """Wakes whoever waits for a fetch."""
@@ -59,7 +62,7 @@ class _Fetch:
         while not (batches := self.live.take()):
             if self._listener.error is not None:
                 raise self._listener.error
-            if self.live.info is not None and self.live.info.state == "unknown":
+            if self.live.info is not None and self.live.info.state in GONE:
                 return []
             await self._listener.wait(self._session)
         return batches
@@ -78,7 +81,7 @@ class _Fetch:
 
 async def get_output(call_id: bytes, index: int, timeout: float | None, object_id: str) -> Any:
     """See `FunctionCall.get`."""
-    from fanout.call import not_found
+    from fanout.call import gone
 
     if type(index) is not int or index < 0:
         raise InvalidError(f"index={index!r}: must be an int of at least 0")
@@ -88,8 +91,8 @@ async def get_output(call_id: bytes, index: int, timeout: float | None, object_i
     started = time.monotonic()
     try:
         info = await fetch.wait_for_info()
-        if info.state == "unknown":
-            raise not_found(object_id)
+        if info.state in GONE:
+            raise gone(object_id, info.state)
         if info.state != "open" and index >= info.input_count:
             raise InvalidError(
                 f"index={index}: call {object_id} has {info.input_count} inputs, numbered from 0"
@@ -107,7 +110,7 @@ async def get_output(call_id: bytes, index: int, timeout: float | None, object_i
     finally:
         fetch.close()
     if not batches:
-        raise not_found(object_id)
+        raise gone(object_id, info.state)
     batch, buffers = batches[0]
     values, error = decode(batch, buffers, return_exceptions=False)
     if error is not None:
@@ -148,7 +151,7 @@ class Reader:
         Raises:
             BaseException: what the function raised in the place of the next value.
         """
-        from fanout.call import PREFIX, not_found
+        from fanout.call import PREFIX, gone
 
         if self._error is not None:
             raise self._error
@@ -161,7 +164,8 @@ class Reader:
             assert self._fetch is not None
             batches = await self._fetch.next_batches()
             if not batches:
-                raise not_found(PREFIX + self._call_id.hex())
+                state = (await self._fetch.wait_for_info()).state
+                raise gone(PREFIX + self._call_id.hex(), state)
             for batch, buffers in batches:
                 self._ahead[batch.start] = (batch, buffers)
                 size = len(batch.payload) + sum(b.nbytes for row in buffers.values() for b in row)

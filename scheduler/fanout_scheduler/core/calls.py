@@ -421,7 +421,7 @@ def on_unsealed_deadline(state: State, call: Call) -> None:
 
 def forget_call(state: State, call: Call) -> None:
     """The results of a spawned call were kept their time."""
-    durable.forget_call(state, call.call_id)
+    durable.expire_call(state, call.call_id)
     drop_call(state, call)
 
 
@@ -444,7 +444,8 @@ def on_stop_fetch(state: State, peer: Peer, message: m.StopFetch) -> None:
 def on_ask_call(state: State, peer: Peer, message: m.AskCall) -> None:
     call = state.calls.get(message.call_id)
     if call is None or not call.is_durable:
-        info = m.CallInfo(message.request_id, message.call_id, "unknown", 0, 0, "", False)
+        what = "expired" if message.call_id in state.expired else "unknown"
+        info = m.CallInfo(message.request_id, message.call_id, what, 0, 0, "", False)
     else:
         info = m.CallInfo(
             message.request_id,
