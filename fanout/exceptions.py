@@ -10,7 +10,7 @@
      +- AlreadyExistsError            there is one of that name
      +- ConnectionError               the scheduler cannot be reached, or went away for good
      |   +- AuthError                 it is there and refuses the token
-     |   |   +- PermissionDeniedError the token is good, but not for this
+     |   |   +- PermissionDeniedError  the token is good, but not for this
      |   +- VersionError              it is there and speaks another protocol
      +- ProtocolError                 a peer sent something it must not send
      +- SerializationError            a value cannot be pickled
