@@ -318,6 +318,41 @@ def test_code_that_cannot_be_loaded_is_told_once_to_every_input(
     wait_until_no_call_is_open()
 
 
+def test_a_process_that_dies_while_it_loads_tells_how(engine: Cluster, tmp_path: Path) -> None:
+    script = tmp_path / "dies_loading.py"
+    script.write_text(
+        textwrap.dedent("""
+        import fanout, os
+        app = fanout.App("dies loading")
+        if not fanout.is_local():
+            os._exit(3)
+        @app.function()
+        def f(x): return x
+        if __name__ == "__main__":
+            with app.run():
+                for error in f.map(range(3), return_exceptions=True):
+                    print(type(error).__name__, error.exit_code, error.signal, error.input_index)
+        """)
+    )
+    done = engine.python(script)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "".join(f"ContainerStartError 3 None {n}\n" for n in range(3))
+    wait_until_no_call_is_open()
+
+
+def test_a_function_that_has_caught_too_much_data_cannot_travel(running: None) -> None:
+    caught_data = os.urandom(17 << 20)
+    app = fanout.App("caught too much")
+    function = app.function(serialized=True)(lambda: len(caught_data))
+    with (
+        app.run(),
+        pytest.raises(exceptions.RequestSizeError, match="over the limit of 16 MiB") as c,
+    ):
+        function.remote()
+    assert isinstance(c.value, exceptions.InvalidError)
+    assert names(c.value) == ["test_a_function_that_has_caught_too_much_data_cannot_travel"]
+
+
 def test_results_that_expired_are_told_from_those_that_never_were(
     scheduler_and_workers: Callable[..., HandStarted],
 ) -> None:

@@ -258,6 +258,22 @@ def test_lines_of_a_file_that_is_another_one_here_are_those_of_the_remote_one(
     assert 'raise Own("what it says")' in text
 
 
+def test_a_hook_for_uncaught_errors_of_the_users_own_stays(
+    only_there: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def own(*_: Any) -> None:
+        raise AssertionError("never called")
+
+    try:
+        only_there.fail(0)
+    except Exception as error:
+        data = encode_error(error)
+    take_away(only_there)
+    monkeypatch.setattr(sys, "excepthook", own)
+    decode_error(data)
+    assert sys.excepthook is own
+
+
 def test_a_file_that_is_here_keeps_its_name() -> None:
     frame = traceback.extract_tb(travelled(raised(ValueError())).__traceback__)[-1]
     assert frame.filename == __file__
