@@ -36,7 +36,9 @@ TEXT_CHARS_MAX = 64 << 10
 #: whole exception is larger than `PICKLED_SIZE_BYTES_MAX`.
 PART_SIZE_BYTES_MAX = 64 << 10
 PICKLED_SIZE_BYTES_MAX = BLOB_SIZE_BYTES_MIN // 2
-#: All exceptions of an error together; what comes later travels as text.
+#: What exceptions that are not the error itself say, where they travel as text.
+_TEXT_CHARS_MAX_CAUSE = 2 << 10
+#: About this much for all exceptions of an error; what comes later travels as text.
 ERROR_SIZE_BYTES_MAX = BLOB_SIZE_BYTES_MIN
 NOTES_MAX = 32
 NOTE_CHARS_MAX = 4 << 10
@@ -87,10 +89,12 @@ def _encode(error: BaseException) -> list[Any]:
     nodes: list[list[Any]] = []
     size = 0
     for one in graph:
-        form, detail, pickled = _packed(one) if size < ERROR_SIZE_BYTES_MAX else _TOO_MUCH
-        size += len(pickled or b"")
+        has_room = size < ERROR_SIZE_BYTES_MAX
+        form, detail, pickled = _packed(one) if has_room else _TOO_MUCH
         is_root = one is error
-        text = "" if is_root else _shortened(safe_str(one), TEXT_CHARS_MAX // 8)
+        text = "" if is_root else _shortened(safe_str(one), _TEXT_CHARS_MAX_CAUSE)
+        notes = _notes(one) if has_room else []
+        size += len(pickled or b"") + len(text) + sum(map(len, notes))
         members = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
         nodes.append(
             [
@@ -102,7 +106,7 @@ def _encode(error: BaseException) -> list[Any]:
                 numbers.get(id(one.__context__), -1),
                 bool(one.__suppress_context__),
                 [numbers.get(id(member), -1) for member in members],
-                _notes(one),
+                notes,
                 "" if is_root else type_name(one),
                 text,
             ]

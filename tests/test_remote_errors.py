@@ -399,6 +399,24 @@ def test_a_long_chain_is_cut() -> None:
     assert count == remote_errors.EXCEPTIONS_MAX
 
 
+def test_a_chain_of_large_errors_is_bounded_as_a_whole() -> None:
+    error: BaseException = ValueError("the first")
+    for number in range(200):
+        following = ValueError(number, "x" * 200_000)
+        following.__cause__ = error
+        for _ in range(50):
+            following.add_note("n" * 5000)
+        error = following
+    back = travelled(error)
+    assert back.args[0] == 199
+    assert isinstance(back.__cause__, ValueError)
+    last: BaseException = back
+    while last.__cause__ is not None:
+        last = last.__cause__
+    assert isinstance(last, exceptions.UnknownExceptionError)
+    assert last.text == "the first"
+
+
 class OwnGroup(ExceptionGroup[Exception]):
     def derive(self, members: Any) -> Any:
         return OwnGroup(self.message, members)
