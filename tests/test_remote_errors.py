@@ -378,6 +378,19 @@ def test_a_context_that_was_suppressed_stays_so() -> None:
     assert "ZeroDivisionError" not in shown(back)
 
 
+def test_a_context_without_a_cause_is_shown() -> None:
+    try:
+        try:
+            recurse(0)
+        except ZeroDivisionError:
+            raise KeyError("outer")  # noqa: B904
+    except KeyError as error:
+        expected, back = shown(error), travelled(error)
+    assert not back.__suppress_context__
+    assert shown(back) == expected
+    assert "During handling" in expected
+
+
 def test_a_circle_of_contexts_comes_back_as_one() -> None:
     one, two = ValueError(1), ValueError(2)
     one.__context__, two.__context__ = two, one
