@@ -295,7 +295,7 @@ class Runner:
     def _failure_of(self, error: BaseException, value: object) -> tuple[int, bytes]:
         """Status and bytes of an input that raised."""
         if isinstance(error, InputCancellation) and self._gate.is_target():
-            running = self._input
+            running = context.current_input.get() or self._input
             return Status.FAILURE, stopped_payload(
                 self._words[shared.CANCEL_REASON], self._timeout_s, running.call_id, running.index
             )
