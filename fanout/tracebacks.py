@@ -182,8 +182,12 @@ def _code_of(row: Row, host: str) -> tuple[CodeType, int, int]:
                 setattr(node, attribute, value)
     compiled = compile(module, filename, "exec")
     code = next(const for const in compiled.co_consts if isinstance(const, CodeType))
-    wanted = (here["lineno"], here["end_lineno"], column, end_column)
-    offset = next((2 * at for at, p in enumerate(code.co_positions()) if p == wanted), 0)
+    positions: list[tuple[int | None, ...]] = list(code.co_positions())
+    wanted: tuple[int | None, ...] = (here["lineno"], here["end_lineno"], column, end_column)
+    if wanted not in positions:
+        # An interpreter that leaves columns out (PYTHONNODEBUGRANGES) knows the line.
+        wanted = next((p for p in positions if p[0] == here["lineno"]), positions[0])
+    offset = 2 * positions.index(wanted)
     code = code.replace(co_name=name, co_qualname=name, co_firstlineno=first_lineno)
     return code, offset, lineno
 

@@ -7,6 +7,7 @@ import importlib.util
 import linecache
 import os
 import pickle
+import subprocess
 import sys
 import threading
 import traceback
@@ -23,6 +24,7 @@ from fanout import exceptions, remote_errors, tracebacks
 from fanout.protocol.messages import FAILURE_CODES, failure_payload
 from fanout.remote_errors import decode_error, decode_failure, encode_error
 from fanout.serialization import decode_value
+from tests.conftest import environment
 
 ERROR_SIZE_BYTES_MAX = 3 << 20
 
@@ -326,6 +328,37 @@ def test_frames_of_fanout_are_not_in_the_remote_traceback() -> None:
         back = travelled(error)
     assert names(back.__traceback__) == ["test_frames_of_fanout_are_not_in_the_remote_traceback"]
     assert "fanout/serialization.py" not in shown(back)
+
+
+@pytest.mark.parametrize(("packing", "showing"), [("1", ""), ("", "1"), ("1", "1")])
+def test_lines_are_right_where_an_interpreter_knows_no_columns(
+    only_there: ModuleType, packing: str, showing: str
+) -> None:
+    folder = Path(only_there.__file__ or "").parent
+    pack = (
+        "import sys, fanout.remote_errors as r\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import only_there\n"
+        "try: only_there.fail_plainly({})\n"
+        "except KeyError as error: sys.stdout.buffer.write(r.encode_error(error))"
+    )
+    show = (
+        "import sys, fanout.remote_errors as r, traceback\n"
+        "traceback.print_exception(r.decode_error(sys.stdin.buffer.read()), file=sys.stdout)"
+    )
+    data = b""
+    for code, flag in ((pack, packing), (show, showing)):
+        variables = environment(PYTHONNODEBUGRANGES=flag)
+        command = [sys.executable, "-c", code, str(folder)]
+        data = subprocess.run(
+            command, env=variables, input=data, capture_output=True, check=True
+        ).stdout
+    lines = data.decode().splitlines()
+    assert [line for line in lines if set(line) - set(" ~^")][-3:] == [
+        f'  File "{only_there.__file__}", line 12, in fail_plainly',
+        '    x["missing"])',
+        "KeyError: 'missing'",
+    ]
 
 
 def test_rebuilt_frames_hold_on_to_nothing() -> None:
