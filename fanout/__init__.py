@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from fanout.cls import Cls as Cls
     from fanout.cls import parameter as parameter
     from fanout.exceptions import Error as Error
+    from fanout.execution import current_function_call_id as current_function_call_id
+    from fanout.execution import current_input_id as current_input_id
+    from fanout.execution import interact as interact
+    from fanout.execution import is_local as is_local
     from fanout.function import Function as Function
     from fanout.output import enable_output as enable_output
     from fanout.partial import batched as batched
@@ -51,9 +55,13 @@ _HOMES = {
     "Stub": "fanout.app",
     "batched": "fanout.partial",
     "concurrent": "fanout.partial",
+    "current_function_call_id": "fanout.execution",
+    "current_input_id": "fanout.execution",
     "enable_output": "fanout.output",
     "enter": "fanout.partial",
     "exit": "fanout.partial",
+    "interact": "fanout.execution",
+    "is_local": "fanout.execution",
     "method": "fanout.partial",
     "parameter": "fanout.cls",
 }
@@ -74,11 +82,15 @@ __all__ = [
     "Stub",
     "batched",
     "concurrent",
+    "current_function_call_id",
+    "current_input_id",
     "enable_output",
     "enter",
     "exception",
     "exceptions",
     "exit",
+    "interact",
+    "is_local",
     "method",
     "parameter",
     "types",

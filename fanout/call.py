@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Generator
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from fanout.exceptions import InvalidError, NotFoundError
-from fanout.twin import Twin, twin
+from fanout.context import CALL_PREFIX
+from fanout.exceptions import InvalidError, NotFoundError, OutputExpiredError
+from fanout.twin import Twin, shorten, twin
 
 if TYPE_CHECKING:
     from fanout.types import InputInfo
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 T = TypeVar("T")
 
-PREFIX = "fc-"
+PREFIX = CALL_PREFIX
 
 
 class FunctionCall(Generic[R]):
@@ -85,6 +86,7 @@ class FunctionCall(Generic[R]):
         Raises:
             TimeoutError: the builtin: it is not there in time.
             NotFoundError: the scheduler knows no such call.
+            OutputExpiredError: its results were kept their time, and are gone.
             InvalidError: the call has no input of that index.
             Exception: what the function raised.
         """
@@ -132,11 +134,11 @@ class FunctionCall(Generic[R]):
         return await ask_graph(self._call_id, self.object_id)
 
     async def _info(self) -> Any:
-        from fanout.client.fetch import ask_call
+        from fanout.client.fetch import GONE, ask_call
 
         info = await ask_call(self._call_id)
-        if info.state == "unknown":
-            raise not_found(self.object_id)
+        if info.state in GONE:
+            raise gone(self.object_id, info.state)
         return info
 
     async def _iter_aio(self, *, start: int = 0, end: int | None = None) -> AsyncGenerator[R, None]:
@@ -154,6 +156,9 @@ class FunctionCall(Generic[R]):
             while (values := await reader.next_values()) is not None:
                 for value in values:
                     yield value
+        except BaseException as error:
+            shorten(error)
+            raise
         finally:
             reader.close()
 
@@ -167,6 +172,9 @@ class FunctionCall(Generic[R]):
         try:
             while (values := loop.run(reader.next_values)) is not None:
                 yield from values
+        except BaseException as error:
+            shorten(error)
+            raise
         finally:
             loop.background_loop().call_soon_threadsafe(reader.close)
 
@@ -200,7 +208,11 @@ class _Gather:
         from fanout.client import loop
 
         loop.forbid_in_loop("FunctionCall.gather", "await FunctionCall.gather.aio(...)")
-        return loop.run(lambda: self.aio(*calls))
+        try:
+            return loop.run(lambda: self.aio(*calls))
+        except BaseException as error:
+            shorten(error)
+            raise
 
     async def aio(self, *calls: FunctionCall[T]) -> list[T]:
         """The same for asyncio."""
@@ -209,6 +221,9 @@ class _Gather:
         tasks = [asyncio.ensure_future(call.get.aio()) for call in calls]
         try:
             return list(await asyncio.gather(*tasks))
+        except BaseException as error:
+            shorten(error)
+            raise
         finally:
             for task in tasks:
                 task.cancel()
@@ -217,9 +232,15 @@ class _Gather:
 FunctionCall.gather = _Gather()
 
 
-def not_found(object_id: str) -> NotFoundError:
-    """The error for an id that the scheduler does not know."""
+def gone(object_id: str, state: str) -> NotFoundError | OutputExpiredError:
+    """The error for the id of a call of which the scheduler has nothing; `state` as `CallInfo` has
+    it."""
+    if state == "expired":
+        return OutputExpiredError(
+            f"the results of call {object_id} were kept their time, 7 days from its end, and are "
+            "gone; collect them earlier, or have the function write them where they stay"
+        )
     return NotFoundError(
-        f"the scheduler knows no call {object_id}: it was made at another one, its results were "
-        "kept their time (7 days), or it was not made by spawn or spawn_map"
+        f"the scheduler knows no call {object_id}: it was made at another one, its results have "
+        "expired long ago, or it was not made by spawn or spawn_map"
     )

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from fanout.definition import Environment
 
 
+#: Begins the id of a call, as users see it; 32 hexadecimal digits follow.
+CALL_PREFIX = "fc-"
+
+
 @dataclass(slots=True)
 class ContainerContext:
     """The container that this process is."""
@@ -35,6 +39,8 @@ class ContainerContext:
     secret: bytes
     #: Blobs are files here, named by the hex of their id.
     blob_folder: str
+    #: Folder of the sources that came from the client, on another host than the client's; else "".
+    sources: str = ""
     #: The definition as it came (`fanout.definition`), and the raw function found by it.
     definition: bytes = b""
     function: Callable[..., Any] | None = None

@@ -13,7 +13,8 @@ a user's keyword argument `self` would clash with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+from types import CoroutineType
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 S = TypeVar("S")
 P = ParamSpec("P")
@@ -33,14 +34,42 @@ class BoundTwin(Generic[P, R, A]):
         self._aio = aio
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._blocking(self._owner, *args, **kwargs)
+        try:
+            return self._blocking(self._owner, *args, **kwargs)
+        except BaseException as error:
+            shorten(error)
+            raise
 
     def aio(self, *args: P.args, **kwargs: P.kwargs) -> A:
         """The same for asyncio."""
-        return self._aio(self._owner, *args, **kwargs)
+        result = self._aio(self._owner, *args, **kwargs)
+        if not isinstance(result, CoroutineType):
+            return result
+        guarded: Any = _guarded(result)
+        guarded.__name__, guarded.__qualname__ = result.__name__, result.__qualname__
+        return cast(A, guarded)
 
     def __repr__(self) -> str:
         return f"<{self._blocking.__name__.lstrip('_')} of {self._owner!r}; `.aio` for asyncio>"
+
+
+async def _guarded(coroutine: Coroutine[Any, Any, R]) -> R:
+    try:
+        return await coroutine
+    except BaseException as error:
+        shorten(error)
+        raise
+
+
+def shorten(error: BaseException) -> None:
+    """Take fanout's own frames from the traceback of an error that leaves for the user's code, in
+    the ``except`` clause of the outermost function, before a bare ``raise``."""
+    if isinstance(error, GeneratorExit):
+        # No error, and it may come so late that nothing can be imported any more.
+        return
+    from fanout.tracebacks import leave_out_own_frames
+
+    leave_out_own_frames(error)
 
 
 class Twin(Generic[S, P, R, A]):

@@ -31,7 +31,9 @@ SHARED_LEAVES = {
     "fanout.exceptions",
     "fanout.filesystem",
     "fanout.intervals",
+    "fanout.remote_errors",
     "fanout.serialization",
+    "fanout.tracebacks",
 }
 #: What a sans-IO module may import besides other sans-IO modules and the leaves without IO.
 PURE_STANDARD_LIBRARY = {

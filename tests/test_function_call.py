@@ -50,7 +50,7 @@ def test_the_graph_shows_what_each_input_has_called(running: None, tmp_path: Pat
     assert root.task_id.startswith("ct-")
     assert root.module_name == "tests.calls_kit"
     (held,) = (child for child in root.children if child.function_name == "hold")
-    assert held.input_id == f"in-{held.function_call_id.removeprefix('fc-')}:0"
+    assert held.input_id == f"in-{held.function_call_id.removeprefix('fc-')}-0"
     (tmp_path / "go").touch()
     assert call.get() == [1, 1, 2]
     ended = ["add SUCCESS", "hold SUCCESS", "same SUCCESS"]

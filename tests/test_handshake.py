@@ -15,6 +15,7 @@ from fanout.exceptions import (
     Error,
     InternalError,
     InvalidError,
+    PermissionDeniedError,
     ProtocolError,
     VersionError,
 )
@@ -139,7 +140,7 @@ def test_the_secret_that_stands_in_for_unknown_tokens_opens_nothing() -> None:
 def test_a_token_proves_its_own_role_only() -> None:
     dialling, listening = dialler(WORKER, role="client"), listener()
     errors = join(dialling, listening)
-    assert [type(error) for error in errors] == [AuthError]
+    assert [type(error) for error in errors] == [PermissionDeniedError]
     assert isinstance(dialling.error, AuthError)
     assert "for the role 'worker', not 'client'" in str(dialling.error)
     assert not listening.handshake.is_done
@@ -291,6 +292,7 @@ def test_goodbye_is_the_last_message_and_ends_the_connection_in_order() -> None:
 def test_a_goodbye_that_names_an_error_arrives_as_that_error() -> None:
     for code, cls in (
         ("auth", AuthError),
+        ("permission", PermissionDeniedError),
         ("protocol", ProtocolError),
         ("internal", InternalError),
     ):

@@ -18,6 +18,7 @@ from fanout.client.inputs import AsyncPuller, Encoded, Encoder, Puller, Rows
 from fanout.client.sessions import connected
 from fanout.client.stream import Delivery, Plan, add_to, failure_of, raise_first
 from fanout.results import warn_unused
+from fanout.twin import shorten
 
 
 class AsyncStream:
@@ -188,9 +189,13 @@ class AsyncResults:
     async def __anext__(self) -> Any:
         for value in self._values:
             return value
-        while await self._next_batch():
-            for value in self._values:
-                return value
+        try:
+            while await self._next_batch():
+                for value in self._values:
+                    return value
+        except BaseException as error:
+            shorten(error)
+            raise
         raise StopAsyncIteration
 
     def __await__(self) -> Generator[Any, None, list[Any]]:
@@ -202,8 +207,9 @@ class AsyncResults:
         try:
             while await self._next_batch():
                 values += self._values
-        except BaseException:
+        except BaseException as error:
             await self.aclose()
+            shorten(error)
             raise
         return values
 

@@ -24,6 +24,9 @@ logger = logging.getLogger("fanout.client")
 RANGE_COUNT_MAX = 1024
 RANGE_BYTES = 8 << 20
 
+#: States of a call of which the scheduler has nothing, as `CallInfo.state` says it.
+GONE = ("unknown", "expired")
+
 
 class _Listener:
     """Wakes whoever waits for a fetch."""
@@ -65,7 +68,7 @@ class _Fetch:
         while not (batches := self.live.take()):
             if self._listener.error is not None:
                 raise self._listener.error
-            if self.live.info is not None and self.live.info.state == "unknown":
+            if self.live.info is not None and self.live.info.state in GONE:
                 return []
             await self._listener.wait(self._session)
         return batches
@@ -84,7 +87,7 @@ class _Fetch:
 
 async def get_output(call_id: bytes, index: int, timeout: float | None, object_id: str) -> Any:
     """See `FunctionCall.get`."""
-    from fanout.call import not_found
+    from fanout.call import gone
 
     if type(index) is not int or index < 0:
         raise InvalidError(f"index={index!r}: must be an int of at least 0")
@@ -94,8 +97,8 @@ async def get_output(call_id: bytes, index: int, timeout: float | None, object_i
     started = time.monotonic()
     try:
         info = await fetch.wait_for_info()
-        if info.state == "unknown":
-            raise not_found(object_id)
+        if info.state in GONE:
+            raise gone(object_id, info.state)
         if info.state != "open" and index >= info.input_count:
             raise InvalidError(
                 f"index={index}: call {object_id} has {info.input_count} inputs, numbered from 0"
@@ -113,7 +116,7 @@ async def get_output(call_id: bytes, index: int, timeout: float | None, object_i
     finally:
         fetch.close()
     if not batches:
-        raise not_found(object_id)
+        raise gone(object_id, info.state)
     batch, buffers = batches[0]
     values, error = decode(batch, buffers, return_exceptions=False)
     if error is not None:
@@ -142,20 +145,20 @@ async def cancel_call(call_id: bytes, terminate_containers: bool) -> None:
 
 async def ask_graph(call_id: bytes, object_id: str) -> list[InputInfo]:
     """See `FunctionCall.get_call_graph`."""
-    from fanout.call import PREFIX, not_found
+    from fanout.call import PREFIX, gone
     from fanout.types import InputInfo, InputStatus
 
     session = await connected()
     answer: m.CallGraph = await session.ask(m.AskCallGraph(session.next_request(), call_id))
     if not answer.graph:
-        raise not_found(object_id)
+        raise gone(object_id, (await ask_call(call_id)).state)
     calls = answer.graph["calls"]
     infos: list[InputInfo] = []
     roots: list[InputInfo] = []
     for position, index, above, status, container in answer.graph["inputs"]:
         call_hex, function, module = calls[position]
         info = InputInfo(
-            input_id=f"in-{call_hex}:{index}",
+            input_id=f"in-{call_hex}-{index}",
             function_call_id=PREFIX + call_hex,
             task_id=container,
             status=InputStatus[status.upper()],
@@ -193,7 +196,7 @@ class Reader:
         Raises:
             BaseException: what the function raised in the place of the next value.
         """
-        from fanout.call import PREFIX, not_found
+        from fanout.call import PREFIX, gone
 
         if self._error is not None:
             raise self._error
@@ -206,7 +209,8 @@ class Reader:
             assert self._fetch is not None
             batches = await self._fetch.next_batches()
             if not batches:
-                raise not_found(PREFIX + self._call_id.hex())
+                state = (await self._fetch.wait_for_info()).state
+                raise gone(PREFIX + self._call_id.hex(), state)
             for batch, buffers in batches:
                 self._ahead[batch.start] = (batch, buffers)
                 size = len(batch.payload) + sum(b.nbytes for row in buffers.values() for b in row)

@@ -34,6 +34,7 @@ from fanout.client.session import Session
 from fanout.client.sessions import connected, session_here
 from fanout.exceptions import InternalError
 from fanout.protocol import messages as m
+from fanout.twin import shorten
 
 #: A user's iterator that has blocked for this long does not keep back what it has given before.
 RESCUE_AFTER_S = 0.02
@@ -423,11 +424,15 @@ def iterate(
 ) -> Generator[Any, None, None]:
     """The results of a map, for a thread. Nothing happens before the first `next`; closing or
     dropping the iterator cancels the call."""
-    encoder = Encoder(common, rows.is_column)
-    stream = BlockingStream(make_plan())
-    feed = _Feed(stream, Puller(rows.start(), encoder))
-    background_loop().call_soon_threadsafe(stream.open)
-    yield from _values(stream, feed, return_exceptions)
+    try:
+        encoder = Encoder(common, rows.is_column)
+        stream = BlockingStream(make_plan())
+        feed = _Feed(stream, Puller(rows.start(), encoder))
+        background_loop().call_soon_threadsafe(stream.open)
+        yield from _values(stream, feed, return_exceptions)
+    except BaseException as error:
+        shorten(error)
+        raise
 
 
 def _values(
@@ -452,7 +457,11 @@ def iterate_one(plan: Plan, encoded: Encoded) -> Generator[Any, None, None]:
     loop = background_loop()
     loop.call_soon_threadsafe(stream.open)
     loop.call_soon_threadsafe(stream.exchange, [], encoded, True)
-    yield from _values(stream, feed, return_exceptions=False)
+    try:
+        yield from _values(stream, feed, return_exceptions=False)
+    except BaseException as error:
+        shorten(error)
+        raise
 
 
 def run_to_end(

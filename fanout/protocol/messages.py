@@ -651,7 +651,7 @@ class InputsStored(Message):
 
 @_message(46)
 class CallInfo(Message):
-    """`state` is one of unknown, open, sealed, finished, cancelled, failed."""
+    """`state` is one of unknown, expired, open, sealed, finished, cancelled, failed."""
 
     request_id: RequestId
     call_id: CallId
@@ -967,6 +967,15 @@ class CallEnded(Message):
 
     call_id: CallId
     ended_at: Number
+
+
+@_message(150)
+class CallExpired(Message):
+    """The results of a durable call were kept until this time (seconds since 1970). Remembered for
+    a while, so that whoever asks is told more than of a call that never was. Nobody sends this."""
+
+    call_id: CallId
+    expired_at: Number
 
 
 # --- cancelling with force, call graphs -----------------------------------------------------------

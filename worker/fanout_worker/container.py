@@ -27,9 +27,9 @@ from typing import Any
 from fanout.definition import unpack_definition
 from fanout.exceptions import ContainerStartError, ProtocolError
 from fanout.protocol import messages as m
-from fanout.serialization import encode_error
+from fanout.remote_errors import encode_error
 from fanout_worker import channel as ch
-from fanout_worker import outcome, process, shared
+from fanout_worker import outcome, process, resources, shared
 from fanout_worker.environment import Launch, plan_launch, start_info
 from fanout_worker.host import Host
 from fanout_worker.leases import Given, LeaseTable
@@ -92,6 +92,7 @@ class Container:
         self._start_order_at = host.loop.time()
         self._start_failure = b""
         self._killed_for = 0
+        self._oom_kill_count = resources.oom_kill_count()
         self._fault = ""
         self._is_stop_ordered = False
         self._is_kill_ordered = False
@@ -427,10 +428,8 @@ class Container:
             and segment.index <= stopping.index < end
         ):
             self._end_stopping(stopping)
-            segment, blobs = (
-                outcome.replaced(segment, stopping.index, stopping.reason, self._timeout_s),
-                [],
-            )
+            stopped = (stopping.reason, self._timeout_s, given.call_id, stopping.index)
+            segment, blobs = outcome.replaced(segment, *stopped), []
         given.done += segment.count
         self._recent = (given.call_id, end - 1)
         if given.start + given.done >= given.stop:
@@ -584,12 +583,12 @@ class Container:
             return outcome.REASONS[self._killed_for], []
         if self._is_kill_ordered or (self._is_stop_ordered and not running):
             return "stopped", []
-        if not self.is_started:
-            return "start", []
         if self._fault:
             details["text"] = self._fault
         elif details["signal"] == "SIGKILL":
-            details["text"] += ". Nothing in fanout killed it; was the host out of memory?"
+            outcome.explain_kill(details, self._message.options, self._oom_kill_count)
+        if not self.is_started:
+            return "start", []
         return "crash", running
 
     def _make_output(self) -> None:
@@ -598,12 +597,13 @@ class Container:
         given = self._leases.get(stopping.slot) if stopping is not None else None
         if stopping is None or given is None or given.start + given.done != stopping.index:
             return
-        payload = outcome.stopped_payload(stopping.reason, self._timeout_s)
+        reason, index = stopping.reason, stopping.index
+        payload = outcome.stopped_payload(reason, self._timeout_s, given.call_id, index)
         progress = self._memory_at_death
         began_ns = progress.since_ns if progress is not None else time.perf_counter_ns()
         given.done += 1
         self._host.events.lease_outputs(
-            given.lease_id, stopping.index, max(0, time.perf_counter_ns() - began_ns) // 1000,
+            given.lease_id, index, max(0, time.perf_counter_ns() - began_ns) // 1000,
             len(payload).to_bytes(4, "little"), bytes([m.Status.FAILURE]), [], payload,
         )  # fmt: skip
 

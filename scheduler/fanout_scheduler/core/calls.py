@@ -403,7 +403,7 @@ def cancel_call(state: State, call: Call) -> None:
         drop_call(state, call)
     elif not call.is_over:
         text = "the call was cancelled"
-        payload = m.failure_payload("cancelled", text)
+        payload = m.failure_payload("cancelled", text, {"call_id": call.call_id})
         call.is_cancelled = True
         fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
 
@@ -448,7 +448,7 @@ def on_unsealed_deadline(state: State, call: Call) -> None:
 
 def forget_call(state: State, call: Call) -> None:
     """The results of a spawned call were kept their time."""
-    durable.forget_call(state, call.call_id)
+    durable.expire_call(state, call.call_id)
     drop_call(state, call)
 
 
@@ -471,7 +471,8 @@ def on_stop_fetch(state: State, peer: Peer, message: m.StopFetch) -> None:
 def on_ask_call(state: State, peer: Peer, message: m.AskCall) -> None:
     call = state.calls.get(message.call_id)
     if call is None or not call.is_durable:
-        info = m.CallInfo(message.request_id, message.call_id, "unknown", 0, 0, "", False)
+        what = "expired" if message.call_id in state.expired else "unknown"
+        info = m.CallInfo(message.request_id, message.call_id, what, 0, 0, "", False)
     else:
         info = m.CallInfo(
             message.request_id,

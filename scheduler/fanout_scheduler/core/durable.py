@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Time between attempts to write outputs that could not be written (disk full).
 STORE_RETRY_S = 1.0
+#: Calls whose results have expired that are remembered, at most: a hundred bytes each.
+EXPIRED_COUNT_MAX = 100_000
 
 
 @dataclass(slots=True)
@@ -92,8 +94,23 @@ def store_failure(state: State, call: Call, failure: m.CallFailed) -> None:
 
 
 def forget_call(state: State, call_id: bytes) -> None:
-    """Its results were kept their time, or nobody ever learned of it."""
+    """Nobody ever learned of it."""
     _store(state, None, [ForgetCall(call_id)])
+
+
+def expire_call(state: State, call_id: bytes) -> None:
+    """Its results were kept their time; that they were there is remembered for as long again."""
+    now = state.now + state.wall_offset_s
+    state.expired[call_id] = now
+    records: list[Record] = [ForgetCall(call_id), m.CallExpired(call_id, now)]
+    oldest = next(iter(state.expired))
+    while len(state.expired) > EXPIRED_COUNT_MAX or (
+        state.expired[oldest] + RESULT_RETENTION_S < now
+    ):
+        del state.expired[oldest]
+        records.append(ForgetCall(oldest))
+        oldest = next(iter(state.expired))
+    _store(state, None, records)
 
 
 def forget_app(state: State, app: App) -> None:

@@ -160,6 +160,7 @@ Record = (
     | m.Outputs
     | m.CallFailed
     | m.CallEnded
+    | m.CallExpired
     | ForgetCall
     | ForgetApp
 )

@@ -356,7 +356,8 @@ def charge_crash(state: State, lease: Lease, index: int, message: m.ContainerExi
     crashes = call.crashes[index] = call.crashes.get(index, 0) + 1
     if crashes < CRASH_LIMIT:
         return
-    details = message.details
+    known = {"call_id": call.call_id, "input_index": index, "crash_count": crashes}
+    details = message.details | known
     text = (
         f"the container died {crashes} times while it ran input {index} of "
         f"{call.function.definition.name}: {details.get('text', '')}"

@@ -50,6 +50,8 @@ def _restore_record(state: State, record: Record) -> bool:
             blobs.await_definition(state, function)
     elif isinstance(record, m.OpenCall):
         return _restore_call(state, record)
+    elif isinstance(record, m.CallExpired):
+        state.expired[record.call_id] = record.expired_at
     elif isinstance(record, m.Inputs | m.SealCall | m.Outputs | m.CallFailed | m.CallEnded):
         call = state.calls.get(record.call_id)
         if call is None:

@@ -444,6 +444,8 @@ class State:
     #: (when, order, kind, what); entries may be stale, the kinds check.
     deadlines: list[tuple[float, int, str, Any]] = field(default_factory=list)
     commands: list[Command] = field(default_factory=list)
+    #: When the results of calls expired, the oldest first: seconds since 1970.
+    expired: dict[bytes, float] = field(default_factory=dict)
     #: What was given to the store and is not on disk yet, by sequence; see durable.py.
     pending_stores: dict[int, Any] = field(default_factory=dict)
     #: First sequences of what is not on disk, also while it waits to be tried again.

@@ -34,6 +34,7 @@ STORED_TYPES: frozenset[type[m.Message]] = frozenset(
         m.Outputs,
         m.CallFailed,
         m.CallEnded,
+        m.CallExpired,
     }
 )
 _DEFINITION_KIND = m.DefineFunction.KIND

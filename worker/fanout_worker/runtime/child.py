@@ -27,10 +27,11 @@ from typing import Any
 import msgpack
 
 from fanout import context
-from fanout.definition import unpack_definition
+from fanout.definition import Definition, unpack_definition
 from fanout.exceptions import InputCancellation
 from fanout.protocol.messages import Source, Status
-from fanout.serialization import decode_args, encode_error, encode_value
+from fanout.remote_errors import encode_error
+from fanout.serialization import decode_args, encode_value
 from fanout_worker import channel as ch
 from fanout_worker import process, shared
 from fanout_worker.runtime import loader, streams
@@ -272,6 +273,7 @@ def _prepare(
         resource.setrlimit(resource.RLIMIT_NOFILE, (info["descriptors_max"], hard))
     os.environ.clear()
     os.environ.update(info["variables"])
+    os.environ.update(_own_variables(info, definition))
     time.tzset()
     os.chdir(info["cwd"])
     sys.path[:] = info["path"]
@@ -287,6 +289,7 @@ def _prepare(
         socket_path=info["socket_path"],
         secret=info["secret"],
         blob_folder=info["blob_folder"],
+        sources=info["sources"],
         definition=payload,
     )
     options = info["options"]
@@ -306,6 +309,20 @@ def _prepare(
     runner = kind(channel, memory, gate, function, options, info["blob_folder"])
     runner.add_streams(writers)
     return runner
+
+
+def _own_variables(info: dict[str, Any], definition: Definition) -> dict[str, str]:
+    """By which programs that user code starts, too, can tell where they run; with the names that
+    scripts for Modal look for."""
+    number = str(info["container_id"])
+    return {
+        "FANOUT_IS_REMOTE": "1",
+        "FANOUT_CONTAINER_ID": number,
+        "FANOUT_APP_NAME": definition.app_name,
+        "FANOUT_FUNCTION_NAME": definition.function_name,
+        "MODAL_IS_REMOTE": "1",
+        "MODAL_TASK_ID": f"ta-{number}",
+    }
 
 
 class LogSender:
