@@ -41,21 +41,31 @@ def lease_of(
     start: int = 0,
     skip: int = 0,
     credit: int = 0,
+    method: str = "",
+    call_id: bytes = CALL,
 ) -> m.Lease:
     """A lease of inputs that need no blobs."""
     parts = [encode_args(args, None)[0] for args in inputs]
     return m.Lease(
         container_id,
         lease_id,
-        CALL,
+        call_id,
         start,
         lengths_of(parts),
         [],
         skip,
         credit,
-        "",
+        method,
         b"".join(parts),
     )
+
+
+def shapes(**kinds: str) -> dict[str, dict[str, bool]]:
+    """The option `methods`: for each one "sync", "async", "generator" or "async generator"."""
+    return {
+        name: {"is_generator": kind.endswith("generator"), "is_async": kind.startswith("async")}
+        for name, kind in kinds.items()
+    }
 
 
 async def let_pass(seconds: float) -> None:
@@ -170,7 +180,7 @@ class Events:
 class Kit:
     """A host with containers whose code is given as text."""
 
-    def __init__(self, folder: Path, kill_grace_s: float) -> None:
+    def __init__(self, folder: Path, kill_grace_s: float, exit_grace_s: float) -> None:
         self.folder = folder
         self.events = Events()
         self._changed = asyncio.Event()
@@ -182,6 +192,7 @@ class Kit:
                 is_embedded=True,
                 kill_grace_s=kill_grace_s,
                 variables={},
+                exit_grace_s=exit_grace_s,
             ),
             self.events,
             self._changed.set,
@@ -196,9 +207,10 @@ class Kit:
         target: Target | None = None,
         variables: dict[str, str] | None = None,
         sources: str = "",
+        extra: dict[str, Any] | None = None,
         **options: Any,
     ) -> m.DefineFunction:
-        """The definition of a function in a module with this code."""
+        """The definition of a function or class in a module with this code."""
         name = f"user_code_{len(list(self.folder.glob('*.py')))}"
         (self.folder / f"{name}.py").write_text(textwrap.dedent(code))
         path = [str(self.folder), *(part for part in sys.path if part)]
@@ -210,7 +222,8 @@ class Kit:
             variables={**os.environ, **(variables or {})},
             sources=sources,
         )
-        definition = Definition(environment, target or Target(name, qualname), "app", qualname)
+        target = target or Target(name, qualname)
+        definition = Definition(environment, target, "app", qualname, extra or {})
         return m.DefineFunction(FUNCTION, APP, qualname, options, [], pack_definition(definition))
 
     async def start(
@@ -260,10 +273,10 @@ class Kit:
 
 
 @asynccontextmanager
-async def containers(kill_grace_s: float = 5.0) -> AsyncIterator[Kit]:
+async def containers(kill_grace_s: float = 5.0, exit_grace_s: float = 10.0) -> AsyncIterator[Kit]:
     """`async with containers() as kit`: everything that was started is gone at the end."""
     folder = Path(tempfile.mkdtemp(prefix="fanout-test-"))
-    kit = Kit(folder, kill_grace_s)
+    kit = Kit(folder, kill_grace_s, exit_grace_s)
     try:
         yield kit
     finally:

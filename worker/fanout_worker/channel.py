@@ -19,7 +19,8 @@ from fanout.protocol import frames
 # --- daemon to container ---
 #: [START, info]; payload: the function's definition. `info` is plain data, see `container.py`.
 START = 1
-#: [LEASE, lease id, slot, call id, start, lengths, blobs, skip]; payload: the inputs end to end.
+#: [LEASE, lease id, slot, call id, start, lengths, blobs, skip, method]; payload: the inputs end
+#: to end.
 LEASE = 2
 #: [CREDIT]: the credit word of a waiting generator was raised.
 CREDIT = 3
@@ -29,7 +30,7 @@ STOP = 4
 # --- container to daemon ---
 #: [BELL]: there is something in the ring.
 BELL = 10
-#: [STARTED]: the user's code is loaded.
+#: [STARTED]: the user's code is loaded, and hooks that run first have run.
 STARTED = 11
 #: [START_FAILED]; payload: the encoded exception. The container leaves.
 START_FAILED = 12

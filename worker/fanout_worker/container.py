@@ -74,6 +74,9 @@ class Container:
         self._host = host
         self._message = message
         self._timeout_s: float | None = message.options.get("timeout")
+        self._leave_grace_s = host.settings.kill_grace_s
+        if message.options.get("methods") is not None:
+            self._leave_grace_s = max(self._leave_grace_s, host.settings.exit_grace_s)
         self._memory = shared.SharedMemory.create()
         self._reader = shared.Reader(self._memory)
         try:
@@ -84,6 +87,7 @@ class Container:
         self._pipes = Pipes(host.loop, self._on_raw_text)
         self._pidfd = -1
         self._leases = LeaseTable(self._memory)
+        self._start_timer: asyncio.TimerHandle | None = None
         self._leave_timer: asyncio.TimerHandle | None = None
         #: The last call and input that ran, for text on raw descriptors.
         self._recent = (b"", 0)
@@ -152,7 +156,7 @@ class Container:
         self._recent = (lease.call_id, lease.start)
         header = ch.prefix(
             ch.LEASE, lease.lease_id, given.slot, lease.call_id, lease.start, lease.lengths,
-            lease.blobs, lease.skip, payload_size=len(lease.payload),
+            lease.blobs, lease.skip, lease.method, payload_size=len(lease.payload),
         )  # fmt: skip
         self._wire.write([header, lease.payload])
 
@@ -266,7 +270,17 @@ class Container:
         self._pidfd = os.pidfd_open(pid)
         loop.add_reader(self._pidfd, self._on_death)
         self._pipes.watch()
+        limit = outcome.start_limit(self._message.options)
+        if limit is not None:
+            self._start_timer = loop.call_later(limit[0], self._end_start, limit[1])
         logger.debug("= %r forked", self)
+
+    def _end_start(self, text: str) -> None:
+        """It has not loaded the user's code in time."""
+        self._take_all()
+        if not self.is_started and not self._is_over and not self._start_failure:
+            self._start_failure = encode_error(ContainerStartError(text))
+            self._kill()
 
     def _end_unstarted(self, error: Exception, pid: int) -> None:
         """There is no process that could be used, and another attempt would fare no better."""
@@ -322,9 +336,7 @@ class Container:
         self._give_queued()
         if self._is_stop_ordered and not self.is_active and self._leave_timer is None:
             # It leaves by itself, unless something of the user's keeps it.
-            self._leave_timer = self._host.loop.call_later(
-                self._host.settings.kill_grace_s, self._hurry
-            )
+            self._leave_timer = self._host.loop.call_later(self._leave_grace_s, self._hurry)
 
     def _hurry(self) -> None:
         self._leave_timer = None
@@ -332,6 +344,10 @@ class Container:
             logger.info("= %r was told to leave and did not", self)
             self._is_kill_ordered = True
             self._kill()
+
+    def _cancel_start_timer(self) -> None:
+        if self._start_timer is not None:
+            self._start_timer.cancel()
 
     def _take_all(self) -> None:
         """Read everything that is there, also while paused: the callers have to know it."""
@@ -357,6 +373,7 @@ class Container:
             self._on_waits(fields[1], fields[2])
         elif kind == ch.STARTED and not self.is_started:
             self.is_started = True
+            self._cancel_start_timer()
             start_time_s = self._host.loop.time() - self._start_order_at
             self._host.events.container_started(self.container_id, self.pid, start_time_s)
         elif kind == ch.START_FAILED:
@@ -614,6 +631,7 @@ class Container:
             self._stopping.timer.cancel()
         if self._leave_timer is not None:
             self._leave_timer.cancel()
+        self._cancel_start_timer()
         self._memory_at_death = self._memory.progress()
         loop = self._host.loop
         self._wire.close()

@@ -36,25 +36,26 @@ async def plan_launch(definition: Definition, settings: Settings) -> Launch:
 
     The embedded worker uses the client's own environment. Elsewhere, and for a client that took
     this host for another one (it came by `FANOUT_URL`), it is this daemon's interpreter and path,
-    with the client's sources before it.
+    with the client's sources before it. The variables of the function's own come last.
 
     Raises:
         ContainerStartError: the sources cannot be unpacked.
     """
     environment = definition.environment
+    own: dict[str, str] = definition.extra.get("env") or {}
     if settings.is_embedded and not environment.sources:
-        interpreter = Interpreter(environment.python, environment.path, environment.variables)
-        return Launch(
-            interpreter, environment.path, environment.cwd, dict(environment.variables), ""
-        )
+        variables = {**environment.variables, **own}
+        interpreter = Interpreter(environment.python, environment.path, variables)
+        return Launch(interpreter, environment.path, environment.cwd, variables, "")
     _check_version(definition)
     folder = settings.sources_folder
     archive = Path(settings.blob_folder) / environment.sources if environment.sources else None
     loop = asyncio.get_running_loop()
     sources = await loop.run_in_executor(None, unpack_sources, archive, Path(folder))
     path = [part for part in sys.path if part]
-    interpreter = Interpreter(sys.executable, path, settings.variables)
-    return Launch(interpreter, [sources, *path], sources, dict(settings.variables), sources)
+    variables = {**settings.variables, **own}
+    interpreter = Interpreter(sys.executable, path, variables)
+    return Launch(interpreter, [sources, *path], sources, variables, sources)
 
 
 def start_info(launch: Launch, settings: Settings, message: m.DefineFunction) -> dict[str, Any]:

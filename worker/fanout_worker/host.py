@@ -18,6 +18,8 @@ from fanout_worker.launcher import Launcher
 #: While leases are active, rings are looked at and time limits are checked this often. The ring
 #: has a doorbell; this is for the one time in millions when both sides miss each other.
 TICK_INTERVAL_S = 0.02
+#: Hooks write back what a model has learnt, or close connections; 30 s is what Modal gives them.
+EXIT_GRACE_S = 30.0
 
 
 class ContainerEvents(Protocol):
@@ -89,6 +91,8 @@ class Settings:
     variables: dict[str, str]
     #: The soft limit of open files that containers get; 0: the daemon's own.
     descriptors_max: int = 0
+    #: How long a container of a class may take to leave, as its exit hooks run then.
+    exit_grace_s: float = EXIT_GRACE_S
 
 
 class Host:

@@ -11,6 +11,9 @@ from fanout_worker import resources, shared
 #: What `ContainerExited.reason` says of an input that the daemon stopped.
 REASONS = {shared.REASON_TIMEOUT: "timeout", shared.REASON_CANCELLED: "cancelled"}
 
+#: Without `startup_timeout`, code may take at least so long to be loaded.
+START_LIMIT_S_MIN = 60.0
+
 
 #: A container that held so much of what the worker may use was killed for it, most likely.
 NEAR_LIMIT = 0.95
@@ -23,6 +26,25 @@ def stopped_payload(reason: int, timeout_s: float | None, call_id: bytes, index:
         text = f"the input ran longer than timeout={timeout_s:g} s"
         return failure_payload("timeout", text, details | {"timeout": timeout_s})
     return failure_payload("cancelled", "the call was cancelled while the input ran", details)
+
+
+def start_limit(options: dict[str, Any]) -> tuple[float, str] | None:
+    """How many seconds a container of these options has to load the user's code, and what is said
+    of one that has not; None if it has for ever.
+
+    Without a limit of its own it has that of an input, which the client may have filled in. Not
+    less than a minute then: a short one was set for inputs, and says nothing of how long the
+    imports take.
+    """
+    limit_s: float | None = options.get("startup_timeout")
+    timeout_s: float | None = options.get("timeout")
+    code = "the user's code, with its enter hooks," if options.get("methods") else "the user's code"
+    if limit_s is not None and limit_s != timeout_s:
+        return limit_s, f"{code} was not loaded within startup_timeout={limit_s:g} s"
+    if timeout_s is None:
+        return None
+    limit_s = max(timeout_s, START_LIMIT_S_MIN)
+    return limit_s, f"{code} was not loaded within {limit_s:g} s; startup_timeout= allows for more"
 
 
 def exit_details(

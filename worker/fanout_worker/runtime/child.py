@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
-import inspect
 import os
 import random
 import resource
@@ -43,13 +42,17 @@ class SyncRunner(Runner):
 
     def serve(self) -> None:
         channel = self._channel
-        run = self._run_generators if self._is_generator else self._run_lease
         while True:
             while not channel.leases:
                 if channel.is_stopping:
                     return
                 channel.read()
-            run(channel.leases.popleft())
+            lease = channel.leases.popleft()
+            self._choose(lease)
+            if self._is_generator:
+                self._run_generators(lease)
+            else:
+                self._run_lease(lease)
 
     def _run_lease(self, lease: LeaseOrder) -> None:
         # The hot loop: names are bound to locals, and nothing is made that the input does not
@@ -215,12 +218,14 @@ def main(channel_fd: int, memory_fd: int, stdout_fd: int, stderr_fd: int) -> typ
     process.die_with_parent(info["daemon_pid"])
     try:
         runner = _prepare(info, bytes(payload), channel, memory, gate)
+        runner.enter()
     except BaseException as error:
         _flush()
         channel.send_frame(ch.START_FAILED, payload=encode_error(error))
         _leave(1)
     channel.send(ch.STARTED_FRAME)
     runner.serve()
+    runner.exit()
     _leave(0)
 
 
@@ -297,16 +302,16 @@ def _prepare(
     writers = [streams.LogWriter(source, sender) for source in (Source.STDOUT, Source.STDERR)]
     sys.stdout, sys.stderr = map(streams.make_stream, writers)
     faulthandler.enable(file=2)
-    function = loader.load_function(definition, info["sources"])
-    context.container.function = function
-    is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-    if options.get("is_async") or is_async:
+    code = loader.load_code(definition, info["sources"], options)
+    if "" in code.entries:
+        context.container.function = code.entries[""].function
+    if code.needs_loop:
         from fanout_worker.runtime.child_async import AsyncRunner
 
         kind: type[Runner] = AsyncRunner
     else:
         kind = SyncRunner
-    runner = kind(channel, memory, gate, function, options, info["blob_folder"])
+    runner = kind(channel, memory, gate, code, options, info["blob_folder"])
     runner.add_streams(writers)
     return runner
 

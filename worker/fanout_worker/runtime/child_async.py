@@ -1,7 +1,9 @@
 """Containers of async functions: one event loop, kept across inputs, one input at a time.
 
 Between inputs the loop goes on, so that what earlier inputs left running (connection pools,
-background tasks) lives. The cancel signal cancels the input's task.
+background tasks) lives, and what hooks made that ran first. The cancel signal cancels the input's
+task. Sync methods of a class that has async ones run here too, on the loop's thread; the signal
+raises inside them.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import contextlib
 import inspect
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from types import FrameType
 from typing import Any
 
 import msgpack
@@ -22,17 +25,43 @@ from fanout.protocol.messages import Status
 from fanout.serialization import decode_args, encode_value
 from fanout_worker import channel as ch
 from fanout_worker import shared
-from fanout_worker.runtime.runner import LeaseOrder, Runner
+from fanout_worker.runtime.runner import LeaseOrder, Runner, tell_failed_hook
 
 _Output = tuple[int, bytes, list[memoryview]]
+
+
+async def settled(value: Any) -> Any:
+    """What a function gave, awaited if need be."""
+    return await value if inspect.isawaitable(value) else value
 
 
 class AsyncRunner(Runner):
     """Runs coroutine functions and async generator functions."""
 
+    def enter(self) -> None:
+        self._loops = asyncio.Runner()
+        self._loops.run(self._enter())
+
     def serve(self) -> None:
-        with asyncio.Runner() as runner:
-            runner.run(self._serve())
+        self._loops.run(self._serve())
+
+    def exit(self) -> None:
+        self._end_inputs()
+        self._loops.run(self._exit())
+        self._loops.close()
+
+    async def _enter(self) -> None:
+        for hook in self._code.enters:
+            await settled(hook())
+
+    async def _exit(self) -> None:
+        for hook in self._code.exits:
+            try:
+                result = hook()
+                if inspect.isawaitable(result):
+                    await result
+            except BaseException as error:
+                tell_failed_hook(error)
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -41,15 +70,31 @@ class AsyncRunner(Runner):
         self._is_cancelled = False
         loop.add_reader(self._channel.fileno(), self._on_readable)
         loop.add_signal_handler(signal.SIGUSR1, self._on_cancel)
+        if self._code.is_mixed:
+            self._raise_in_sync_code()
         try:
             while True:
                 while not self._channel.leases:
                     if self._channel.is_stopping:
                         return
                     await self._wait_for_news()
-                await self._run_lease(self._channel.leases.popleft())
+                lease = self._channel.leases.popleft()
+                self._choose(lease)
+                await self._run_lease(lease)
         finally:
             loop.remove_reader(self._channel.fileno())
+
+    def _raise_in_sync_code(self) -> None:
+        """The loop's handler gets no turn while a sync method runs; what Python calls at once
+        does, and raises if the gate is open."""
+        of_loop = signal.getsignal(signal.SIGUSR1)
+
+        def on_signal(signum: int, frame: FrameType | None) -> None:
+            if callable(of_loop):
+                of_loop(signum, frame)
+            self._gate.on_signal(signum, frame)
+
+        signal.signal(signal.SIGUSR1, on_signal)
 
     def _on_readable(self) -> None:
         self._channel.read()
@@ -120,11 +165,14 @@ class AsyncRunner(Runner):
             buffers = self._buffers(lease, offset) if lease.blobs else []
             args, kwargs = decode_args(data, buffers)
             if self._is_generator:
-                number = await self._generate(lease, offset, self._function(*args, **kwargs), skip)
+                stream = self._call(args, kwargs)
+                if not self._is_async:
+                    stream = self._each(stream)
+                number = await self._generate(lease, offset, stream, skip)
                 return Status.DONE, msgpack.packb(number), []
-            value = self._function(*args, **kwargs)
-            if inspect.isawaitable(value):
-                value = await value
+            value = self._call(args, kwargs)
+            if self._is_async:
+                value = await settled(value)
             encoded, out_buffers = encode_value(value)
             return Status.VALUE, encoded, out_buffers
         except BaseException as error:
@@ -132,6 +180,40 @@ class AsyncRunner(Runner):
                 error = InputCancellation("the input was asked to stop")
             status, payload = self._failure_of(error, value)
             return status, payload, []
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._is_async:
+            return self._function(*args, **kwargs)
+        self._gate.is_open[0] = 1
+        try:
+            return self._function(*args, **kwargs)
+        finally:
+            self._gate.is_open[0] = 0
+
+    async def _each(self, stream: Any) -> AsyncIterator[Any]:
+        """The items of a sync generator."""
+        is_open = self._gate.is_open
+        end = object()
+        iterator = iter(stream)
+        try:
+            while True:
+                is_open[0] = 1
+                if self._gate.is_target():
+                    # The signal came while the gate was shut.
+                    is_open[0] = 0
+                    raise InputCancellation("the input was asked to stop")
+                try:
+                    value = next(iterator, end)
+                finally:
+                    is_open[0] = 0
+                if value is end:
+                    return
+                yield value
+        finally:
+            if hasattr(stream, "close"):
+                # It may refuse to end, or fail at it; the first error is the one to tell.
+                with contextlib.suppress(BaseException):
+                    stream.close()
 
     async def _generate(self, lease: LeaseOrder, offset: int, stream: Any, skip: int) -> int:
         index, credit = lease.start + offset, shared.CREDIT + lease.slot

@@ -1,4 +1,4 @@
-"""Finds the user's function, by name or by value.
+"""Finds the user's function or class, by name or by value, and makes the instance of a class.
 
 A script is loaded under its canonical module name, with `__main__` as a second name for the same
 module. So its classes are the same classes under either name, in both directions, and its
@@ -9,28 +9,118 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 from fanout.definition import Definition, Target
-from fanout.exceptions import ContainerStartError
+from fanout.exceptions import ContainerStartError, InvalidError
+from fanout.partial import lifecycle_of
 
 
-def load_function(definition: Definition, sources: str) -> Callable[..., Any]:
-    """The raw function that a definition means.
+@dataclass(slots=True)
+class Entry:
+    """Something that leases run: the function, or one method of the class."""
+
+    function: Callable[..., Any]
+    is_generator: bool
+    #: Calling it gives something to await, or an async generator.
+    is_async: bool
+
+
+@dataclass(slots=True)
+class UserCode:
+    """What a container runs."""
+
+    #: By name of the method; a function has none and stands under "".
+    entries: dict[str, Entry]
+    #: Hooks that run before the first input and after the last one.
+    enters: list[Callable[[], Any]] = field(default_factory=list)
+    exits: list[Callable[[], Any]] = field(default_factory=list)
+
+    @property
+    def needs_loop(self) -> bool:
+        """Whether any of it is async, so that all of it runs beside an event loop."""
+        hooks = [*self.enters, *self.exits]
+        return any(entry.is_async for entry in self.entries.values()) or any(map(_is_async, hooks))
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some of what leases run is sync and an event loop is needed all the same."""
+        return self.needs_loop and not all(entry.is_async for entry in self.entries.values())
+
+    def find(self, method: str) -> Entry:
+        """What a lease for this method runs; something that raises if there is no such method, as
+        the caller may have another version of the class."""
+        entry = self.entries.get(method)
+        return entry if entry is not None else Entry(_missing(method, self.entries), False, False)
+
+
+def _missing(method: str, entries: Iterable[str]) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        known = ", ".join(map(repr, entries))
+        raise InvalidError(f"the class has no method {method!r} in its containers; it has {known}")
+
+    return fail
+
+
+def load_code(definition: Definition, sources: str, options: dict[str, Any]) -> UserCode:
+    """What a definition means, ready to be run.
 
     Args:
         definition: what the client sent.
         sources: folder of the unpacked sources, on another host than the client's; else "".
+        options: those of the definition.
 
     Raises:
         BaseException: whatever the user's module raises while it is imported.
-        ContainerStartError: the module is there and the function is not.
+        ContainerStartError: the module is there and the function or class is not.
     """
+    found = _load(definition, sources)
+    methods = options.get("methods")
+    if methods is not None:
+        return _code_of_class(found, definition.extra.get("parameters") or {}, methods)
+    function = _raw(found)
+    is_async = bool(options.get("is_async")) or _is_async(function)
+    return UserCode({"": Entry(function, bool(options.get("is_generator")), is_async)})
+
+
+def _code_of_class(found: Any, parameters: dict[str, Any], methods: dict[str, Any]) -> UserCode:
+    # Not at the top: functions do without it.
+    from fanout.cls import instance_in_container
+
+    instance = instance_in_container(found, parameters)
+    kind = type(instance)
+    lifecycle = lifecycle_of(kind)
+
+    def bound(name: str) -> Callable[..., Any]:
+        """The user's own method; the attribute of the instance may be what calls it remotely."""
+        method: Callable[..., Any] = inspect.getattr_static(kind, name).raw.__get__(instance, kind)
+        return method
+
+    entries = {}
+    for name, declared in methods.items():
+        if name not in lifecycle.methods:
+            raise ContainerStartError(
+                f"class {kind.__qualname__!r} has no method {name!r} decorated with "
+                "@fanout.method() here, and the client says that it has"
+            )
+        function = bound(name)
+        is_async = bool(declared.get("is_async")) or _is_async(function)
+        entries[name] = Entry(function, bool(declared.get("is_generator")), is_async)
+    return UserCode(entries, [*map(bound, lifecycle.enters)], [*map(bound, lifecycle.exits)])
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+
+
+def _load(definition: Definition, sources: str) -> Any:
     target = definition.target
     main = definition.extra.get("main")
     if main is not None:
@@ -39,14 +129,14 @@ def load_function(definition: Definition, sources: str) -> Callable[..., Any]:
         file = _script_path(main["file"], main["relative_file"], sources)
         sys.modules["__main__"] = _LazyMain(main["module"], file)
     if target.pickled:
-        return _raw(pickle.loads(target.pickled))
+        return pickle.loads(target.pickled)
     if target.file:
         module = load_script(
             target.module, _script_path(target.file, target.relative_file, sources)
         )
     else:
         module = importlib.import_module(target.module)
-    return _raw(_find(module, target))
+    return _find(module, target)
 
 
 def _script_path(file: str, relative_file: str, sources: str) -> str:

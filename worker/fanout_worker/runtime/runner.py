@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from fanout.remote_errors import encode_error
 from fanout_worker import channel as ch
 from fanout_worker import shared
 from fanout_worker.outcome import stopped_payload
+from fanout_worker.runtime.loader import UserCode
 from fanout_worker.runtime.streams import LogWriter
 
 #: How long a container sleeps before it looks again whether the daemon made room in the ring.
@@ -43,6 +46,8 @@ class LeaseOrder:
     lengths: memoryview
     blobs: dict[int, list[bytes]]
     skip: int
+    #: Of a class; "" for a function.
+    method: str
     #: Bytes when the inputs are small: a slice that copies is cheaper than a view then.
     payload: bytes | memoryview
 
@@ -100,7 +105,7 @@ class Channel:
     def _take(self, fields: list[Any], payload: bytes) -> None:
         kind = fields[0]
         if kind == ch.LEASE:
-            _, lease_id, slot, call_id, start, lengths, blobs, skip = fields
+            _, lease_id, slot, call_id, start, lengths, blobs, skip, method = fields
             self.leases.append(
                 LeaseOrder(
                     lease_id,
@@ -110,6 +115,7 @@ class Channel:
                     memoryview(lengths).cast("I"),
                     dict(blobs),
                     skip,
+                    method,
                     payload
                     if len(payload) < len(lengths) * _SMALL_SIZE_BYTES
                     else memoryview(payload),
@@ -172,7 +178,7 @@ class Runner:
         channel: Channel,
         memory: shared.SharedMemory,
         gate: Gate,
-        function: Callable[..., Any],
+        code: UserCode,
         options: dict[str, Any],
         blob_folder: str,
     ) -> None:
@@ -180,8 +186,11 @@ class Runner:
         self._memory = memory
         self._words = memory.words
         self._gate = gate
-        self._function = function
-        self._is_generator = bool(options.get("is_generator"))
+        self._code = code
+        #: What the present lease runs.
+        self._function: Callable[..., Any] = print
+        self._is_generator = False
+        self._is_async = False
         self._timeout_s = options.get("timeout")
         self._store = FileBlobStore(blob_folder)
         self._drafts = count()
@@ -190,9 +199,33 @@ class Runner:
         self._streams: list[LogWriter] = []
         self._is_holding = [0]
 
+    def enter(self) -> None:
+        """Run the hooks that come before the first input.
+
+        Raises:
+            BaseException: what one of them raised.
+        """
+        for hook in self._code.enters:
+            hook()
+
     def serve(self) -> None:
         """Run leases until told to stop."""
         raise NotImplementedError
+
+    def exit(self) -> None:
+        """Run the hooks that come after the last input: all of them, whatever one raises."""
+        self._end_inputs()
+        for hook in self._code.exits:
+            try:
+                hook()
+            except BaseException as error:
+                tell_failed_hook(error)
+
+    def _end_inputs(self) -> None:
+        """What is printed from now on belongs to the container and to no input."""
+        context.current_input.set(None)
+        for stream in self._streams:
+            stream.recent = None
 
     def add_streams(self, streams: list[LogWriter]) -> None:
         """The streams that are to be flushed before each output."""
@@ -206,6 +239,12 @@ class Runner:
             stream.flush()
 
     # --- around inputs ---
+
+    def _choose(self, lease: LeaseOrder) -> None:
+        """Prepare for what the lease is to run."""
+        entry = self._code.find(lease.method)
+        self._function = entry.function
+        self._is_generator, self._is_async = entry.is_generator, entry.is_async
 
     def _begin_lease(self, lease: LeaseOrder) -> None:
         running = self._input
@@ -302,6 +341,14 @@ class Runner:
         if isinstance(error, SerializationError):
             error = _explained(value, error)
         return Status.ERROR, encode_error(error)
+
+
+def tell_failed_hook(error: BaseException) -> None:
+    """Print what an exit hook raised, from the hook's own frame on: nobody waits for an answer."""
+    trace = error.__traceback__
+    error.__traceback__ = trace.tb_next if trace is not None else None
+    with contextlib.suppress(Exception):
+        traceback.print_exception(error)
 
 
 def _explained(value: object, error: SerializationError) -> BaseException:
