@@ -55,6 +55,8 @@ class Plan:
     is_durable: bool = False
     parent: tuple[int, int] | None = None
     call_id: bytes = field(default_factory=lambda: os.urandom(16))
+    #: How many inputs there will be, if that is known.
+    count_hint: int | None = 1
 
     def open(self, session: Session, listener: Any) -> LiveCall:
         """Begin the call on a session."""
@@ -68,7 +70,11 @@ class Plan:
             is_generator=self.is_generator,
             parent=self.parent,
         )
+        if self.is_durable:
+            self.run.spawned_ids.append(self.call_id)
+            self.run.spawned_count += 1
         call = LiveCall(session, state, self.run.app_id, listener)
+        call.count_hint = self.count_hint
         session.open_call(call)
         return call
 
@@ -390,7 +396,9 @@ def iterate(
     """The results of a map, for a thread. Nothing happens before the first `next`; closing or
     dropping the iterator cancels the call."""
     encoder = Encoder(common, rows.is_column)
-    stream = BlockingStream(make_plan())
+    plan = make_plan()
+    plan.count_hint = rows.count_hint
+    stream = BlockingStream(plan)
     feed = _Feed(stream, Puller(rows.start(), encoder))
     background_loop().call_soon_threadsafe(stream.open)
     yield from _values(stream, feed, return_exceptions)
@@ -436,6 +444,7 @@ def run_to_end(
         BaseException: the first error that arrived, unless they are ignored.
     """
     plan = make_plan()
+    plan.count_hint = rows.count_hint
     encoder = Encoder(common, rows.is_column)
     stream = BlockingStream(plan)
     feed = _Feed(stream, Puller(rows.start(), encoder))

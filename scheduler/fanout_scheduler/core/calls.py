@@ -5,7 +5,7 @@ from __future__ import annotations
 from fanout.config import CLIENT_GRACE_S, WINDOW_BYTES, WINDOW_COUNT_MAX, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs, durable, outputs
+from fanout_scheduler.core import blobs, durable, outputs, progress
 from fanout_scheduler.core.events import Disconnect, Exit, PeerId
 from fanout_scheduler.core.leasing import cancel_lease
 from fanout_scheduler.core.snapshot import describe_busy, snapshot
@@ -247,6 +247,8 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
     )
     add_call(state, call)
     session.calls[call.call_id] = call
+    if peer.watch is not None:
+        progress.wake(state, peer.watch)
     return call
 
 
@@ -495,5 +497,7 @@ def container_log(state: State, message: m.ContainerLog) -> None:
     if peer is None or not peer.is_writable:
         state.note("log text that nobody read")
         return
+    if peer.watch is not None:
+        progress.name_call(state, peer.watch, call)
     log = m.Log(call.call_id, message.index, message.container_id, message.source, message.payload)
     state.send(peer.peer_id, log)
