@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from fanout.output.board import PLAIN_GLYPHS, Board, Glyphs
 from fanout.output.log_lines import Entry, LogBook, Origin
+from fanout.output.notebook import Cell, is_notebook
 from fanout.output.screen import Screen, is_terminal, replace_streams, write_text
 from fanout.output.style import Line, clean, cut_line, rendered
 from fanout.protocol import messages as m
@@ -35,6 +36,8 @@ LIVE_ROWS_MAX = 4
 #: What is told of a scheduler that is not there, if that lasts.
 CONNECTING_AFTER_S = 0.3
 _STOP_TIMEOUT_S = 2.0
+#: Columns and rows of a notebook's cell, and of what has none.
+_CELL_SIZE = (100, 24)
 
 
 @dataclass(slots=True)
@@ -60,16 +63,19 @@ class Watcher:
     def __init__(self, show_progress: bool) -> None:
         self._show_progress = show_progress
         self._clock = time.monotonic
+        self._cell = Cell() if is_notebook() else None
         self._screen = self._find_screen()
         self._has_colours = self._screen is not None and self._screen.has_colours
         self._channels = {
             m.Source.STDOUT: self._channel(sys.stdout, is_stdout=True),
             m.Source.STDERR: self._channel(sys.stderr, is_stdout=False),
         }
-        is_unicode = self._screen is not None and self._screen.is_unicode
+        self._is_unicode = self._cell is not None or (
+            self._screen is not None and self._screen.is_unicode
+        )
         #: Guards the board and the calls; held for moments.
         self._facts = threading.Lock()
-        self._board = Board(Glyphs() if is_unicode else PLAIN_GLYPHS)
+        self._board = Board(Glyphs() if self._is_unicode else PLAIN_GLYPHS)
         self._maps: dict[bytes, LiveCall] = {}
         self._away_since: float | None = None
         #: Guards the book, and whatever is written to; may be held as long as a terminal is slow.
@@ -90,7 +96,7 @@ class Watcher:
     # --- where to --------------------------------------------------------------------------------
 
     def _find_screen(self) -> Screen | None:
-        if os.environ.get("TERM", "") in ("", "dumb"):
+        if self._cell is not None or os.environ.get("TERM", "") in ("", "dumb"):
             return None
         for stream in (sys.stderr, sys.stdout):
             if is_terminal(stream):
@@ -98,7 +104,7 @@ class Watcher:
         return None
 
     def _channel(self, stream: TextIO | None, is_stdout: bool) -> _Channel:
-        is_shown = is_terminal(stream)
+        is_shown = self._cell is not None or is_terminal(stream)
         is_drawn = is_shown and self._screen is not None
         return _Channel(stream, is_shown, is_drawn, is_raw=is_stdout and not is_shown)
 
@@ -195,13 +201,13 @@ class Watcher:
         """Bring to the screen what has changed; whether there is more to come."""
         now = self._clock()
         self._look_at_sessions(now)
-        width, height = self._screen.size() if self._screen is not None else (80, 24)
+        width, height = self._screen.size() if self._screen is not None else _CELL_SIZE
         with self._facts:
             for call_id in self._board.map_ids:
                 self._count(self._maps[call_id], now)
             lines: list[Line] = []
             plain: list[str] = []
-            if self._show_progress and self._screen is not None:
+            if self._show_progress and (self._screen is not None or self._cell is not None):
                 room = max(1, height - LIVE_ROWS_MAX - 3)
                 lines = self._board.lines(now, width - 1, room)
             elif self._show_progress:
@@ -209,9 +215,12 @@ class Watcher:
             is_busy = self._board.is_busy
         with self._out:
             above = self._drain(now) + self._as_text(self._book.tick(now))
+            lines = self._live_lines(width - 1) + lines
             if self._screen is not None:
-                lines = self._live_lines(width - 1) + lines
                 self._screen.draw(above, lines, now)
+            elif self._cell is not None:
+                self._write(sys.stdout, above)
+                self._cell.draw(lines)
             for sentence in plain:
                 write_text(sys.stderr, f"fanout: {sentence}\n")
             return is_busy or bool(self._pending) or not self._book.is_empty
@@ -247,8 +256,9 @@ class Watcher:
             while self._ended:
                 parts.append(self._as_text(self._book.end_call(self._ended.popleft())))
             while self._summaries:
-                line = cut_line(self._summaries.popleft(), 1 << 16)
-                parts.append(rendered(line, self._has_colours) + "\n" if self._screen else "")
+                line = self._summaries.popleft()
+                if self._show_progress and (self._screen is not None or self._cell is not None):
+                    parts.append(rendered(line, self._has_colours) + "\n")
         lost, self._lost_size = self._lost_size, 0
         if lost:
             parts.append(f"fanout: {lost:,} bytes were not shown, the terminal is too slow\n")
@@ -258,7 +268,7 @@ class Watcher:
         """The last state of progress bars in containers."""
         lines: list[Line] = []
         for origin, row in self._book.live(LIVE_ROWS_MAX):
-            if self._channel_of(origin.source).is_drawn:
+            if self._channel_of(origin.source).is_labelled:
                 text = clean(row.decode(errors="replace"), has_colours=False).expandtabs()
                 lines.append(cut_line([*self._label(origin), (text, "")], width))
         return lines
@@ -276,9 +286,17 @@ class Watcher:
         for origin, data in entries:
             channel = self._channel_of(origin.source)
             if channel.is_labelled:
-                write_text(channel.stream, self._labelled(origin, data))
+                self._write(channel.stream, self._labelled(origin, data))
             else:
-                write_text(channel.stream, data.decode(errors="replace"))
+                self._write(channel.stream, data.decode(errors="replace"))
+
+    def _write(self, stream: TextIO | None, text: str) -> None:
+        if not text:
+            return
+        if self._cell is not None:
+            self._cell.write(stream, text)
+        else:
+            write_text(stream, text)
 
     def _labelled(self, origin: Origin, data: bytes) -> str:
         label = rendered(self._label(origin), self._has_colours)
@@ -290,8 +308,7 @@ class Watcher:
         with self._facts:
             label = self._board.label(origin.call_id, origin.index)
         if origin.source == m.Source.STDOUT:
-            is_unicode = self._screen is not None and self._screen.is_unicode
-            return [(label, "cyan"), (" │ " if is_unicode else " | ", "dim")]
+            return [(label, "cyan"), (" │ " if self._is_unicode else " | ", "dim")]
         return [(label, "red"), (" ! ", "red")]
 
     # --- the end ---------------------------------------------------------------------------------
@@ -313,6 +330,9 @@ class Watcher:
             above += self._drain(self._clock()) + self._as_text(self._book.close())
             if self._screen is not None:
                 self._screen.close(above)
+            elif self._cell is not None:
+                self._write(sys.stdout, above)
+                self._cell.draw([])
         finally:
             self._out.release()
 
