@@ -37,7 +37,7 @@ SHARED_LEAVES = {
 PURE_STANDARD_LIBRARY = {
     "__future__", "abc", "array", "bisect", "builtins", "collections", "contextlib", "copy",
     "dataclasses", "enum", "functools", "hashlib", "heapq", "hmac", "itertools", "math", "operator",
-    "struct", "types", "typing",
+    "re", "struct", "types", "typing", "unicodedata",
 }  # fmt: skip
 PURE_LEAVES = {"fanout.config", "fanout.definition", "fanout.exceptions", "fanout.intervals"}
 SANS_IO_FILES = [
@@ -47,6 +47,9 @@ SANS_IO_FILES = [
     "fanout/protocol/handshake.py",
     "fanout/client/call_state.py",
     "fanout/client/chunk.py",
+    "fanout/output/board.py",
+    "fanout/output/log_lines.py",
+    "fanout/output/style.py",
     "worker/fanout_worker/commands.py",
     "worker/fanout_worker/worker_state.py",
 ]

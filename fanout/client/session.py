@@ -285,7 +285,8 @@ class Session:
             if run.owner is self and not self.is_nested:
                 transport.send(m.OpenApp(run.app_id, run.name))
                 run.opened_epoch = epoch
-        if output.watcher is not None:
+        if (watcher := output.watcher) is not None:
+            watcher.connected()
             self.watch(True)
         for definition in self._definitions.values():
             self._send_definition(definition)

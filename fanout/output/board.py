@@ -200,6 +200,12 @@ class Board:
         else:
             self._others[call_id] = message
 
+    def forget_reports(self) -> None:
+        """What the scheduler said is not true any more."""
+        self._reports.clear()
+        self._functions.clear()
+        self._others.clear()
+
     def _name(self, call_id: bytes, name: str, is_single: bool) -> _Label:
         number = self._numbers[name] = self._numbers.get(name, 0) + 1
         label = self._labels[call_id] = _Label(name, number, is_single)

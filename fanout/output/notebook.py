@@ -7,6 +7,7 @@ another one; so what they write is written in the context in which output was en
 from __future__ import annotations
 
 import contextvars
+import importlib
 import sys
 from typing import Any, TextIO
 
@@ -40,8 +41,7 @@ class Cell:
             self._context.copy().run(self._display, text)
 
     def _display(self, text: str) -> None:
-        from IPython.display import display  # type: ignore[import-not-found,unused-ignore]
-
+        display: Any = importlib.import_module("IPython.display").display
         content = {"text/plain": text}
         if self._handle is None:
             self._handle = display(content, raw=True, display_id=True)

@@ -84,7 +84,7 @@ class Screen:
             above = self._before_local()
             if not self._is_active:
                 above = self._above_tail(above, self.size()[0])
-                self._tail = (self._tail + text).rpartition("\n")[2][-_TAIL_MAX:]
+                self._tail = _unfinished(self._tail + text)
                 self._write(stream, above + text)
                 return
             above += _text(self._local.feed(text.encode(errors="surrogateescape"), now))
@@ -255,6 +255,14 @@ def _can_encode(stream: TextIO, text: str) -> bool:
 
 def _text(data: bytes) -> str:
     return data.decode(errors="surrogateescape")
+
+
+def _unfinished(text: str) -> str:
+    """What a terminal shows of a text behind its last newline. A carriage return at its end has
+    wiped nothing yet."""
+    tail = text.rpartition("\n")[2]
+    shown = tail.rstrip("\r")
+    return shown.rpartition("\r")[2][-_TAIL_MAX:] + ("\r" if shown != tail else "")
 
 
 def _shown(row: bytes | str) -> str:

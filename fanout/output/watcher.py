@@ -20,7 +20,7 @@ from fanout.output.board import PLAIN_GLYPHS, Board, Glyphs
 from fanout.output.log_lines import Entry, LogBook, Origin
 from fanout.output.notebook import Cell, is_notebook
 from fanout.output.screen import Screen, is_terminal, replace_streams, write_text
-from fanout.output.style import Line, clean, cut_line, rendered
+from fanout.output.style import Line, clean, cut_line, rendered, width_of
 from fanout.protocol import messages as m
 
 if TYPE_CHECKING:
@@ -103,6 +103,14 @@ class Watcher:
                 return Screen(stream, not os.environ.get("NO_COLOR"), self._before_local)
         return None
 
+    @property
+    def _can_redraw(self) -> bool:
+        """Lines can be redrawn."""
+        return self._screen is not None or self._cell is not None
+
+    def _size(self) -> tuple[int, int]:
+        return self._screen.size() if self._screen is not None else _CELL_SIZE
+
     def _channel(self, stream: TextIO | None, is_stdout: bool) -> _Channel:
         is_shown = self._cell is not None or is_terminal(stream)
         is_drawn = is_shown and self._screen is not None
@@ -153,6 +161,11 @@ class Watcher:
             if not self._book.is_empty:
                 self.wake()
 
+    def connected(self) -> None:
+        """A connection is new: the scheduler says all again that it has to say."""
+        with self._facts:
+            self._board.forget_reports()
+
     def _put_aside(self, origin: Origin, data: bytes) -> None:
         with self._facts:
             if self._pending_size > PENDING_BYTES_MAX:
@@ -201,13 +214,13 @@ class Watcher:
         """Bring to the screen what has changed; whether there is more to come."""
         now = self._clock()
         self._look_at_sessions(now)
-        width, height = self._screen.size() if self._screen is not None else _CELL_SIZE
+        width, height = self._size()
         with self._facts:
             for call_id in self._board.map_ids:
                 self._count(self._maps[call_id], now)
             lines: list[Line] = []
             plain: list[str] = []
-            if self._show_progress and (self._screen is not None or self._cell is not None):
+            if self._show_progress and self._can_redraw:
                 room = max(1, height - LIVE_ROWS_MAX - 3)
                 lines = self._board.lines(now, width - 1, room)
             elif self._show_progress:
@@ -256,13 +269,19 @@ class Watcher:
             while self._ended:
                 parts.append(self._as_text(self._book.end_call(self._ended.popleft())))
             while self._summaries:
-                line = self._summaries.popleft()
-                if self._show_progress and (self._screen is not None or self._cell is not None):
-                    parts.append(rendered(line, self._has_colours) + "\n")
+                parts.append(self._summary_text(self._summaries.popleft()))
         lost, self._lost_size = self._lost_size, 0
         if lost:
             parts.append(f"fanout: {lost:,} bytes were not shown, the terminal is too slow\n")
         return "".join(parts)
+
+    def _summary_text(self, line: Line) -> str:
+        """The line that a map leaves; without its last part where that does not fit."""
+        if not self._show_progress or not self._can_redraw:
+            return ""
+        width, _ = self._size()
+        line = line[:-1] if width_of(line) >= width else line
+        return rendered(line, self._has_colours) + "\n"
 
     def _live_lines(self, width: int) -> list[Line]:
         """The last state of progress bars in containers."""

@@ -48,8 +48,8 @@ def on_due(state: State, watch: Watch) -> None:
         for app in apps:
             _send_functions(state, watch, app)
             _send_calls(state, watch, app)
-        _send_ends(state, watch)
-    if watch.calls or any(app.open_count for app in apps):
+        _send_changes(state, watch)
+    if watch.calls or watch.functions or any(app.open_count for app in apps):
         wake(state, watch)
 
 
@@ -72,12 +72,11 @@ def _apps_of(peer: Peer) -> list[App]:
 
 def _send_functions(state: State, watch: Watch, app: App) -> None:
     for function in islice(reversed(app.functions.values()), FUNCTIONS_MAX):
-        if not function.containers and function.function_id not in watch.functions:
-            continue
-        seen = _function_seen(function)
-        if watch.functions.get(function.function_id) != seen:
-            watch.functions[function.function_id] = seen
-            state.send(watch.peer.peer_id, seen)
+        if function.containers and function.function_id not in watch.functions:
+            seen = _function_seen(function)
+            if seen.running or seen.starting:
+                watch.functions[function.function_id] = seen
+                state.send(watch.peer.peer_id, seen)
 
 
 def _function_seen(function: Function) -> m.FunctionProgress:
@@ -127,15 +126,25 @@ def _call_seen(call: Call) -> m.CallProgress:
     )
 
 
-def _send_ends(state: State, watch: Watch) -> None:
-    """What was open when it was last told and is not any more."""
-    for call_id, told in list(watch.calls.items()):
+def _send_changes(state: State, watch: Watch) -> None:
+    """What has become of what was told, whether or not its app still runs."""
+    for function_id, told in list(watch.functions.items()):
+        function = state.functions.get(function_id)
+        seen = replace(told, running=0, starting=0)
+        if function is not None:
+            seen = _function_seen(function)
+        if seen != told:
+            watch.functions[function_id] = seen
+            state.send(watch.peer.peer_id, seen)
+        if not seen.running and not seen.starting:
+            del watch.functions[function_id]
+    for call_id, last in list(watch.calls.items()):
         call = state.calls.get(call_id)
         if call is not None and not call.is_over:
             continue
         del watch.calls[call_id]
-        finished = told.finished_count if call is None else call.finished.count
+        finished = last.finished_count if call is None else call.finished.count
         end = replace(
-            told, is_over=True, finished_count=finished, running=0, starting=0, waits_for=""
+            last, is_over=True, finished_count=finished, running=0, starting=0, waits_for=""
         )
         state.send(watch.peer.peer_id, end)
