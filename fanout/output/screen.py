@@ -21,6 +21,8 @@ _SIZE_DEFAULT = (80, 24)
 #: Rows of the script's own that are redrawn: its last line, as long as it has no end.
 _LOCAL_ROWS_MAX = 2
 _TAIL_MAX = 4096
+#: Written at a time, so that it can be seen whether a slow terminal takes anything at all.
+_WRITE_MAX = 8192
 
 
 class Screen:
@@ -39,6 +41,8 @@ class Screen:
         self.is_unicode = _can_encode(stream, "━⠋│…")
         #: Held while the terminal is written to. Reentrant: a signal handler may print.
         self.lock = threading.RLock()
+        #: Grows while the terminal takes what is written to it.
+        self.written = 0
         self._before_local = before_local
         #: Columns of each line that is drawn at the moment.
         self._drawn: list[int] = []
@@ -150,7 +154,9 @@ class Screen:
         return text if self.is_unicode else text.replace("…", "~").replace("│", "|")
 
     def _write(self, stream: TextIO, text: str) -> None:
-        write_text(stream, text)
+        for start in range(0, len(text), _WRITE_MAX):
+            write_text(stream, text[start : start + _WRITE_MAX])
+            self.written += 1
 
 
 class LocalStream(io.TextIOBase):

@@ -236,7 +236,8 @@ class Watcher:
                 self._cell.draw(lines)
             for sentence in plain:
                 write_text(sys.stderr, f"fanout: {sentence}\n")
-            return is_busy or bool(self._pending) or not self._book.is_empty
+            is_waiting = self._away_since is not None
+            return is_busy or is_waiting or bool(self._pending) or not self._book.is_empty
 
     def _look_at_sessions(self, now: float) -> None:
         sessions = sys.modules.get("fanout.client.sessions")
@@ -336,13 +337,10 @@ class Watcher:
         """Show what is left and give the terminal back."""
         self._stopping.set()
         self._wake.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(_STOP_TIMEOUT_S)
         self._restore()
-        # A terminal that takes nothing, because somebody stopped it, must not keep us here.
-        if not self._out.acquire(timeout=_STOP_TIMEOUT_S):
+        if not self._is_thread_gone():
             return
-        try:
+        with self._out:
             above = ""
             while self._pending:
                 above += self._drain(self._clock())
@@ -352,8 +350,21 @@ class Watcher:
             elif self._cell is not None:
                 self._write(sys.stdout, above)
                 self._cell.draw([])
-        finally:
-            self._out.release()
+
+    def _is_thread_gone(self) -> bool:
+        """Wait for our thread as long as the terminal takes what it writes; one that takes nothing,
+        because somebody stopped it, must not keep us here."""
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return True
+        before: int | None = None
+        while thread.is_alive():
+            written = 0 if self._screen is None else self._screen.written
+            if written == before:
+                return False
+            before = written
+            thread.join(_STOP_TIMEOUT_S)
+        return True
 
     def abandon(self) -> None:
         """In a forked child: never draw again. The locks may be held for ever by threads that are
