@@ -66,12 +66,13 @@ def text_of(messages: list[tuple[str, Message]], name: str) -> str:
 
 
 def test_a_cell_shows_labelled_text_and_bars_that_go_away(cluster: Cluster, tmp_path: Path) -> None:
-    # The inputs wait until the first bar was displayed, which the kernel itself sees.
+    # The inputs wait until the bar was displayed, which the kernel itself sees.
     cell = f"""
 publisher = type(get_ipython().display_pub)
 publish = publisher.publish
 def publish_and_go(self, *args, **kwargs):
-    pathlib.Path({str(tmp_path)!r}, "go").touch()
+    if "0/3" in repr(args) + repr(kwargs):
+        pathlib.Path({str(tmp_path)!r}, "go").touch()
     return publish(self, *args, **kwargs)
 publisher.publish = publish_and_go
 with fanout.enable_output(), app.run():
@@ -86,7 +87,7 @@ with fanout.enable_output(), app.run():
         for kind, content in messages
         if kind in ("display_data", "update_display_data")
     ]
-    assert "0/3" in displays[0]
+    assert any("0/3" in display for display in displays)
     assert displays[-1] == ""
 
 

@@ -73,8 +73,8 @@ class Watcher:
         self._is_unicode = self._cell is not None or (
             self._screen is not None and self._screen.is_unicode
         )
-        #: Guards the board and the calls; held for moments.
-        self._facts = threading.Lock()
+        #: Guards the board and the calls; held for moments. Reentrant: a signal handler may print.
+        self._facts = threading.RLock()
         self._board = Board(Glyphs() if self._is_unicode else PLAIN_GLYPHS)
         self._maps: dict[bytes, LiveCall] = {}
         self._away_since: float | None = None
