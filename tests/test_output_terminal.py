@@ -111,6 +111,32 @@ SCRIPT = """
         await flood.remote.aio(30000)
         (FOLDER / "result").touch()
 
+    @app.function()
+    def quick(x):
+        print("in", x)
+        return x
+
+    @app.local_entrypoint()
+    def ordered():
+        for x in range(30):
+            print("out", quick.remote(x))
+
+    @app.local_entrypoint()
+    def forks():
+        import logging, os
+        logger = logging.getLogger("child")
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+        calls = iter(work.map([0, 2, 3]))
+        for _ in range(20):
+            pid = os.fork()
+            if pid == 0:
+                print("child prints")
+                logger.warning("child logs")
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0
+        (FOLDER / "go").touch()
+        print("forked", list(calls))
+
     @app.local_entrypoint()
     def stays(spawned: int = 0, stuck: bool = False):
         for number in range(spawned):
@@ -211,6 +237,31 @@ def test_text_of_a_nested_call_has_its_functions_name(cluster: Cluster, script: 
         go(script)
         assert terminal.ends() == 0
     assert terminal.lines[-1] == "result 1"
+
+
+def test_text_comes_above_the_result_that_it_led_to(cluster: Cluster, script: Path) -> None:
+    with run(cluster, script, "ordered") as terminal:
+        assert terminal.ends() == 0
+    lines = [line.split("│")[-1].strip() for line in terminal.all_lines]
+    assert lines == [text for x in range(30) for text in (f"in {x}", f"out {x}")]
+
+
+def test_a_process_that_the_script_forks_prints_and_logs(cluster: Cluster, script: Path) -> None:
+    with run(cluster, script, "forks", variables={"PYTHONWARNINGS": "ignore"}) as terminal:
+        assert terminal.ends() == 0
+    text = "\n".join(terminal.all_lines)
+    assert text.count("child prints") == 20
+    assert text.count("child logs") == 20
+    assert terminal.lines[-1] == "forked [0, 2, 3]"
+
+
+def test_a_terminal_of_few_rows_is_not_overrun(cluster: Cluster, script: Path) -> None:
+    with run(cluster, script, "many", rows=3) as terminal:
+        terminal.sees("work", "0/4")
+        go(script)
+        assert terminal.ends() == 0
+    assert "0/4" not in "".join(terminal.all_lines)
+    assert len([line for line in terminal.all_lines if line.startswith("work[")]) == 8
 
 
 @pytest.mark.parametrize("columns", [20, 40])

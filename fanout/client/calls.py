@@ -152,7 +152,7 @@ class LiveCall:
 
     def _take(self, message: m.Message) -> None:
         if isinstance(message, m.Outputs):
-            if any(message.statuses):
+            if message.statuses.count(m.Status.VALUE) < len(message.statuses):
                 self._count_failed(message)
             for offset, blob_ids in message.blobs:
                 index = message.start + offset

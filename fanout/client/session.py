@@ -60,6 +60,8 @@ LAZY_DELAY_S = 0.002
 WORKER_CHECK_INTERVAL_S = 2.0
 #: Last words about calls that have ended, repeated after a reconnect in case they were lost.
 LAST_WORDS_MAX = 1024
+#: They name a call, and the call itself has no use for them.
+_NOT_FOR_CALLS = (m.Log, m.CallInfo, m.CallProgress)
 
 
 class Session:
@@ -561,7 +563,7 @@ class Session:
                 self.seen += 1
                 has_ended_wait = True
             call_id = getattr(message, "call_id", None)
-            if call_id is None or isinstance(message, m.Log | m.CallInfo | m.CallProgress):
+            if call_id is None or isinstance(message, _NOT_FOR_CALLS):
                 self._on_other(message)
                 continue
             call = self._calls.get(call_id)

@@ -63,7 +63,7 @@ class Screen:
     def draw(self, above: str, lines: list[Line], now: float) -> None:
         """Write whole lines for good and replace those below them."""
         with self.lock:
-            width, _ = self.size()
+            width, height = self.size()
             erased = self._erase(width)
             if lines and not self._is_active:
                 erased += self._begin(now, width)
@@ -77,6 +77,8 @@ class Screen:
             if lines and self._is_foreground():
                 local = self._local.live[-_LOCAL_ROWS_MAX:]
                 drawn = [[(cut(_shown(row), width - 1), "")] for row in local] + lines
+                # What has left the screen at its top cannot be erased.
+                drawn = drawn[-max(1, height - 1) :]
             self._drawn = [width_of(line) for line in drawn]
             text = "\n".join(rendered(line, self.has_colours) for line in drawn)
             if erased or above or text:
@@ -108,6 +110,14 @@ class Screen:
                 text = self._above_tail(above, width)
             if text:
                 self._write(self.stream, text)
+
+    def abandon(self) -> None:
+        """In a forked child: let everything through from now on. The lock may be held for ever, by
+        a thread that is not here."""
+        self.lock = threading.RLock()
+        self._before_local = lambda: ""
+        self._is_active = False
+        self._drawn = []
 
     def _begin(self, now: float, width: int) -> str:
         """From now on the script's unfinished line is redrawn with the others."""

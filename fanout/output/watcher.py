@@ -367,6 +367,7 @@ class Watcher:
         return True
 
     def abandon(self) -> None:
-        """In a forked child: never draw again. The locks may be held for ever by threads that are
-        not here."""
+        """In a forked child: never draw again."""
         self._restore()
+        if self._screen is not None:
+            self._screen.abandon()
