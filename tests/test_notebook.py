@@ -34,17 +34,18 @@ from jupyter_client.manager import start_new_kernel
 
 manager, client = start_new_kernel(kernel_name="python3")
 try:
-    cells = []
+    cells = {}
     for code in json.loads(sys.argv[1]):
-        messages, sent, is_idle = [], client.execute(code), False
+        sent, is_idle = client.execute(code), False
+        cells[sent] = []
         while not is_idle:
             message = client.get_iopub_msg(timeout=60)
             kind, content = message["msg_type"], message["content"]
-            if message["parent_header"].get("msg_id") == sent:
-                messages.append([kind, content])
-                is_idle = kind == "status" and content["execution_state"] == "idle"
-        cells.append(messages)
-    print(json.dumps(cells))
+            parent = message["parent_header"].get("msg_id")
+            if parent in cells:
+                cells[parent].append([kind, content])
+            is_idle = (parent, kind, content.get("execution_state")) == (sent, "status", "idle")
+    print(json.dumps(list(cells.values())))
 finally:
     client.stop_channels()
     manager.shutdown_kernel(now=True)
@@ -101,3 +102,16 @@ def test_text_goes_to_the_cell_that_made_the_call(cluster: Cluster, tmp_path: Pa
     for x, messages in enumerate(cells, 1):
         assert sorted(text_of(messages, "stdout").splitlines()) == ["True", f"work │ out {x}"]
         assert text_of(messages, "stderr") == f"work ! err {x}\n"
+
+
+def test_text_goes_to_the_cell_that_enabled_output_and_not_to_the_one_that_connected(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "go").touch()
+    begin = "run = app.run(); run.__enter__()"
+    call = f"with fanout.enable_output(): print(work.remote({str(tmp_path)!r}, 1) == 1)"
+    end = "run.__exit__(None, None, None)"
+    _, first, second, last = run_cells(cluster, SETUP, begin, call, end)
+    assert sorted(text_of(second, "stdout").splitlines()) == ["True", "work │ out 1"]
+    assert text_of(second, "stderr") == "work ! err 1\n"
+    assert text_of(first + last, "stdout") == ""

@@ -98,6 +98,12 @@ def test_nested_bars_leave_one_line_each() -> None:
     assert buffer.close() == b"outer 49\ninner 49\n"
 
 
+def test_a_plain_line_below_a_bar_does_not_wait() -> None:
+    buffer = LineBuffer(is_raw=False)
+    assert buffer.feed(b"\r100 %\n", 0) == b""
+    assert buffer.feed(b"trained\n", 0) == b"100 %\ntrained\n"
+
+
 def test_a_bar_that_wipes_itself_out_leaves_no_line() -> None:
     buffer = LineBuffer(is_raw=False)
     buffer.feed(b"\r50 %\r    \r", 0)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import socket
 import subprocess
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fanout.output.screen import LocalStream, Screen
 from tests.conftest import Cluster, poll_until
 from tests.terminal_kit import INTERRUPT, Terminal, fanout_run
 
@@ -88,6 +92,8 @@ SCRIPT = """
 
     @app.local_entrypoint()
     def interleaved():
+        for number in range(50):
+            sys.stderr.write(f"\\rpreparing {number} of 50")
         for result in work.map([0, 2, 3]):
             sys.stderr.write(f"\\rown progress {result}")
             sys.stderr.flush()
@@ -97,6 +103,14 @@ SCRIPT = """
     @app.local_entrypoint()
     def bars():
         print("trained", train.remote(1))
+
+    @app.local_entrypoint()
+    def three_bars():
+        print("trained", list(train.map(range(3))))
+
+    @app.function()
+    def returns():
+        print("50 %\\r100 %\\r\\n\\x1b[2Jno newline", end="")
 
     @app.local_entrypoint()
     def nested():
@@ -208,12 +222,15 @@ def test_failed_inputs_are_counted(cluster: Cluster, script: Path) -> None:
 
 
 def test_what_the_script_prints_stays_whole_above_the_bars(cluster: Cluster, script: Path) -> None:
+    # The daemons run already, so that nothing is drawn before the script prints.
+    assert cluster.fanout("run", "-q", f"{script}::ordered").returncode == 0
     with run(cluster, script, "interleaved") as terminal:
         terminal.sees("work", "0/3")
         go(script)
         assert terminal.ends() == 0
     own = [line for line in terminal.all_lines if "own progress" in line]
     assert own == ["own progress 3"], "a line that is rewritten is one line"
+    assert not any("preparing" in line for line in terminal.all_lines)
     assert terminal.lines[-1] == "done"
 
 
@@ -255,13 +272,43 @@ def test_a_process_that_the_script_forks_prints_and_logs(cluster: Cluster, scrip
     assert terminal.lines[-1] == "forked [0, 2, 3]"
 
 
+def test_a_forked_child_waits_for_no_lock_of_its_parent() -> None:
+    stream = io.TextIOWrapper(io.BytesIO())
+    screen = Screen(stream, has_colours=False, before_local=lambda: "")
+    local = LocalStream(screen, stream, clock=lambda: 0.0)
+    held, over = threading.Event(), threading.Event()
+
+    def hold(lock: Any) -> None:
+        with lock:
+            held.set()
+            over.wait()
+
+    holder = threading.Thread(target=hold, args=(screen.lock,))
+    holder.start()
+    held.wait()
+    # As in the child, where the thread that draws is not: the lock is never released.
+    screen.abandon()
+    writer = threading.Thread(target=local.write, args=("child\n",))
+    writer.start()
+    writer.join(10)
+    is_waiting = writer.is_alive()
+    over.set()
+    holder.join()
+    writer.join()
+    assert not is_waiting
+
+
 def test_a_terminal_of_few_rows_is_not_overrun(cluster: Cluster, script: Path) -> None:
-    with run(cluster, script, "many", rows=3) as terminal:
-        terminal.sees("work", "0/4")
+    with run(cluster, script, "three_bars", rows=3) as terminal:
+        terminal.sees("train", "0/3", "3 running")
+        appears(script, "halfway")
+        terminal.sees("outer:  50%|")
         go(script)
         assert terminal.ends() == 0
-    assert "0/4" not in "".join(terminal.all_lines)
-    assert len([line for line in terminal.all_lines if line.startswith("work[")]) == 8
+    bars = [line for line in terminal.all_lines if line.startswith("train[")]
+    assert len(bars) == 3
+    assert all("outer: 100%|" in bar for bar in bars)
+    assert "0/3" not in "".join(terminal.all_lines)
 
 
 @pytest.mark.parametrize("columns", [20, 40])
@@ -449,6 +496,12 @@ def test_without_any_terminal_lines_are_bare_and_bars_are_their_last_state(
     assert done.stdout == "trained 1\n"
     (line,) = done.stderr.splitlines()
     assert line.startswith("outer: 100%|")
+
+
+def test_a_redirected_stdout_is_passed_on_byte_for_byte(cluster: Cluster, script: Path) -> None:
+    command = fanout_run(f"{script}::returns")
+    done = subprocess.run(command, env=cluster.variables, capture_output=True)
+    assert done.stdout == b"50 %\r100 %\r\n\x1b[2Jno newline\n"
 
 
 def test_text_comes_before_the_result_that_it_led_to(cluster: Cluster, script: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 #: A row that was rewritten is finished this long after its newline: a nested progress bar goes
 #: down a line, draws, and comes up again.
-RETURN_GRACE_S = 0.25
+RETURN_GRACE_S = 1.0
 #: Longer lines are broken; a container that never ends its line must not fill the memory.
 LINE_SIZE_BYTES_MAX = 1 << 20
 #: A progress bar that was not moved for this long, and not ended, is finished as it stands.
@@ -74,12 +74,17 @@ class LineBuffer:
         while self._cursor > 0:
             row = self._rows[0]
             is_fresh = row.is_rewritten and now < row.left_at + RETURN_GRACE_S
-            if is_fresh and len(self._rows) <= ROWS_MAX:
+            if is_fresh and not self._has_moved_on() and len(self._rows) <= ROWS_MAX:
                 break
             del self._rows[0]
             self._cursor -= 1
             done.append(_finished(row))
         return b"".join(done)
+
+    def _has_moved_on(self) -> bool:
+        """There is a plain line below: nobody comes up again from there."""
+        below = self._rows[1 : self._cursor]
+        return any(row.text and not row.is_rewritten for row in below)
 
     def close(self) -> bytes:
         """All that is left; the last line gets the newline that it lacks."""

@@ -81,7 +81,8 @@ class Watcher:
         #: Guards the book, and whatever is written to; may be held as long as a terminal is slow.
         self._out = self._screen.lock if self._screen is not None else threading.RLock()
         self._book = LogBook(lambda source: self._channel_of(source).is_raw)
-        self._pending: deque[tuple[Origin, bytes]] = deque()
+        #: With the time at which each came.
+        self._pending: deque[tuple[Origin, bytes, float]] = deque()
         self._pending_size = 0
         self._lost_size = 0
         self._ended: deque[bytes] = deque()
@@ -171,7 +172,7 @@ class Watcher:
             if self._pending_size > PENDING_BYTES_MAX:
                 self._lost_size += len(data)
             else:
-                self._pending.append((origin, data))
+                self._pending.append((origin, data, self._clock()))
                 self._pending_size += len(data)
         self.wake()
 
@@ -227,7 +228,9 @@ class Watcher:
                 plain = self._board.plain_lines(now)
             is_busy = self._board.is_busy
         with self._out:
-            above = self._drain(now) + self._as_text(self._book.tick(now))
+            above = self._drain()
+            if not self._pending:
+                above += self._as_text(self._book.tick(now))
             lines = self._live_lines(width - 1) + lines
             if self._screen is not None:
                 self._screen.draw(above, lines, now)
@@ -254,18 +257,18 @@ class Watcher:
         """What comes before a text that the script prints now."""
         if not self._pending and not self._summaries:
             return ""
-        return self._drain(self._clock())
+        return self._drain()
 
-    def _drain(self, now: float) -> str:
+    def _drain(self) -> str:
         """What was put aside, as text for the screen; the rest is written at once."""
         parts: list[str] = []
         size = 0
         while self._pending and size < DRAWN_BYTES_MAX:
             with self._facts:
-                origin, data = self._pending.popleft()
+                origin, data, came_at = self._pending.popleft()
                 self._pending_size -= len(data)
             size += len(data)
-            parts.append(self._as_text(self._book.feed(origin, data, now)))
+            parts.append(self._as_text(self._book.feed(origin, data, came_at)))
         if not self._pending:
             while self._ended:
                 parts.append(self._as_text(self._book.end_call(self._ended.popleft())))
@@ -343,8 +346,8 @@ class Watcher:
         with self._out:
             above = ""
             while self._pending:
-                above += self._drain(self._clock())
-            above += self._drain(self._clock()) + self._as_text(self._book.close())
+                above += self._drain()
+            above += self._drain() + self._as_text(self._book.close())
             if self._screen is not None:
                 self._screen.close(above)
             elif self._cell is not None:
