@@ -155,6 +155,18 @@ def test_bars_of_inputs_that_share_a_container_move_side_by_side() -> None:
     assert [row for _, row in log.live(4)] == [b"19 %", b"19 %"]
 
 
+def test_unfinished_rows_keep_their_places() -> None:
+    log = book()
+    for step in range(3):
+        for index in (3, 1, 2, 0) if step else (0, 1, 2, 3):
+            log.feed(origin(index, container=index), b"\r%d" % step, step)
+    assert [(found.input_index, row) for found, row in log.live(3)] == [
+        (0, b"2"),
+        (1, b"2"),
+        (2, b"2"),
+    ]
+
+
 def test_a_bar_that_nobody_moves_any_more_is_finished_as_it_stands() -> None:
     log = book()
     log.feed(origin(0), b"\r50 %", 0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fanout.output.style import Line, Span, cells, cut, cut_line, width_of
 from fanout.protocol import messages as m
@@ -37,8 +37,7 @@ BAR_WIDTH_MIN, BAR_WIDTH_MAX = 8, 40
 ENDED_LABELS_MAX = 1024
 
 
-@dataclass(slots=True)
-class Glyphs:
+class Glyphs(NamedTuple):
     """What bars are made of; a terminal without Unicode gets the plain ones."""
 
     full: str = "━"
@@ -52,28 +51,26 @@ class Glyphs:
 PLAIN_GLYPHS = Glyphs("#", ".", "done:", "failed:", "stopped:", "|/-\\")
 
 
-@dataclass(slots=True)
-class _Label:
+class _Label(NamedTuple):
     name: str
     #: The how-manieth call of its function this is.
     number: int
     is_single: bool
 
 
-@dataclass(slots=True)
 class _Map:
     """A call with many inputs that this process waits for."""
 
-    label: _Label
-    opened_at: float
-    plain_at: float
-    total: int | None
-    added: int = 0
-    done: int = 0
-    failed: int = 0
-    is_sealed: bool = False
-    was_plain: bool = False
-    samples: deque[tuple[float, int]] = field(default_factory=deque)
+    def __init__(self, label: _Label, opened_at: float, total: int | None) -> None:
+        self.label = label
+        self.opened_at = opened_at
+        #: When a line of it is due where only lines can be written.
+        self.plain_at = opened_at + PLAIN_INTERVAL_S
+        self.total = total
+        self.added = self.done = self.failed = 0
+        self.is_sealed = False
+        #: (time, how many were done), one for each moment of the last while.
+        self.samples: deque[tuple[float, int]] = deque()
 
     def count(self, added: int, done: int, failed: int, is_sealed: bool, now: float) -> None:
         self.added, self.done, self.failed = added, done, failed
@@ -95,15 +92,14 @@ class _Map:
         return self.done / max(now - self.opened_at, 1e-3)
 
 
-@dataclass(slots=True)
 class _Singles:
     """The single calls of one function since it last had none for a while."""
 
-    began_at: float
-    #: When each was opened, the oldest first.
-    opened: dict[bytes, float] = field(default_factory=dict)
-    done: int = 0
-    idle_since: float = 0.0
+    def __init__(self, began_at: float) -> None:
+        self.began_at = began_at
+        self.opened: set[bytes] = set()
+        self.done = 0
+        self.idle_since = 0.0
 
 
 class Board:
@@ -151,9 +147,9 @@ class Board:
             singles = self._singles.get(name)
             if singles is None or (not singles.opened and now > singles.idle_since + PAUSE_S):
                 singles = self._singles[name] = _Singles(now)
-            singles.opened[call_id] = now
+            singles.opened.add(call_id)
         else:
-            self._maps[call_id] = _Map(label, now, now + PLAIN_INTERVAL_S, total)
+            self._maps[call_id] = _Map(label, now, total)
 
     def count(
         self, call_id: bytes, added: int, done: int, failed: int, is_sealed: bool, now: float
@@ -168,7 +164,8 @@ class Board:
         if label is not None:
             self._keep_label(call_id, label)
             if label.is_single and (singles := self._singles.get(label.name)) is not None:
-                singles.done += singles.opened.pop(call_id, None) is not None
+                singles.done += call_id in singles.opened
+                singles.opened.discard(call_id)
                 singles.idle_since = now
         self._reports.pop(call_id, None)
         view = self._maps.pop(call_id, None)
@@ -263,7 +260,6 @@ class Board:
         for view in self._maps.values():
             if now >= view.plain_at:
                 view.plain_at = now + PLAIN_INTERVAL_S
-                view.was_plain = True
                 written.append(self._map_row(view, view.label.name, now).sentence())
         return written
 
@@ -324,7 +320,9 @@ class Board:
     def _singles_row(self, name: str, singles: _Singles, now: float) -> _Row:
         count = len(singles.opened)
         if count == 1 and not singles.done:
-            row = _Row(name, elapsed_s=now - singles.began_at, is_single=True)
+            row = _Row(name)
+            row.is_single = True
+            row.elapsed_s = now - singles.began_at
             report = self._reports.get(next(iter(singles.opened)))
             if report is not None:
                 row.running = report.running
@@ -395,22 +393,30 @@ class Board:
         return [*line, (f"  in {duration(elapsed)}{speed}", "dim")]
 
 
-@dataclass(slots=True)
 class _Row:
     """One line of the board, before it is known how much room there is."""
 
-    name: str
-    done: int = 0
-    total: int | None = None
-    failed: int = 0
-    running: int = 0
-    open_count: int = 0
-    rate: float = 0.0
-    left_s: float | None = None
-    elapsed_s: float | None = None
-    note: str = ""
-    waits_for: str = ""
-    is_single: bool = False
+    def __init__(
+        self,
+        name: str,
+        done: int = 0,
+        total: int | None = None,
+        failed: int = 0,
+        note: str = "",
+    ) -> None:
+        self.name = name
+        self.done = done
+        self.total = total
+        self.failed = failed
+        self.note = note
+        self.running = 0
+        self.open_count = 0
+        self.rate = 0.0
+        self.left_s: float | None = None
+        self.elapsed_s: float | None = None
+        self.waits_for = ""
+        #: There is only one input: whether it runs, and for how long, is all there is to say.
+        self.is_single = False
 
     def sentence(self) -> str:
         """The row where only lines can be written."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 #: A row that was rewritten is finished this long after its newline: a nested progress bar goes
 #: down a line, draws, and comes up again.
@@ -27,13 +27,13 @@ BUFFERS_MAX = 1024
 _STEPS = re.compile(rb"(\r|\n|\x1b\[[0-9]*A)")
 
 
-@dataclass(slots=True)
 class _Row:
-    text: bytes = b""
-    #: The cursor is at its beginning: what comes next replaces the text.
-    is_returned: bool = False
-    is_rewritten: bool = False
-    left_at: float = 0.0
+    def __init__(self) -> None:
+        self.text = b""
+        #: The cursor is at its beginning: what comes next replaces the text.
+        self.is_returned = False
+        self.is_rewritten = False
+        self.left_at = 0.0
 
 
 class LineBuffer:
@@ -147,21 +147,19 @@ def _finished(row: _Row) -> bytes:
     return row.text + b"\n"
 
 
-@dataclass(slots=True, frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """Who wrote a text."""
 
     container_id: int
     source: int
     call_id: bytes
-    index: int
+    input_index: int
 
 
 #: Whole lines with their newlines, and who wrote them.
 Entry = tuple[Origin, bytes]
 
 
-@dataclass(slots=True)
 class LogBook:
     """The line buffers of all containers.
 
@@ -169,10 +167,11 @@ class LogBook:
         is_raw: whether a source's text is to be given on as it is.
     """
 
-    is_raw: Callable[[int], bool]
-    _buffers: dict[Origin, LineBuffer] = field(default_factory=dict)
-    #: Which input of a container wrote last, by container and source.
-    _last: dict[tuple[int, int], Origin] = field(default_factory=dict)
+    def __init__(self, is_raw: Callable[[int], bool]) -> None:
+        self._is_raw = is_raw
+        self._buffers: dict[Origin, LineBuffer] = {}
+        #: Which input of a container wrote last, by container and source.
+        self._last: dict[tuple[int, int], Origin] = {}
 
     def feed(self, origin: Origin, data: bytes, now: float) -> list[Entry]:
         """Take a piece of text; returns what is finished by it."""
@@ -186,7 +185,7 @@ class LogBook:
                 self._close(last, entries)
         buffer = self._buffers.get(origin)
         if buffer is None:
-            buffer = LineBuffer(self.is_raw(origin.source))
+            buffer = LineBuffer(self._is_raw(origin.source))
         _note(entries, origin, buffer.feed(data, now))
         if buffer.is_empty:
             self._buffers.pop(origin, None)
@@ -230,10 +229,14 @@ class LogBook:
         return not self._buffers
 
     def live(self, count: int) -> list[Entry]:
-        """Unfinished rows, those of the latest text last; at most `count`."""
-        latest = sorted(self._buffers.items(), key=lambda pair: pair[1].touched_at)
-        rows = [(origin, row) for origin, buffer in latest for row in buffer.live]
-        return rows[-count:] if count > 0 else []
+        """Unfinished rows, at most `count`: those that began first, so that each keeps its place as
+        long as it lasts."""
+        rows: list[Entry] = []
+        for origin, buffer in self._buffers.items():
+            if len(rows) >= count:
+                break
+            rows += [(origin, row) for row in buffer.live]
+        return rows[:count]
 
     def _close(self, origin: Origin, entries: list[Entry]) -> None:
         _note(entries, origin, self._buffers.pop(origin).close())

@@ -13,8 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from fanout.output.board import PLAIN_GLYPHS, Board, Glyphs
 from fanout.output.log_lines import Entry, LogBook, Origin
@@ -40,8 +39,7 @@ _STOP_TIMEOUT_S = 2.0
 _CELL_SIZE = (100, 24)
 
 
-@dataclass(slots=True)
-class _Channel:
+class _Channel(NamedTuple):
     """Where the text of one source goes."""
 
     stream: TextIO | None
@@ -329,7 +327,7 @@ class Watcher:
 
     def _label(self, origin: Origin) -> Line:
         with self._facts:
-            label = self._board.label(origin.call_id, origin.index)
+            label = self._board.label(origin.call_id, origin.input_index)
         if origin.source == m.Source.STDOUT:
             return [(label, "cyan"), (" │ " if self._is_unicode else " | ", "dim")]
         return [(label, "red"), (" ! ", "red")]
