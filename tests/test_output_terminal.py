@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import re
 import socket
 import subprocess
+import sys
 import textwrap
 import threading
 from collections.abc import Callable
@@ -16,6 +19,8 @@ from typing import Any
 import pytest
 
 from fanout.output.screen import LocalStream, Screen
+from fanout.output.watcher import PENDING_BYTES_MAX, Watcher
+from fanout.protocol import messages as m
 from tests.conftest import Cluster, poll_until
 from tests.terminal_kit import INTERRUPT, Terminal, fanout_run
 
@@ -122,7 +127,7 @@ SCRIPT = """
 
     @app.local_entrypoint()
     async def floods():
-        await flood.remote.aio(30000)
+        await flood.remote.aio(12000)
         (FOLDER / "result").touch()
 
     @app.function()
@@ -406,7 +411,39 @@ def test_a_terminal_that_takes_nothing_holds_up_no_call(cluster: Cluster, script
         # Nobody reads what the terminal is sent, until the result is there.
         appears(script, "result")
         assert terminal.ends() == 0
-    assert "flood │ line 29999" in terminal.lines
+    assert "flood │ line 11999" in terminal.lines
+
+
+def test_text_that_a_slow_terminal_cannot_take_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = os.openpty()
+    taken: list[bytes] = []
+
+    def take() -> None:
+        # Closing the other end is the end of file here.
+        with contextlib.suppress(OSError):
+            while data := os.read(ours, 1 << 16):
+                taken.append(data)
+
+    reader = threading.Thread(target=take)
+    with os.fdopen(theirs, "w") as stream:
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setattr(sys, "stderr", stream)
+        watcher = Watcher(show_progress=True)
+        text = b"x" * 99 + b"\n"
+        piece = m.Log(b"c" * 16, 0, 1, m.Source.STDERR, text * 600)
+        count = 2 * PENDING_BYTES_MAX // len(piece.payload)
+        for _ in range(count):
+            # Nobody reads the terminal, and nobody is held up by that.
+            watcher.receive(piece)
+        reader.start()
+        watcher.stop()
+    reader.join()
+    os.close(ours)
+    shown = b"".join(taken).decode()
+    (lost,) = re.findall(r"fanout: ([\d,]+) bytes were not shown, the terminal is too slow", shown)
+    assert shown.count("x" * 99) * len(text) + int(lost.replace(",", "")) == count * len(text) * 600
 
 
 # --- Ctrl-C --------------------------------------------------------------------------------------
@@ -502,6 +539,26 @@ def test_a_redirected_stdout_is_passed_on_byte_for_byte(cluster: Cluster, script
     command = fanout_run(f"{script}::returns")
     done = subprocess.run(command, env=cluster.variables, capture_output=True)
     assert done.stdout == b"50 %\r100 %\r\n\x1b[2Jno newline\n"
+
+
+def test_a_long_map_writes_a_line_now_and_then(cluster: Cluster, script: Path) -> None:
+    code = (
+        "import sys; from fanout.output import board; board.PLAIN_INTERVAL_S = 0.2\n"
+        "from fanout.cli.run import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, f"{script}::many"],
+        env=cluster.variables,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    with process.stderr as lines:
+        assert any(line.startswith("fanout: work: 0/4") for line in lines)
+        go(script)
+        lines.read()
+    assert process.wait() == 0
 
 
 def test_text_comes_before_the_result_that_it_led_to(cluster: Cluster, script: Path) -> None:
