@@ -156,6 +156,18 @@ SCRIPT = """
         (FOLDER / "go").touch()
         print("forked", list(calls))
 
+    @app.function()
+    def flood_both(count):
+        for number in range(count):
+            print(f"line {number}", file=sys.stderr)
+        print("last line")
+
+    @app.local_entrypoint()
+    async def floods_both():
+        await flood_both.remote.aio(12000)
+        await flood_both.remote.aio(1)
+        (FOLDER / "result").touch()
+
     @app.local_entrypoint()
     def stays(spawned: int = 0, stuck: bool = False):
         for number in range(spawned):
@@ -444,6 +456,18 @@ def test_text_that_a_slow_terminal_cannot_take_is_counted(
     shown = b"".join(taken).decode()
     (lost,) = re.findall(r"fanout: ([\d,]+) bytes were not shown, the terminal is too slow", shown)
     assert shown.count("x" * 99) * len(text) + int(lost.replace(",", "")) == count * len(text) * 600
+
+
+def test_redirected_text_does_not_wait_for_a_slow_terminal(
+    cluster: Cluster, script: Path, tmp_path: Path
+) -> None:
+    with (
+        (tmp_path / "out.txt").open("wb") as out,
+        run(cluster, script, "floods_both", stdout=out) as terminal,
+    ):
+        appears(script, "result")
+        assert b"last line" in (tmp_path / "out.txt").read_bytes()
+        assert terminal.ends() == 0
 
 
 # --- Ctrl-C --------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class Watcher:
         self._cell = Cell() if is_notebook() else None
         self._screen = self._find_screen()
         self._has_colours = self._screen is not None and self._screen.has_colours
-        self._channels = {
+        self._channels: dict[int, _Channel] = {
             m.Source.STDOUT: self._channel(sys.stdout, is_stdout=True),
             m.Source.STDERR: self._channel(sys.stderr, is_stdout=False),
         }
@@ -76,9 +76,12 @@ class Watcher:
         self._board = Board(Glyphs() if self._is_unicode else PLAIN_GLYPHS)
         self._maps: dict[bytes, LiveCall] = {}
         self._away_since: float | None = None
-        #: Guards the book, and whatever is written to; may be held as long as a terminal is slow.
-        self._out = self._screen.lock if self._screen is not None else threading.RLock()
-        self._book = LogBook(lambda source: self._channel_of(source).is_raw)
+        #: What is drawn: guarded by a lock that is held as long as the terminal is slow.
+        self._drawing = self._screen.lock if self._screen is not None else threading.RLock()
+        self._drawn = LogBook(lambda source: False)
+        #: What is written at once, under a lock of its own.
+        self._writing = threading.RLock()
+        self._written = LogBook(lambda source: self._channel_of(source).is_raw)
         #: With the time at which each came.
         self._pending: deque[tuple[Origin, bytes, float]] = deque()
         self._pending_size = 0
@@ -116,7 +119,7 @@ class Watcher:
         return _Channel(stream, is_shown, is_drawn, is_raw=is_stdout and not is_shown)
 
     def _channel_of(self, source: int) -> _Channel:
-        return self._channels.get(m.Source(source), self._channels[m.Source.STDERR])
+        return self._channels.get(source, self._channels[m.Source.STDERR])
 
     # --- facts, from the sessions -----------------------------------------------------------------
 
@@ -138,7 +141,7 @@ class Watcher:
             summary = self._board.close_call(call_id, now)
         if summary is not None:
             self._summaries.append(summary)
-        if not self._book.is_empty or self._pending:
+        if self._pending or not (self._drawn.is_empty and self._written.is_empty):
             self._ended.append(call_id)
         self.wake()
 
@@ -155,9 +158,9 @@ class Watcher:
         if channel.is_drawn:
             self._put_aside(origin, data)
         else:
-            with self._out:
-                self._write_at_once(self._book.feed(origin, data, self._clock()))
-            if not self._book.is_empty:
+            with self._writing:
+                self._write_entries(self._written.feed(origin, data, self._clock()))
+            if not self._written.is_empty:
                 self.wake()
 
     def connected(self) -> None:
@@ -225,20 +228,22 @@ class Watcher:
             elif self._show_progress:
                 plain = self._board.plain_lines(now)
             is_busy = self._board.is_busy
-        with self._out:
+        with self._writing:
+            self._write_entries(self._written.tick(now))
+            for sentence in plain:
+                write_text(sys.stderr, f"fanout: {sentence}\n")
+        with self._drawing:
             above = self._drain()
             if not self._pending:
-                above += self._as_text(self._book.tick(now))
+                above += self._as_text(self._drawn.tick(now))
             lines = self._live_lines(width - 1) + lines
             if self._screen is not None:
                 self._screen.draw(above, lines, now)
             elif self._cell is not None:
                 self._write(sys.stdout, above)
                 self._cell.draw(lines)
-            for sentence in plain:
-                write_text(sys.stderr, f"fanout: {sentence}\n")
-            is_waiting = self._away_since is not None
-            return is_busy or is_waiting or bool(self._pending) or not self._book.is_empty
+        is_held = not (self._drawn.is_empty and self._written.is_empty)
+        return is_busy or is_held or bool(self._pending) or self._away_since is not None
 
     def _look_at_sessions(self, now: float) -> None:
         sessions = sys.modules.get("fanout.client.sessions")
@@ -258,7 +263,7 @@ class Watcher:
         return self._drain()
 
     def _drain(self) -> str:
-        """What was put aside, as text for the screen; the rest is written at once."""
+        """What was put aside, as text for the screen."""
         parts: list[str] = []
         size = 0
         while self._pending and size < DRAWN_BYTES_MAX:
@@ -266,10 +271,13 @@ class Watcher:
                 origin, data, came_at = self._pending.popleft()
                 self._pending_size -= len(data)
             size += len(data)
-            parts.append(self._as_text(self._book.feed(origin, data, came_at)))
+            parts.append(self._as_text(self._drawn.feed(origin, data, came_at)))
         if not self._pending:
             while self._ended:
-                parts.append(self._as_text(self._book.end_call(self._ended.popleft())))
+                call_id = self._ended.popleft()
+                parts.append(self._as_text(self._drawn.end_call(call_id)))
+                with self._writing:
+                    self._write_entries(self._written.end_call(call_id))
             while self._summaries:
                 parts.append(self._summary_text(self._summaries.popleft()))
         lost, self._lost_size = self._lost_size, 0
@@ -288,22 +296,20 @@ class Watcher:
     def _live_lines(self, width: int) -> list[Line]:
         """The last state of progress bars in containers."""
         lines: list[Line] = []
-        for origin, row in self._book.live(LIVE_ROWS_MAX):
+        with self._writing:
+            rows = self._drawn.live(LIVE_ROWS_MAX) + self._written.live(LIVE_ROWS_MAX)
+        for origin, row in rows:
             if self._channel_of(origin.source).is_labelled:
                 text = clean(row.decode(errors="replace"), has_colours=False).expandtabs()
                 lines.append(cut_line([*self._label(origin), (text, "")], width))
-        return lines
+        return lines[:LIVE_ROWS_MAX]
 
     # --- text ------------------------------------------------------------------------------------
 
     def _as_text(self, entries: list[Entry]) -> str:
-        """Entries as text for the screen; those that do not go there are written at once."""
-        drawn = [e for e in entries if self._channel_of(e[0].source).is_drawn]
-        if len(drawn) < len(entries):
-            self._write_at_once([e for e in entries if not self._channel_of(e[0].source).is_drawn])
-        return "".join(self._labelled(origin, data) for origin, data in drawn)
+        return "".join(self._labelled(origin, data) for origin, data in entries)
 
-    def _write_at_once(self, entries: list[Entry]) -> None:
+    def _write_entries(self, entries: list[Entry]) -> None:
         for origin, data in entries:
             channel = self._channel_of(origin.source)
             if channel.is_labelled:
@@ -341,11 +347,13 @@ class Watcher:
         self._restore()
         if not self._is_thread_gone():
             return
-        with self._out:
+        with self._writing:
+            self._write_entries(self._written.close())
+        with self._drawing:
             above = ""
             while self._pending:
                 above += self._drain()
-            above += self._drain() + self._as_text(self._book.close())
+            above += self._drain() + self._as_text(self._drawn.close())
             if self._screen is not None:
                 self._screen.close(above)
             elif self._cell is not None:
