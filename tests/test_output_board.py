@@ -129,7 +129,7 @@ def test_single_calls_of_one_function_are_one_line() -> None:
         board.close_call(call_id(number), 1)
     board.report(m.FunctionProgress(call_id(1), "f", 8, 0))
     (line,) = shown(board, 2)
-    for part in ("400 done", "600 open", "8 running", "200/s"):
+    for part in ("400 calls done", "600 open", "8 running", "200/s"):
         assert part in line
 
 
@@ -148,7 +148,7 @@ def test_calls_that_follow_each_other_are_counted_together() -> None:
         board.open_call(call_id(number), "f", number, 1, is_durable=False)
         board.close_call(call_id(number), number + 0.9)
     board.open_call(call_id(9), "f", 5, 1, is_durable=False)
-    assert "5 done" in shown(board, 5.5)[0]
+    assert "5 calls done" in shown(board, 5.5)[0]
     board.close_call(call_id(9), 6)
     board.open_call(call_id(10), "f", 60, 1, is_durable=False)
     assert "done" not in shown(board, 61)[0]

@@ -328,7 +328,8 @@ class Board:
                 row.running = report.running
                 row.waits_for = "" if report.running or report.starting else report.waits_for
             return row
-        row = _Row(name, singles.done, note="calls")
+        row = _Row(name, singles.done)
+        row.unit = "calls "
         row.open_count = count
         row.running = self._running_of(name)
         row.rate = singles.done / max(now - singles.began_at, 1e-3)
@@ -409,6 +410,8 @@ class _Row:
         self.total = total
         self.failed = failed
         self.note = note
+        #: What is counted, if not inputs.
+        self.unit = ""
         self.running = 0
         self.open_count = 0
         self.rate = 0.0
@@ -444,7 +447,7 @@ class _Row:
         """(what goes first where room is short, spans), in the order in which they stand."""
         facts: list[tuple[int, list[Span]]] = []
         if not self.is_single:
-            of = f"/{self.total:,}" if self.total is not None else " done"
+            of = f"/{self.total:,}" if self.total is not None else f" {self.unit}done"
             facts.append((0, [(f"{self.done:,}{of}", "")]))
         if self.note:
             facts.append((6, [(self.note, "dim")]))
