@@ -13,7 +13,7 @@ from fanout import partial
 from fanout.definition import Target
 from fanout.exceptions import ContainerStartError, InvalidError
 from fanout.protocol import messages as m
-from fanout.serialization import decode_error
+from fanout.remote_errors import decode_error
 from tests.worker_kit import Kit, containers, lease_of, shapes
 
 HEAD = "import asyncio, os, sys, time\nimport fanout\nfrom fanout.partial import *\n"

@@ -26,6 +26,8 @@ class AsyncStream:
 
     def __init__(self, plan: Plan, rows: Rows | None, encoder: Encoder | None) -> None:
         self.plan = plan
+        if rows is not None:
+            plan.count_hint = rows.count_hint
         self._rows = rows
         self._encoder = encoder
         self.loop = asyncio.get_running_loop()

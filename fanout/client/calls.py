@@ -41,6 +41,10 @@ class LiveCall:
         self.state = state
         state.blob_size = session.store.size
         self.app_id = app_id
+        #: How many inputs it will have, if somebody knows: what a progress bar is out of.
+        self.count_hint: int | None = None
+        #: Inputs that ended with an error.
+        self.failed_count = 0
         self._listener = listener
         self._parked: deque[m.Message] = deque()
         #: Buffers of outputs (by input index) and items (by index and number) not taken yet.
@@ -154,6 +158,8 @@ class LiveCall:
 
     def _take(self, message: m.Message) -> None:
         if isinstance(message, m.Outputs):
+            if message.statuses.count(m.Status.VALUE) < len(message.statuses):
+                self._count_failed(message)
             for offset, blob_ids in message.blobs:
                 index = message.start + offset
                 if index not in self.state.received:
@@ -162,9 +168,17 @@ class LiveCall:
             for offset, blob_ids in message.blobs:
                 key = (message.index, message.number + offset)
                 self._buffers[key] = [self.session.store.buffer(id_) for id_ in blob_ids]
+        elif isinstance(message, m.CallFailed):
+            self.failed_count += self.state.count - self.state.received.count
         self.state.handle(message)
         if isinstance(message, m.Outputs | m.Items):
             self._unpin(message)
+
+    def _count_failed(self, message: m.Outputs) -> None:
+        received = self.state.received
+        for index, status in enumerate(message.statuses, message.start):
+            if status in (m.Status.ERROR, m.Status.FAILURE) and index not in received:
+                self.failed_count += 1
 
     def _buffers_of(self, batch: Ready) -> BufferTable:
         table: BufferTable = {}

@@ -37,6 +37,9 @@ PULL_S_MAX = 1e-3
 #: Buffers of earlier inputs that a new one is compared with.
 RECENT_COUNT = 2
 
+#: What can be asked for its length at no cost; of anything else that may be a query.
+_SIZED = (list, tuple, range, dict, set, frozenset, str, bytes, bytearray, deque)
+
 #: A blob id with its content.
 Pin = tuple[bytes, memoryview]
 
@@ -186,6 +189,13 @@ class Rows:
             isinstance(iterable, AsyncIterable) and not isinstance(iterable, Iterable)
             for iterable in iterables
         )
+
+    @property
+    def count_hint(self) -> int | None:
+        """How many rows there will be; None if that cannot be told beforehand."""
+        if not all(isinstance(iterable, _SIZED) for iterable in self.iterables):
+            return None
+        return min(map(len, self.iterables))
 
     def start(self) -> Iterator[Any]:
         """Rows for a caller that may block; async iterables run on a loop of their own."""

@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fanout import config, context
+from fanout import config, context, output
 from fanout.client.app_run import AppRun
 from fanout.client.calls import LiveCall, LiveFetch
 from fanout.client.last_words import LastWords
@@ -58,7 +58,8 @@ APP_WAIT_S = 5.0
 LAZY_DELAY_S = 0.002
 #: How often calls that are open make sure that the embedded default has its worker.
 WORKER_CHECK_INTERVAL_S = 2.0
-
+#: They name a call, and the call itself has no use for them.
+_NOT_FOR_CALLS = (m.Log, m.CallInfo, m.CallProgress)
 
 Question = m.AskCall | m.AskFunction | m.AskStatus | m.AskShutdown | m.AskCallGraph
 Answer = m.CallInfo | m.FunctionInfo | m.StatusInfo | m.ShutdownInfo | m.CallGraph
@@ -120,6 +121,13 @@ class Session:
             return False
         return self._opening.done() and not self._task.done()
 
+    @property
+    def is_awaited(self) -> bool:
+        """Somebody waits for a connection that is not there."""
+        if self.is_connected or self._opening is None:
+            return False
+        return bool(self._calls or self._fetches) or not self._opening.done()
+
     async def connect(self) -> None:
         """Be connected, once; later losses are repaired without the caller.
 
@@ -135,6 +143,8 @@ class Session:
             # A failure nobody waits for any more, because of Ctrl-C, is not worth a traceback.
             self._opening.add_done_callback(lambda f: f.cancelled() or f.exception())
             self._task = self.loop.create_task(self._keep_connected(), name="fanout session")
+            if (watcher := output.watcher) is not None:
+                watcher.wake()
         await asyncio.shield(self._opening)
 
     async def _keep_connected(self) -> None:
@@ -282,6 +292,9 @@ class Session:
             if run.owner is self and not self.is_nested:
                 transport.send(m.OpenApp(run.app_id, run.name))
                 run.opened_epoch = epoch
+        if (watcher := output.watcher) is not None:
+            watcher.connected()
+            self.watch(True)
         for definition in self._definitions.values():
             self._send_definition(definition)
         for words in last_words:
@@ -391,16 +404,25 @@ class Session:
 
     # --- calls and questions ---------------------------------------------------------------------
 
+    def watch(self, is_on: bool) -> None:
+        """Be told how calls get on, or no more. A container shows nothing to anybody."""
+        if not self.is_nested:
+            self.send(m.WatchProgress(is_on))
+
     def open_call(self, call: LiveCall) -> None:
         """Send a call's messages from its next flush on, and give it what arrives for it. So the
         call and its first inputs leave in one write."""
         self._calls[call.state.call_id] = call
         self._wanted.set()
+        if (watcher := output.watcher) is not None:
+            watcher.open_call(call, self._definitions[call.state.function_id].name)
 
     def close_call(self, call: LiveCall) -> None:
         """Nobody is interested in the call any more."""
         if self._calls.pop(call.state.call_id, None) is not None:
             self._parked_calls.discard(call)
+            if (watcher := output.watcher) is not None:
+                watcher.close_call(call)
 
     def open_fetch(self, fetch: LiveFetch) -> None:
         self._fetches.setdefault(fetch.call_id, []).append(fetch)
@@ -547,7 +569,7 @@ class Session:
                 self.seen += 1
                 has_ended_wait = True
             call_id = getattr(message, "call_id", None)
-            if call_id is None or isinstance(message, m.Log | m.CallInfo):
+            if call_id is None or isinstance(message, _NOT_FOR_CALLS):
                 self._on_other(message)
                 continue
             call = self._calls.get(call_id)
@@ -566,10 +588,9 @@ class Session:
             self.tell_waiting()
 
     def _on_other(self, message: m.Message) -> None:
-        if isinstance(message, m.Log):
-            from fanout import output
-
-            output.show_log(message)
+        if isinstance(message, m.Log | m.CallProgress | m.FunctionProgress):
+            if (watcher := output.watcher) is not None:
+                watcher.receive(message)
         elif isinstance(message, m.Notice):
             logger.warning("%s", message.text)
         elif isinstance(message, Answer):

@@ -63,6 +63,8 @@ class Plan:
     parent: tuple[int, int] | None = None
     method: str = ""
     call_id: bytes = field(default_factory=lambda: os.urandom(16))
+    #: How many inputs there will be, if that is known.
+    count_hint: int | None = 1
 
     def open(self, session: Session, listener: Any) -> LiveCall:
         """Begin the call on a session."""
@@ -77,7 +79,11 @@ class Plan:
             parent=self.parent,
             method=self.method,
         )
+        if self.is_durable:
+            self.run.spawned_ids.append(self.call_id)
+            self.run.spawned_count += 1
         call = LiveCall(session, state, self.run.app_id, listener)
+        call.count_hint = self.count_hint
         session.open_call(call)
         return call
 
@@ -426,7 +432,9 @@ def iterate(
     dropping the iterator cancels the call."""
     try:
         encoder = Encoder(common, rows.is_column)
-        stream = BlockingStream(make_plan())
+        plan = make_plan()
+        plan.count_hint = rows.count_hint
+        stream = BlockingStream(plan)
         feed = _Feed(stream, Puller(rows.start(), encoder))
         background_loop().call_soon_threadsafe(stream.open)
         yield from _values(stream, feed, return_exceptions)
@@ -473,6 +481,7 @@ def run_to_end(
         BaseException: the first error that arrived, unless they are ignored.
     """
     plan = make_plan()
+    plan.count_hint = rows.count_hint
     encoder = Encoder(common, rows.is_column)
     stream = BlockingStream(plan)
     feed = _Feed(stream, Puller(rows.start(), encoder))

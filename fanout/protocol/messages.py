@@ -957,6 +957,47 @@ class BlobCredit(Message):
     upto: Annotated[int, Between(0, 2 * BLOB_SIZE_BYTES_MAX)]
 
 
+# --- progress: for a client that shows it --------------------------------------------------------
+
+
+@_message(140)
+class WatchProgress(Message):
+    """From a client: say how its calls get on, from now on, or no more. Without it the scheduler
+    counts and sends nothing for the sake of being looked at."""
+
+    is_on: Flag
+
+
+@_message(141)
+class CallProgress(Message):
+    """How one call gets on, with the calls that its containers make: to a client that watches, when
+    something has changed and a few times a second at most. Before the first text of a nested call,
+    too, whose name the client would not know. `running`, `starting`: containers that have an input
+    of it, and that are not ready yet. `waits_for` is for people."""
+
+    call_id: CallId
+    name: Text
+    is_durable: Flag
+    is_nested: Flag
+    is_sealed: Flag
+    is_over: Flag
+    input_count: Count
+    finished_count: Count
+    running: Count
+    starting: Count
+    waits_for: Text
+
+
+@_message(142)
+class FunctionProgress(Message):
+    """Containers of one function that run inputs, and that are being started."""
+
+    function_id: FunctionId
+    name: Text
+    running: Count
+    starting: Count
+
+
 # --- only in the store ---------------------------------------------------------------------------
 
 
@@ -1015,10 +1056,10 @@ FROM_CLIENT: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, OpenApp, CloseApp, DefineFunction, OpenCall, SubmitCall, Inputs, SealCall,
     Ack, CallsFinished,
     ItemCredit, CancelCall, FetchOutputs, StopFetch, AskCall, AskFunction, AskStatus, AskShutdown,
-    TerminateCall, AskCallGraph,
+    TerminateCall, AskCallGraph, WatchProgress,
 }  # fmt: skip
 FROM_NESTED_CLIENT: frozenset[type[Message]] = (FROM_CLIENT | {SessionWaits, SessionRuns}) - {
-    AskShutdown, OpenApp, CloseApp,
+    AskShutdown, OpenApp, CloseApp, WatchProgress,
 }  # fmt: skip
 FROM_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, WorkerReady, ContainerStarted, ContainerExited, LeaseOutputs, LeaseItems,
@@ -1026,7 +1067,8 @@ FROM_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
 }  # fmt: skip
 TO_CLIENT: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, CallOpened, Window, Outputs, Items, CallFailed, InputsStored, CallInfo,
-    FunctionInfo, StatusInfo, Log, Notice, ShutdownInfo, CallGraph,
+    FunctionInfo, StatusInfo, Log, Notice, ShutdownInfo, CallGraph, CallProgress,
+    FunctionProgress,
 }  # fmt: skip
 TO_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, WorkerAccepted, DefineFunction, DropFunction, StartContainer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fanout.config import CLIENT_GRACE_S, WINDOW_BYTES, WINDOW_COUNT_MAX, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs, durable, graph, outputs
+from fanout_scheduler.core import blobs, durable, graph, outputs, progress
 from fanout_scheduler.core.events import Disconnect, Exit, PeerId
 from fanout_scheduler.core.leasing import cancel_lease, run_again, stop_container
 from fanout_scheduler.core.snapshot import describe_busy, snapshot
@@ -252,6 +252,8 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
     session.calls[call.call_id] = call
     if message.parent is not None:
         graph.join(call, state.leases[message.parent[0]], message.parent[1])
+    if peer.watch is not None:
+        progress.wake(state, peer.watch)
     return call
 
 
@@ -523,5 +525,7 @@ def container_log(state: State, message: m.ContainerLog) -> None:
     if peer is None or not peer.is_writable:
         state.note("log text that nobody read")
         return
+    if peer.watch is not None:
+        progress.name_call(state, peer.watch, call)
     log = m.Log(call.call_id, message.index, message.container_id, message.source, message.payload)
     state.send(peer.peer_id, log)

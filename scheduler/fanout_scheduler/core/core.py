@@ -28,6 +28,7 @@ from fanout_scheduler.core import (
     leasing,
     outputs,
     placement,
+    progress,
     restore,
     scaling,
     workers,
@@ -71,6 +72,7 @@ PEER_MESSAGES: dict[type[m.Message], Callable[[State, Peer, Any], None]] = {
     m.AskCallGraph: graph.on_ask_call_graph,
     m.AskStatus: calls.on_ask_status,
     m.AskShutdown: calls.on_ask_shutdown,
+    m.WatchProgress: progress.on_watch,
     m.WorkerReady: workers.on_worker_ready,
     m.ContainerStarted: workers.on_container_started,
     m.ContainerExited: workers.on_container_exited,
@@ -242,6 +244,8 @@ class Scheduler:
                 durable.on_store_retry(state, what)
             elif kind == "forget":
                 calls.forget_call(state, what)
+            elif kind == "progress":
+                progress.on_due(state, what)
             elif kind == "unsealed":
                 calls.on_unsealed_deadline(state, what)
             else:

@@ -419,6 +419,19 @@ class Peer:
     #: Frames of the kinds in ENDS_WAIT sent to it; see `SessionWaits`.
     wait_frames: int = 0
     is_writable: bool = True
+    #: It shows its user how calls get on; see progress.py.
+    watch: Watch | None = None
+
+
+@dataclass(slots=True)
+class Watch:
+    """What a client that watches was told last."""
+
+    peer: Peer
+    #: A look at its calls is due.
+    is_armed: bool = False
+    calls: dict[bytes, m.CallProgress] = field(default_factory=dict)
+    functions: dict[bytes, m.FunctionProgress] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
