@@ -76,8 +76,9 @@ class LiveCall:
 
     def receive(self, message: m.Message) -> bool:
         """Take a message, or keep it while its blobs are on their way. False if it waits."""
-        has_blobs = isinstance(message, m.Outputs | m.Items) and message.blobs
-        if not has_blobs and not self._parked:
+        if type(message) is m.Outputs and not (message.blobs or self._parked):
+            # The usual thing, and all that a single call gets.
+            self._note_failed(message)
             self.state.handle(message)
             return True
         if isinstance(message, m.Outputs | m.Items):
@@ -158,8 +159,7 @@ class LiveCall:
 
     def _take(self, message: m.Message) -> None:
         if isinstance(message, m.Outputs):
-            if message.statuses.count(m.Status.VALUE) < len(message.statuses):
-                self._count_failed(message)
+            self._note_failed(message)
             for offset, blob_ids in message.blobs:
                 index = message.start + offset
                 if index not in self.state.received:
@@ -174,7 +174,9 @@ class LiveCall:
         if isinstance(message, m.Outputs | m.Items):
             self._unpin(message)
 
-    def _count_failed(self, message: m.Outputs) -> None:
+    def _note_failed(self, message: m.Outputs) -> None:
+        if message.statuses.count(0) == len(message.statuses):
+            return
         received = self.state.received
         for index, status in enumerate(message.statuses, message.start):
             if status in (m.Status.ERROR, m.Status.FAILURE) and index not in received:
