@@ -4,12 +4,14 @@
 
     Error                             base of all below
      +- InvalidError                  the program is wrong: an option, a name, a way to call
-     +- NotFoundError                 no such call, function, app
+     +- NotFoundError                 no such call, function, app, queue, dict
+     +- AlreadyExistsError            there is one of that name
      +- ConnectionError               the scheduler cannot be reached, or went away for good
      |   +- AuthError                 it is there and refuses the token
      |   +- VersionError              it is there and speaks another protocol
      +- ProtocolError                 a peer sent something it must not send
      +- SerializationError            a value cannot be pickled
+     +- RequestSizeError              a value is too large for a queue or dict
      +- DeserializationError          a value cannot be unpickled
      +- ExecutionError                used in the wrong state: no app running, definition missing
      +- RemoteError                   the remote exception's own type could not be rebuilt
@@ -20,7 +22,7 @@
      |   +- OutputExpiredError        the result was kept its time and is gone
      +- InputCancelledError           the call was cancelled
      +- DeadlockError                 only the call's own ancestors stand in its way
-     +- ResourceExhaustedError        no worker can ever satisfy the request
+     +- ResourceExhaustedError        no worker can ever satisfy the request; no memory for a value
      +- StorageError                  the scheduler could not write (disk full)
      +- InternalError                 a bug in fanout
     InputCancellation (BaseException) raised inside user code to stop it
@@ -42,7 +44,11 @@ class InvalidError(Error):
 
 
 class NotFoundError(Error):
-    """There is no such call, function or app at this scheduler."""
+    """There is no such call, function, app, queue or dict at this scheduler."""
+
+
+class AlreadyExistsError(Error):
+    """There is an object of that name already."""
 
 
 class ConnectionError(Error, builtins.ConnectionError):
@@ -63,6 +69,10 @@ class ProtocolError(Error):
 
 class SerializationError(Error):
     """A value cannot be pickled."""
+
+
+class RequestSizeError(Error):
+    """A value is too large for a queue or dict, or several are for one request."""
 
 
 class DeserializationError(Error):
@@ -106,7 +116,8 @@ class DeadlockError(Error):
 
 
 class ResourceExhaustedError(Error):
-    """No worker can ever give what the function asks for."""
+    """No worker can ever give what the function asks for, or the scheduler has no memory left for
+    what is to be put into a queue or dict."""
 
 
 class StorageError(Error):

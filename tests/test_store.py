@@ -203,7 +203,7 @@ def test_another_schema_version_is_refused(database: Database, path: Path, key: 
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(StorageError, match=r"schema version 99, this fanout reads version 1"):
+    with pytest.raises(StorageError, match=r"schema version 99, this fanout reads version 2"):
         Database(path, key)
 
 

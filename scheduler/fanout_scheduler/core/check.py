@@ -5,6 +5,7 @@ Run after each step in tests and in the simulation; a broken one is a bug in the
 
 from __future__ import annotations
 
+from fanout_scheduler.core import object_restore
 from fanout_scheduler.core.state import Call, State, Worker
 
 
@@ -18,6 +19,7 @@ def check(state: State) -> None:
         assert not is_overdrawn or state.counts.get("core taken back early"), "5: cores overdrawn"
     _check_leases(state)
     _check_references(state)
+    object_restore.check(state)
 
 
 def _check_call(call: Call) -> None:

@@ -25,6 +25,7 @@ from fanout_scheduler.core import (
     calls,
     durable,
     leasing,
+    objects,
     outputs,
     placement,
     restore,
@@ -69,6 +70,7 @@ PEER_MESSAGES: dict[type[m.Message], Callable[[State, Peer, Any], None]] = {
     m.WorkerReady: workers.on_worker_ready,
     m.ContainerStarted: workers.on_container_started,
     m.ContainerExited: workers.on_container_exited,
+    **objects.OBJECT_MESSAGES,
 }
 
 #: Messages of workers and nested clients about leases.
@@ -235,6 +237,8 @@ class Scheduler:
                 calls.forget_call(state, what)
             elif kind == "unsealed":
                 calls.on_unsealed_deadline(state, what)
+            elif kind in objects.DEADLINES:
+                objects.DEADLINES[kind](state, what)
             else:
                 # Nothing to do but to decide again.
                 assert kind == "look", kind
