@@ -25,19 +25,23 @@ if TYPE_CHECKING:
     from fanout.app import LocalEntrypoint as LocalEntrypoint
     from fanout.app import Stub as Stub
     from fanout.call import FunctionCall as FunctionCall
+    from fanout.dict import Dict as Dict
     from fanout.exceptions import Error as Error
     from fanout.function import Function as Function
     from fanout.output import enable_output as enable_output
+    from fanout.queue import Queue as Queue
     from fanout.retries import Retries as Retries
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "App": "fanout.app",
+    "Dict": "fanout.dict",
     "Error": "fanout.exceptions",
     "Function": "fanout.function",
     "FunctionCall": "fanout.call",
     "LocalEntrypoint": "fanout.app",
+    "Queue": "fanout.queue",
     "Retries": "fanout.retries",
     "Stub": "fanout.app",
     "enable_output": "fanout.output",
@@ -46,10 +50,12 @@ _MODULES = {"exception": "fanout.exceptions", "exceptions": "fanout.exceptions"}
 
 __all__ = [
     "App",
+    "Dict",
     "Error",
     "Function",
     "FunctionCall",
     "LocalEntrypoint",
+    "Queue",
     "Retries",
     "Stub",
     "enable_output",

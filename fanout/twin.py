@@ -69,7 +69,8 @@ def twin(
     def blocking(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         from fanout.client import loop
 
-        loop.forbid_in_loop(f"{type(self).__name__}.{name}", f"await call.{name}.aio(...)")
+        example = getattr(type(self), "_EXAMPLE", "call")
+        loop.forbid_in_loop(f"{type(self).__name__}.{name}", f"await {example}.{name}.aio(...)")
         return loop.run(lambda: aio(self, *args, **kwargs))
 
     name = aio.__name__.lstrip("_")

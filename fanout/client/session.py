@@ -91,6 +91,9 @@ class Session:
         self._fetches: dict[bytes, list[LiveFetch]] = {}
         self._requests: dict[int, tuple[m.Message, asyncio.Future[Any]]] = {}
         self._request_counter = 0
+        #: Whether queues or dicts were used, and how many ephemeral ones live by this session.
+        self.uses_objects = False
+        self.ephemeral_count = 0
         #: Acknowledgements that wait for company; see `send_lazily`.
         self._lazy: list[m.Message] = []
         self._lazy_timer: asyncio.TimerHandle | None = None
@@ -288,6 +291,8 @@ class Session:
                     transport.send(message)
         for message, _ in self._requests.values():
             transport.send(message)
+        if self.uses_objects:
+            transport.send(m.RequestsRepeated(len(self._requests)))
         if self._wait_count:
             self.tell_waiting()
 
@@ -359,7 +364,8 @@ class Session:
                 del self._definitions[function_id]
         if run.owner is self and self.is_connected:
             self.send(m.CloseApp(run.app_id))
-        if not any(other.owner is self for other in self._runs.values()) and not self._calls:
+        is_used = self._calls or self._requests or self.ephemeral_count
+        if not is_used and not any(other.owner is self for other in self._runs.values()):
             await self.close()
 
     def use_app(self, run: AppRun) -> None:
@@ -417,16 +423,25 @@ class Session:
     async def ask(self, question: m.AskCall | m.AskStatus | m.AskShutdown) -> Any:
         """Send a question and wait for its answer, over reconnects too."""
         await self.connect()
-        future: asyncio.Future[Any] = self.loop.create_future()
-        self._requests[question.request_id] = (question, future)
-        self._wanted.set()
-        self.send(question)
+        future = self.post(question)
         self.begin_wait()
         try:
             return await future
         finally:
             self.end_wait()
-            self._requests.pop(question.request_id, None)
+            self.drop_request(question.request_id)
+
+    def post(self, question: Any) -> asyncio.Future[Any]:
+        """Send a question, and again after each reconnect until `drop_request`; its answer."""
+        future: asyncio.Future[Any] = self.loop.create_future()
+        self._requests[question.request_id] = (question, future)
+        self._wanted.set()
+        self.send(question)
+        return future
+
+    def drop_request(self, request_id: int) -> None:
+        """Nobody waits for this answer any more, or it has come."""
+        self._requests.pop(request_id, None)
 
     def send(self, message: m.Message) -> None:
         """Send if connected; what matters is kept elsewhere and repeated after a reconnect."""
@@ -565,12 +580,14 @@ class Session:
             output.show_log(message)
         elif isinstance(message, m.Notice):
             logger.warning("%s", message.text)
-        elif isinstance(message, m.CallInfo | m.StatusInfo | m.ShutdownInfo):
+        elif isinstance(message, m.CallInfo | m.StatusInfo | m.ShutdownInfo | m.ObjectAnswer):
             self._on_answer(message)
         elif isinstance(message, m.Goodbye):
             logger.debug("= the scheduler says goodbye: %s", message.text)
 
-    def _on_answer(self, message: m.CallInfo | m.StatusInfo | m.ShutdownInfo) -> None:
+    def _on_answer(
+        self, message: m.CallInfo | m.StatusInfo | m.ShutdownInfo | m.ObjectAnswer
+    ) -> None:
         request = self._requests.get(message.request_id)
         if request is not None:
             if not request[1].done():
