@@ -411,6 +411,7 @@ class Ephemeral(Generic[H]):
             with contextlib.suppress(TimeoutError, exceptions.Error):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
                     await handle._act(m.Action.DELETE)
+        await session.close_if_unused()
 
 
 # --- managers ------------------------------------------------------------------------------------

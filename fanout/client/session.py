@@ -364,8 +364,12 @@ class Session:
                 del self._definitions[function_id]
         if run.owner is self and self.is_connected:
             self.send(m.CloseApp(run.app_id))
+        await self.close_if_unused()
+
+    async def close_if_unused(self) -> None:
+        """Close the connection if nothing hangs on it: no run, call, question, ephemeral object."""
         is_used = self._calls or self._requests or self.ephemeral_count
-        if not is_used and not any(other.owner is self for other in self._runs.values()):
+        if not is_used and not any(run.owner is self for run in self._runs.values()):
             await self.close()
 
     def use_app(self, run: AppRun) -> None:
