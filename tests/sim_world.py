@@ -192,9 +192,7 @@ class SimScheduler:
         self.life += 1
         self.core = Scheduler(disk.epoch)
         records = [*disk.records, *disk.object_records.values()]
-        self.core.restore(
-            [copy(r) if isinstance(r, m.Message) else r for r in records], self.world.now
-        )  # type: ignore[misc]
+        self.core.restore(records, self.world.now)
         self.core.check()
         self.inbox: list[Any] = []
         self.has_turn = False

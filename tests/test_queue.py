@@ -462,6 +462,28 @@ def test_a_waiting_get_survives_a_killed_scheduler(
     assert result_of(waiting) == "after the restart"
 
 
+def test_a_function_that_waits_at_a_queue_survives_a_killed_scheduler(
+    scheduler_and_workers: Callable[..., HandStarted], wait_until: WaitUntil
+) -> None:
+    started = scheduler_and_workers(1)
+    queue = fanout.Queue.from_name("durable", create_if_missing=True)
+    with app.run():
+        call = wait_for_item.spawn(queue)
+        wait_until(lambda: _waits_at_queue(started), "the function waits at the queue", 20)
+        assert started.scheduler is not None
+        kill(started.scheduler)
+        started.start_scheduler()
+        wait_until(lambda: _waits_at_queue(started), "it waits again", 30)
+        queue.put("after the restart")
+        assert call.get(timeout=30 * TIMEOUT_FACTOR) == "after the restart"
+    assert queue.get(block=False) is None
+
+
+def _waits_at_queue(started: HandStarted) -> bool:
+    status = started.python("-m", "fanout.cli.main", "status", "--json")
+    return "queue 'durable'" in status.stdout
+
+
 def test_a_get_with_a_time_limit_ends_in_time_without_a_scheduler(
     scheduler_and_workers: Callable[..., HandStarted],
 ) -> None:

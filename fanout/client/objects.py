@@ -420,6 +420,8 @@ class Ephemeral(Generic[H]):
 class ObjectManager(Generic[H]):
     """All named queues, or all named dicts: `Queue.objects`, `Dict.objects`."""
 
+    _EXAMPLE = "objects"
+
     def __init__(self, kind: type[H]) -> None:
         self._kind = kind
 

@@ -74,6 +74,29 @@ async def coroutines() -> None:
         assert_type(running, fanout.App)
 
 
+def stores() -> None:
+    queue = fanout.Queue.from_name("q", create_if_missing=True)
+    assert_type(queue, fanout.Queue)
+    assert_type(queue.hydrate(), fanout.Queue)
+    assert_type(queue.get_many(3, timeout=1.0), list[Any])
+    assert_type(queue.put(1, partition="p"), None)
+    assert_type(queue.len(total=True), int)
+    assert_type(queue.iterate(), Iterator[Any])
+    assert_type(fanout.Queue.objects.list(), list[fanout.Queue])
+    shared = fanout.Dict.from_id("di-0")
+    assert_type(shared.put("a", 1, skip_if_exists=True), bool)
+    assert_type(shared.items(), Iterator[tuple[Any, Any]])
+    with fanout.Dict.ephemeral() as ephemeral:
+        assert_type(ephemeral, fanout.Dict)
+
+
+async def stores_aio() -> None:
+    async with fanout.Queue.ephemeral() as queue:
+        assert_type(queue, fanout.Queue)
+        assert_type(await queue.len.aio(), int)
+        assert_type(queue.iterate.aio(), AsyncIterator[Any])
+
+
 def mistakes() -> None:
     plain.remote("1")  # type: ignore[arg-type]
     plain.remote(1, lable="a")  # type: ignore[call-arg]
@@ -81,5 +104,7 @@ def mistakes() -> None:
     _ = plain.remote.aio("1")  # type: ignore[arg-type]
     plain.spawn(None)  # type: ignore[arg-type]
     plain.map([1], ordered=False)  # type: ignore[call-arg]
+    fanout.Queue.from_name("q").put(1, partiton="p")  # type: ignore[call-arg]
+    fanout.Queue.from_name("q").get(timeout="1")  # type: ignore[arg-type]
     later.remote(1).bit_length()  # type: ignore[attr-defined]
     app.function(timeout="1")  # type: ignore[arg-type]

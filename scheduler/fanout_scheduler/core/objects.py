@@ -21,7 +21,7 @@ from typing import Any
 from fanout.config import CLIENT_GRACE_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core import dicts, durable, queues
-from fanout_scheduler.core.events import Disconnect, ForgetObject
+from fanout_scheduler.core.events import ForgetObject
 from fanout_scheduler.core.object_requests import (
     REQUESTS_MAX,
     answer_of,
@@ -76,8 +76,10 @@ def on_request(state: State, peer: Peer, message: Any) -> None:
         return
     client.container = peer.session.container
     if len(client.requests) >= REQUESTS_MAX:
-        text = f"the session has {REQUESTS_MAX} requests under way about queues and dicts"
-        state.commands.append(Disconnect(peer.peer_id, "credit", text))
+        text = (
+            f"this client has {REQUESTS_MAX} requests under way about queues and dicts, the limit"
+        )
+        state.send(peer.peer_id, answer_of(message.request_id, "exhausted", text=text))
         return
     of = state.objects.by_id.get(message.object_id)
     handler = None if of is None else _handler_of(of, message)
@@ -243,6 +245,10 @@ def on_open_object(state: State, peer: Peer, message: m.OpenObject) -> None:
             state.send(peer.peer_id, _missing(message))
         else:
             _make(state, peer, message)
+        return
+    if not message.name:
+        answer = answer_of(message.request_id, "invalid", text="a name is not empty")
+        state.send(peer.peer_id, answer)
         return
     of = objects.by_name.get((message.object_type, message.name))
     if of is None and message.mode == m.OpenMode.FIND:
