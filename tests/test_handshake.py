@@ -270,7 +270,7 @@ def test_nothing_of_a_read_with_a_fault_is_delivered() -> None:
     _, listening = joined(CLIENT)
     with pytest.raises(ProtocolError, match="unknown message kind"):
         listening.receive_data(
-            frame_of(m.AskStatus(1)) + frames.prefix(b"\x91\x7f", 0) + b"\x91\x7f"
+            frame_of(m.AskStatus(1)) + frames.prefix(b"\x91\xcd\x0f\xff", 0) + b"\x91\xcd\x0f\xff"
         )
     assert listening.receive_data(frame_of(m.AskStatus(2))) == []
 

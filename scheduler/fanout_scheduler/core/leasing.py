@@ -134,12 +134,14 @@ def end_lease(state: State, lease: Lease) -> None:
             return
         # The second lease begins only now; it was not slow while it waited.
         next(iter(container.leases.values())).heard_at = state.now
-        if container.is_waiting:
+        if container.is_waiting and lease.is_cancelled and not container.waits_again:
             # The input that waited was stopped before the tail could be taken back: the container
             # runs again, whether or not its core is free.
             state.note("core taken back early")
             hold_core(container)
             end_wait(state, container)
+        # Otherwise it is the next input that waits: that came faster than the last one's output.
+        container.waits_again = False
         return
     end_wait(state, container)
     release_core(container)
@@ -177,7 +179,10 @@ def give_back_lease(state: State, lease: Lease) -> None:
 
 def begin_wait(state: State, container: Container) -> None:
     """All that the container's inputs do is wait. What it has not begun can run elsewhere."""
-    if container.is_waiting or not container.leases:
+    if container.is_waiting:
+        container.waits_again = True
+        return
+    if not container.leases:
         return
     container.is_waiting = True
     release_core(container)
@@ -187,7 +192,7 @@ def begin_wait(state: State, container: Container) -> None:
 
 def end_wait(state: State, container: Container) -> None:
     """Send what was kept back; the container runs again."""
-    container.is_waiting = False
+    container.is_waiting = container.waits_again = False
     state.resuming.pop(container.container_id, None)
     deferred, container.deferred = container.deferred, []
     state.commands.extend(deferred)

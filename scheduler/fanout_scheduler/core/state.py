@@ -271,6 +271,8 @@ class Container:
     holds_core: bool = False
     #: Its inputs wait: for nested calls, or for credit.
     is_waiting: bool = False
+    #: It said so once more while it waited: that is the next input, whose predecessor has ended.
+    waits_again: bool = False
     #: Frames that end the wait, kept until the core is there.
     deferred: list[Send] = field(default_factory=list)
     idle_since: float = 0.0
