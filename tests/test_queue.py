@@ -413,6 +413,18 @@ def test_an_item_whose_container_dies_before_it_has_it_goes_to_the_next_one(
     assert queue.len() == 0
 
 
+def test_an_item_that_a_function_got_is_gone_though_its_container_ends_at_once(
+    queue: fanout.Queue,
+) -> None:
+    queue.put_many(list(range(8)))
+    got = []
+    for _ in range(8):
+        with app.run():
+            got.append(wait_for_item.remote(queue))
+    assert got == list(range(8))
+    assert queue.len() == 0
+
+
 def test_the_end_of_an_app_leaves_a_waiting_get_alone(
     queue: fanout.Queue, wait_until: WaitUntil
 ) -> None:

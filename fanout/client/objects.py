@@ -93,7 +93,10 @@ async def exchange(
     if answer.code != "ok":
         text = str(answer.info[0]) if answer.info else answer.code
         raise _ERRORS.get(answer.code, exceptions.InternalError)(text)
-    if isinstance(question, _CHANGES):
+    if isinstance(question, m.QueueGet):
+        # Before the caller has the items: if it dies of them, they are not to come again.
+        session.send(m.RequestsDone([(number, 1)]))
+    elif isinstance(question, _CHANGES):
         session.send_lazily(m.RequestsDone([(number, 1)]))
     return result
 
