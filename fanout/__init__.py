@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fanout.call import FunctionCall as FunctionCall
     from fanout.cls import Cls as Cls
     from fanout.cls import parameter as parameter
+    from fanout.dict import Dict as Dict
     from fanout.exceptions import Error as Error
     from fanout.execution import current_function_call_id as current_function_call_id
     from fanout.execution import current_input_id as current_input_id
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from fanout.partial import enter as enter
     from fanout.partial import exit as exit
     from fanout.partial import method as method
+    from fanout.queue import Queue as Queue
     from fanout.retries import Retries as Retries
 
 __version__ = "0.1.0"
@@ -47,10 +49,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "App": "fanout.app",
     "Cls": "fanout.cls",
+    "Dict": "fanout.dict",
     "Error": "fanout.exceptions",
     "Function": "fanout.function",
     "FunctionCall": "fanout.call",
     "LocalEntrypoint": "fanout.app",
+    "Queue": "fanout.queue",
     "Retries": "fanout.retries",
     "Stub": "fanout.app",
     "batched": "fanout.partial",
@@ -74,10 +78,12 @@ _MODULES = {
 __all__ = [
     "App",
     "Cls",
+    "Dict",
     "Error",
     "Function",
     "FunctionCall",
     "LocalEntrypoint",
+    "Queue",
     "Retries",
     "Stub",
     "batched",

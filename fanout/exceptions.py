@@ -5,8 +5,8 @@
     Error                             base of all below
      +- InvalidError                  the program is wrong: an option, a name, a way to call
      |   +- ConflictError             it contradicts what is there already
-     |   +- RequestSizeError          something is too large to travel
-     +- NotFoundError                 no such call, function, app
+     |   +- RequestSizeError          something is too large to travel, or for a queue or dict
+     +- NotFoundError                 no such call, function, app, queue, dict
      +- AlreadyExistsError            there is one of that name
      +- ConnectionError               the scheduler cannot be reached, or went away for good
      |   +- AuthError                 it is there and refuses the token
@@ -27,7 +27,7 @@
      |   +- FunctionTimeoutError      an input ran longer than `timeout=`
      |   +- OutputExpiredError        the result was kept its time and is gone
      +- DeadlockError                 only the call's own ancestors stand in its way
-     +- ResourceExhaustedError        no worker can ever satisfy the request
+     +- ResourceExhaustedError        no worker can ever satisfy the request; no memory for a value
      +- StorageError                  the scheduler could not write (disk full)
      +- InternalError                 a bug in fanout
     InputCancellation (BaseException) raised inside user code to stop it
@@ -66,7 +66,7 @@ class RequestSizeError(InvalidError):
 
 
 class NotFoundError(Error):
-    """There is no such call, function or app at this scheduler."""
+    """There is no such call, function, app, queue or dict at this scheduler."""
 
 
 class AlreadyExistsError(Error):
@@ -189,7 +189,8 @@ class DeadlockError(Error):
 
 
 class ResourceExhaustedError(Error):
-    """No worker can ever give what the function asks for."""
+    """No worker can ever give what the function asks for, or the scheduler has no memory left for
+    what is to be put into a queue or dict."""
 
 
 class StorageError(Error):

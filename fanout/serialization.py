@@ -207,6 +207,56 @@ def decode_value(data: bytes | memoryview, buffers: Buffers) -> Any:
         raise _decode_failed("the output", error) from error
 
 
+def encode_in_band(value: Any, what: str) -> bytes:
+    """A value as one piece, with nothing beside it: an item of a queue, a value of a dict.
+
+    Args:
+        what: names it in the error.
+
+    Raises:
+        SerializationError: it cannot be pickled.
+    """
+    try:
+        return _dumps(value, PROTOCOL) if type(value) in _PLAIN else pickle_in_band(value)
+    except _PICKLE_ERRORS as error:
+        raise exceptions.SerializationError(
+            f"{what}, a {type_name(value)}, cannot be pickled: {described(error)}"
+        ) from error
+
+
+def decode_in_band(data: bytes | memoryview, what: str) -> Any:
+    """The value that `encode_in_band` was given.
+
+    Raises:
+        DeserializationError: it cannot be unpickled here; the text says why.
+    """
+    try:
+        return _loads(data)
+    except Exception as error:
+        raise _decode_failed(what, error) from error
+
+
+def encode_key(key: Any) -> bytes:
+    """A key of a dict. Keys are the same when their bytes are, so nothing may depend on which
+    parts of the value happen to be one object: the pickler keeps no memo.
+
+    Raises:
+        SerializationError: it cannot be pickled.
+    """
+    if type(key) in _PLAIN:
+        return _dumps(key, PROTOCOL)
+    make: Any = pickle.Pickler if is_main_importable() else _cloud_pickler()
+    file = io.BytesIO()
+    pickler = make(file, protocol=PROTOCOL)
+    pickler.fast = True
+    try:
+        pickler.dump(key)
+    except _PICKLE_ERRORS:
+        # Without a memo nothing cyclic can be pickled, and a class may have no importable name.
+        return encode_in_band(key, "the key")
+    return file.getvalue()
+
+
 # --- pickling ------------------------------------------------------------------------------------
 
 #: A user's `__reduce__` may raise anything; all of it means that the value cannot be pickled.

@@ -13,7 +13,7 @@ a user's keyword argument `self` would clash with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from types import CoroutineType
+from inspect import CO_COROUTINE
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 S = TypeVar("S")
@@ -42,20 +42,26 @@ class BoundTwin(Generic[P, R, A]):
 
     def aio(self, *args: P.args, **kwargs: P.kwargs) -> A:
         """The same for asyncio."""
-        result = self._aio(self._owner, *args, **kwargs)
-        if not isinstance(result, CoroutineType):
-            return result
-        guarded: Any = _guarded(result)
-        guarded.__name__, guarded.__qualname__ = result.__name__, result.__qualname__
+        if not is_coroutine_function(self._aio):
+            return self._aio(self._owner, *args, **kwargs)
+        guarded: Any = _guarded(self._aio, self._owner, args, kwargs)
+        guarded.__name__, guarded.__qualname__ = self._aio.__name__, self._aio.__qualname__
         return cast(A, guarded)
 
     def __repr__(self) -> str:
         return f"<{self._blocking.__name__.lstrip('_')} of {self._owner!r}; `.aio` for asyncio>"
 
 
-async def _guarded(coroutine: Coroutine[Any, Any, R]) -> R:
+def is_coroutine_function(function: Any) -> bool:
+    """As of `inspect`, at a tenth of its price; each call asks."""
+    return bool(function.__code__.co_flags & CO_COROUTINE)
+
+
+async def _guarded(function: Any, owner: Any, args: Any, kwargs: Any) -> Any:
+    # The coroutine is made in here: this one may be cancelled before its first step, and the other
+    # would then complain that nobody awaited it.
     try:
-        return await coroutine
+        return await function(owner, *args, **kwargs)
     except BaseException as error:
         shorten(error)
         raise
@@ -98,7 +104,8 @@ def twin(
     def blocking(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         from fanout.client import loop
 
-        loop.forbid_in_loop(f"{type(self).__name__}.{name}", f"await call.{name}.aio(...)")
+        example = getattr(type(self), "_EXAMPLE", "call")
+        loop.forbid_in_loop(f"{type(self).__name__}.{name}", f"await {example}.{name}.aio(...)")
         return loop.run(lambda: aio(self, *args, **kwargs))
 
     name = aio.__name__.lstrip("_")

@@ -296,3 +296,21 @@ def test_a_wait_ends_with_the_client_that_told_of_it() -> None:
     assert bench.take_all(m.Lease) == [], "the core is in use again"
     bench.finish(worker, outer)
     assert bench.take(m.Lease).call_id == bytes([2]) * 16
+
+
+def test_a_wait_that_comes_before_the_output_of_the_input_before_it_is_a_wait() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={}, g={})
+    bench.open(client, "f", count=2000)
+    bench.finish(worker, bench.started_lease(worker), input_s=0.0005)
+    first, second = bench.take_all(m.Lease)
+    bench.forget(m.Outputs, m.OutputsAck, m.Window)
+    # The container has done the first lease; before its outputs arrived, which come on another
+    # way, an input of the second one has made a call and waits for it.
+    nested = bench.connect("nested", worker=worker, container_id=second.container_id)
+    bench.open(nested, "g", call=2, count=1, parent=(second.lease_id, second.start))
+    bench.frame(nested, m.SessionWaits(0))
+    bench.finish(worker, first, input_s=0.0005)
+    called = bench.take_all(m.Lease)[-1]
+    assert called.call_id == bytes([2]) * 16, "the core is free for what it waits for"

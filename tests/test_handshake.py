@@ -193,7 +193,7 @@ def test_every_field_of_the_context_changes_the_proof() -> None:
         make_proof("label", CLIENT.secret, base, b"m" * 32, b""),
         make_proof("label", CLIENT.secret, base, b"l" * 32, b"f" * 32),
     }
-    for change in ({"protocol": 2}, {"role": "worker"}, {"token_id": "c2"}, {"nonce": b"e" * 32}):
+    for change in ({"protocol": 99}, {"role": "worker"}, {"token_id": "c2"}, {"nonce": b"e" * 32}):
         changed = dataclasses.replace(base, **change)
         proofs.add(make_proof("label", CLIENT.secret, changed, b"l" * 32, b""))
     assert len(proofs) == 9
@@ -271,7 +271,7 @@ def test_nothing_of_a_read_with_a_fault_is_delivered() -> None:
     _, listening = joined(CLIENT)
     with pytest.raises(ProtocolError, match="unknown message kind"):
         listening.receive_data(
-            frame_of(m.AskStatus(1)) + frames.prefix(b"\x91\x7f", 0) + b"\x91\x7f"
+            frame_of(m.AskStatus(1)) + frames.prefix(b"\x91\xcd\x0f\xff", 0) + b"\x91\xcd\x0f\xff"
         )
     assert listening.receive_data(frame_of(m.AskStatus(2))) == []
 

@@ -159,3 +159,59 @@ def mistakes() -> None:
     number: int = plain.remote(1)  # type: ignore[assignment]
     texts: list[str] = list(plain.map([number]))  # type: ignore[arg-type]
     texts.clear()
+
+
+# --- classes, queues, dicts -----------------------------------------------------------------------
+
+
+@app.cls(max_containers=2)
+class Model:
+    size: str = fanout.parameter(default="small")
+
+    @fanout.enter()
+    def load(self) -> None: ...
+
+    @fanout.method()
+    def predict(self, text: str, *, top: int = 1) -> float:
+        return 1.0
+
+    @fanout.method()
+    def stream(self, count: int) -> Iterator[bytes]:
+        yield b""
+
+
+def classes() -> None:
+    model = Model()
+    assert_type(model.predict.remote("a", top=2), float)
+    assert_type(model.predict.map(["a"]), BlockingResults[float])
+    assert_type(model.stream.remote_gen(3), BlockingResults[bytes])
+    assert_type(model.predict.spawn("a"), fanout.FunctionCall[float])
+    assert_type(model.size, str)
+
+
+def stores() -> None:
+    queue = fanout.Queue.from_name("q", create_if_missing=True)
+    assert_type(queue, fanout.Queue)
+    assert_type(queue.get_many(3, timeout=1.0), list[Any])
+    assert_type(queue.put(1, partition="p"), None)
+    assert_type(queue.len(total=True), int)
+    assert_type(queue.iterate(), Iterator[Any])
+    assert_type(fanout.Queue.objects.list(), list[fanout.Queue])
+    shared = fanout.Dict.from_id("di-0")
+    assert_type(shared.put("a", 1, skip_if_exists=True), bool)
+    assert_type(shared.items(), Iterator[tuple[Any, Any]])
+    with fanout.Dict.ephemeral() as ephemeral:
+        assert_type(ephemeral, fanout.Dict)
+
+
+async def stores_aio() -> None:
+    async with fanout.Queue.ephemeral() as queue:
+        assert_type(queue, fanout.Queue)
+        assert_type(await queue.len.aio(), int)
+        assert_type(queue.iterate.aio(), AsyncIterator[Any])
+
+
+def wrong_uses_of_classes_and_stores() -> None:
+    Model().predict.remote(3)  # type: ignore[arg-type]
+    fanout.Queue.from_name("q").put(1, partiton="p")  # type: ignore[call-arg]
+    fanout.Queue.from_name("q").get(timeout="1")  # type: ignore[arg-type]

@@ -33,12 +33,11 @@ from fanout.client.app_run import AppRun
 from fanout.client.calls import LiveCall, LiveFetch
 from fanout.client.last_words import LastWords
 from fanout.client.loop import in_thread
+from fanout.client.session_handler import SessionHandler
 from fanout.exceptions import (
     AuthError,
     ConnectionError,
-    InternalError,
     InvalidError,
-    ProtocolError,
     VersionError,
 )
 from fanout.protocol import messages as m
@@ -62,7 +61,7 @@ WORKER_CHECK_INTERVAL_S = 2.0
 _NOT_FOR_CALLS = (m.Log, m.CallInfo, m.CallProgress)
 
 Question = m.AskCall | m.AskFunction | m.AskStatus | m.AskShutdown | m.AskCallGraph
-Answer = m.CallInfo | m.FunctionInfo | m.StatusInfo | m.ShutdownInfo | m.CallGraph
+Answer = m.CallInfo | m.FunctionInfo | m.StatusInfo | m.ShutdownInfo | m.CallGraph | m.ObjectAnswer
 
 
 class Session:
@@ -94,6 +93,9 @@ class Session:
         self._fetches: dict[bytes, list[LiveFetch]] = {}
         self._requests: dict[int, tuple[m.Message, asyncio.Future[Any]]] = {}
         self._request_counter = 0
+        #: Whether queues or dicts were used, and how many ephemeral ones live by this session.
+        self.uses_objects = False
+        self.ephemeral_count = 0
         #: Acknowledgements that wait for company; see `send_lazily`.
         self._lazy: list[m.Message] = []
         self._lazy_timer: asyncio.TimerHandle | None = None
@@ -169,7 +171,7 @@ class Session:
             if not opening.done():
                 opening.set_exception(error)
             else:
-                self._fail_all(error)
+                self.fail_all(error)
         finally:
             self._queue_lazy()
             self.last_words.flush()
@@ -247,7 +249,7 @@ class Session:
                 container.socket_path,
                 hello=hello,
                 allowed=m.TO_CLIENT,
-                handler=lambda transport: _Handler(self, transport),
+                handler=lambda transport: SessionHandler(self, transport),
             )
         join = await self._find_scheduler()
         self._was_found = True
@@ -256,7 +258,7 @@ class Session:
             role="client",
             session_id=self.session_id,
             info=info,
-            handler=lambda transport: _Handler(self, transport),
+            handler=lambda transport: SessionHandler(self, transport),
         )
 
     async def _find_scheduler(self) -> JoinString:
@@ -307,6 +309,8 @@ class Session:
                     transport.send(message)
         for message, _ in self._requests.values():
             transport.send(message)
+        if self.uses_objects:
+            transport.send(m.RequestsRepeated(len(self._requests)))
         if self._wait_count:
             self.tell_waiting()
 
@@ -324,10 +328,10 @@ class Session:
             call.drop_parked()
         self._parked_calls.clear()
         if isinstance(error, AuthError | VersionError) and self._task is not None:
-            self._fail_all(error)
+            self.fail_all(error)
         self._lost.set()
 
-    def _fail_all(self, error: Exception) -> None:
+    def fail_all(self, error: Exception) -> None:
         """There will be no connection: whoever waits is told."""
         for call in list(self._calls.values()):
             call.fail(error)
@@ -378,7 +382,12 @@ class Session:
                 del self._definitions[function_id]
         if run.owner is self and self.is_connected:
             self.send(m.CloseApp(run.app_id))
-        if not any(other.owner is self for other in self._runs.values()) and not self._calls:
+        await self.close_if_unused()
+
+    async def close_if_unused(self) -> None:
+        """Close the connection if nothing hangs on it: no run, call, question, ephemeral object."""
+        is_used = self._calls or self._requests or self.ephemeral_count
+        if not is_used and not any(run.owner is self for run in self._runs.values()):
             await self.close()
 
     def use_app(self, run: AppRun) -> None:
@@ -445,16 +454,25 @@ class Session:
     async def ask(self, question: Question) -> Any:
         """Send a question and wait for its answer, over reconnects too."""
         await self.connect()
-        future: asyncio.Future[Any] = self.loop.create_future()
-        self._requests[question.request_id] = (question, future)
-        self._wanted.set()
-        self.send(question)
+        future = self.post(question)
         self.begin_wait()
         try:
             return await future
         finally:
             self.end_wait()
-            self._requests.pop(question.request_id, None)
+            self.drop_request(question.request_id)
+
+    def post(self, question: Any) -> asyncio.Future[Any]:
+        """Send a question, and again after each reconnect until `drop_request`; its answer."""
+        future: asyncio.Future[Any] = self.loop.create_future()
+        self._requests[question.request_id] = (question, future)
+        self._wanted.set()
+        self.send(question)
+        return future
+
+    def drop_request(self, request_id: int) -> None:
+        """Nobody waits for this answer any more, or it has come."""
+        self._requests.pop(request_id, None)
 
     def send(self, message: m.Message) -> None:
         """Send if connected; what matters is kept elsewhere and repeated after a reconnect."""
@@ -607,27 +625,3 @@ class Session:
         if isinstance(message, m.CallInfo):
             for fetch in list(self._fetches.get(message.call_id, ())):
                 fetch.receive(message)
-
-
-class _Handler:
-    """Takes what a transport delivers, as long as the session uses that transport."""
-
-    def __init__(self, session: Session, transport: wire.Transport) -> None:
-        self._session = session
-        self._transport = transport
-
-    def messages_received(self, messages: list[m.Message]) -> None:
-        if self._session.transport is not self._transport:
-            return
-        try:
-            self._session.receive(messages)
-        except ProtocolError as error:
-            logger.error("the scheduler broke the protocol: %s", error)
-            self._session._fail_all(InternalError(f"the scheduler broke the protocol: {error}"))
-            raise
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._session.lose(self._transport, error)
-
-    def writable_changed(self, is_writable: bool) -> None:
-        """The credit of calls bounds what is in flight."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fanout.config import CLIENT_GRACE_S, WINDOW_BYTES, WINDOW_COUNT_MAX, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs, durable, graph, outputs, progress
+from fanout_scheduler.core import blobs, durable, graph, objects, outputs, progress
 from fanout_scheduler.core.events import Disconnect, Exit, PeerId
 from fanout_scheduler.core.leasing import cancel_lease, run_again, stop_container
 from fanout_scheduler.core.snapshot import describe_busy, snapshot
@@ -53,7 +53,7 @@ def on_client_lost(state: State, peer: Peer) -> None:
     if session.container is not None:
         run_again(state, session.container, peer.peer_id)
         end_session(state, session)
-    elif session.calls or session.apps:
+    elif session.calls or session.apps or session.session_id in state.objects.ephemeral:
         state.at(state.now + CLIENT_GRACE_S, "session", session)
     else:
         end_session(state, session)
@@ -62,6 +62,7 @@ def on_client_lost(state: State, peer: Peer) -> None:
 def _detach(state: State, session: Session, peer_id: PeerId) -> None:
     """Nothing is owed to a connection that is gone."""
     session.peer_id = None
+    objects.on_detached(state, session)
     for call in state.calls.values():
         for key in [key for key in call.fetches if key[0] == peer_id]:
             del call.fetches[key]
@@ -82,6 +83,7 @@ def end_session(state: State, session: Session) -> None:
             cancel_call(state, call)
     for app in list(session.apps.values()):
         close_app(state, app)
+    objects.on_session_ended(state, session.session_id)
 
 
 # --- apps and functions ---------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from fanout_scheduler.core import (
     durable,
     graph,
     leasing,
+    objects,
     outputs,
     placement,
     progress,
@@ -76,6 +77,7 @@ PEER_MESSAGES: dict[type[m.Message], Callable[[State, Peer, Any], None]] = {
     m.WorkerReady: workers.on_worker_ready,
     m.ContainerStarted: workers.on_container_started,
     m.ContainerExited: workers.on_container_exited,
+    **objects.OBJECT_MESSAGES,
 }
 
 #: Messages of workers and nested clients about leases.
@@ -248,6 +250,8 @@ class Scheduler:
                 progress.on_due(state, what)
             elif kind == "unsealed":
                 calls.on_unsealed_deadline(state, what)
+            elif kind in objects.DEADLINES:
+                objects.DEADLINES[kind](state, what)
             else:
                 # Nothing to do but to decide again.
                 assert kind == "look", kind

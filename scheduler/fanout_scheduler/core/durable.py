@@ -11,6 +11,7 @@ are the messages themselves, so what comes back at a restart is what came over t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,9 @@ class PendingStore:
     call: Call | None
     #: The sequence under which this was first ordered; what waits for it names that one.
     first_sequence: int
+    #: Of a queue or dict: what to do when it is on disk, and when it could not be written.
+    stored: Callable[[], None] | None = None
+    failed: Callable[[str], None] | None = None
 
 
 def _store(
@@ -49,6 +53,24 @@ def _store(
     state.unsafe_stores.add(first)
     state.commands.append(Store(state.store_sequence, records))
     return first
+
+
+def store_objects(
+    state: State,
+    records: list[Record],
+    stored: Callable[[], None],
+    failed: Callable[[str], None],
+) -> None:
+    """Write down a change of a queue or dict, and do one or the other afterwards."""
+    first = _store(state, None, records)
+    pending = state.pending_stores[first]
+    pending.stored, pending.failed = stored, failed
+
+
+def forget_records(state: State, records: list[Record]) -> None:
+    """Remove records that nobody needs; a full disk only delays it."""
+    if records:
+        _store(state, None, records)
 
 
 def store_open(state: State, call: Call, message: m.OpenCall) -> None:
@@ -129,6 +151,8 @@ def on_stored(state: State, sequence: int) -> None:
     while pending_stores and (first := next(iter(pending_stores))) <= sequence:
         pending: PendingStore = pending_stores.pop(first)
         state.unsafe_stores.discard(pending.first_sequence)
+        if pending.stored is not None:
+            pending.stored()
         if pending.call is None:
             continue
         for record in pending.records:
@@ -176,6 +200,10 @@ def on_store_failed(state: State, sequence: int, text: str) -> None:
     if pending is None:
         return
     state.note("write that failed")
+    if pending.failed is not None:
+        state.unsafe_stores.discard(pending.first_sequence)
+        pending.failed(text)
+        return
     call = pending.call
     if call is None or any(isinstance(r, m.Outputs | m.CallFailed) for r in pending.records):
         state.at(state.now + STORE_RETRY_S, "store", pending)

@@ -19,6 +19,7 @@ from fanout.config import SCALEDOWN_WINDOW_S, TIMEOUT_S, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import Command, PeerId, Send
+from fanout_scheduler.core.object_state import Objects
 
 BlobRef = tuple[int, list[bytes]]
 
@@ -448,6 +449,8 @@ class State:
     workers: dict[bytes, Worker] = field(default_factory=dict)
     sessions: dict[bytes, Session] = field(default_factory=dict)
     peers: dict[PeerId, Peer] = field(default_factory=dict)
+    #: Queues and dicts; see objects.py.
+    objects: Objects = field(default_factory=Objects)
     #: Functions that have ready calls, in the order in which they got them.
     ready_functions: dict[bytes, Function] = field(default_factory=dict)
     #: Functions that have containers without inputs that need them; see scaling.py.
