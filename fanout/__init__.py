@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from fanout.app import Stub as Stub
     from fanout.call import FunctionCall as FunctionCall
     from fanout.cls import Cls as Cls
-    from fanout.cls import parameter as parameter
     from fanout.dict import Dict as Dict
     from fanout.exceptions import Error as Error
     from fanout.execution import current_function_call_id as current_function_call_id
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from fanout.partial import enter as enter
     from fanout.partial import exit as exit
     from fanout.partial import method as method
+    from fanout.partial import parameter as parameter
     from fanout.queue import Queue as Queue
     from fanout.retries import Retries as Retries
 
@@ -67,7 +67,7 @@ _HOMES = {
     "interact": "fanout.execution",
     "is_local": "fanout.execution",
     "method": "fanout.partial",
-    "parameter": "fanout.cls",
+    "parameter": "fanout.partial",
 }
 _MODULES = {
     "exception": "fanout.exceptions",

@@ -14,14 +14,23 @@ from collections.abc import (
     Mapping,
 )
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    dataclass_transform,
+    overload,
+)
 
 from fanout import config, context
 from fanout.app_surface import AppSurface
 from fanout.exceptions import ExecutionError, InvalidError
 from fanout.function import Function
 from fanout.options import Options, check_options, named
-from fanout.partial import PartialFunction, lifecycle_of
+from fanout.partial import PartialFunction, lifecycle_of, parameter
 from fanout.retries import Retries
 from fanout.service import Service
 
@@ -217,6 +226,7 @@ class App(AppSurface):
 
         return decorate
 
+    @dataclass_transform(kw_only_default=True, field_specifiers=(parameter,))
     def cls(
         self,
         misplaced: Any = None,
@@ -389,7 +399,7 @@ class App(AppSurface):
                     f"{partial.__name__!r} is a generator: its items would come twice"
                 )
         source.is_by_value(user_class, options.is_serialized)
-        made = Cls(self, user_class, user_class.__name__, options)
+        made = Cls(self, user_class, user_class.__name__, options).check()
         self.registered_classes[made.__name__] = made
         return made
 
