@@ -145,7 +145,7 @@ class Session:
             # A failure nobody waits for any more, because of Ctrl-C, is not worth a traceback.
             self._opening.add_done_callback(lambda f: f.cancelled() or f.exception())
             self._task = self.loop.create_task(self._keep_connected(), name="fanout session")
-            if (watcher := output.watcher) is not None:
+            if (watcher := output.active) is not None:
                 watcher.wake()
         await asyncio.shield(self._opening)
 
@@ -294,7 +294,7 @@ class Session:
             if run.owner is self and not self.is_nested:
                 transport.send(m.OpenApp(run.app_id, run.name))
                 run.opened_epoch = epoch
-        if (watcher := output.watcher) is not None:
+        if (watcher := output.active) is not None:
             watcher.connected()
             self.watch(True)
         for definition in self._definitions.values():
@@ -423,14 +423,14 @@ class Session:
         call and its first inputs leave in one write."""
         self._calls[call.state.call_id] = call
         self._wanted.set()
-        if (watcher := output.watcher) is not None:
+        if (watcher := output.active) is not None:
             watcher.open_call(call, self._definitions[call.state.function_id].name)
 
     def close_call(self, call: LiveCall) -> None:
         """Nobody is interested in the call any more."""
         if self._calls.pop(call.state.call_id, None) is not None:
             self._parked_calls.discard(call)
-            if (watcher := output.watcher) is not None:
+            if (watcher := output.active) is not None:
                 watcher.close_call(call)
 
     def open_fetch(self, fetch: LiveFetch) -> None:
@@ -607,7 +607,7 @@ class Session:
 
     def _on_other(self, message: m.Message) -> None:
         if isinstance(message, m.Log | m.CallProgress | m.FunctionProgress):
-            if (watcher := output.watcher) is not None:
+            if (watcher := output.active) is not None:
                 watcher.receive(message)
         elif isinstance(message, m.Notice):
             logger.warning("%s", message.text)

@@ -1,6 +1,6 @@
 """What containers print and how calls get on, shown to the person at the client while enabled.
 
-Nothing here is loaded or done before that. `watcher` is the seam to the client: its sessions ask
+Nothing here is loaded or done before that. `active` is the seam to the client: its sessions ask
 whether there is one and tell it what happens.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fanout.output.watcher import Watcher
 
 #: Who is told of calls and text; None while output is not enabled.
-watcher: Watcher | None = None
+active: Watcher | None = None
 
 _lock = threading.Lock()
 _enabled_count = 0
@@ -55,7 +55,7 @@ def enable_output(show_progress: bool = True) -> Iterator[None]:
 
 
 def _start(show_progress: bool) -> None:
-    global watcher, _is_fork_known
+    global active, _is_fork_known
     from fanout import context
     from fanout.output.watcher import Watcher
 
@@ -64,13 +64,13 @@ def _start(show_progress: bool) -> None:
     if not _is_fork_known:
         _is_fork_known = True
         os.register_at_fork(after_in_child=_forget)
-    watcher = Watcher(show_progress)
+    active = Watcher(show_progress)
     _tell_sessions(True)
 
 
 def _stop() -> None:
-    global watcher
-    ending, watcher = watcher, None
+    global active
+    ending, active = active, None
     if ending is not None:
         _tell_sessions(False)
         ending.stop()
@@ -88,9 +88,9 @@ def _tell_sessions(is_on: bool) -> None:
 
 def _forget() -> None:
     """In a forked child: the screen is the parent's, and so are the calls."""
-    global watcher, _lock, _enabled_count
+    global active, _lock, _enabled_count
     _lock = threading.Lock()
     _enabled_count = 0
-    inherited, watcher = watcher, None
+    inherited, active = active, None
     if inherited is not None:
         inherited.abandon()
