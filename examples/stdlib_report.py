@@ -117,24 +117,6 @@ def read(paths: list[Path]) -> Iterator[tuple[str, bytes]]:
         yield str(path), path.read_bytes()
 
 
-class Progress:
-    """One line that is rewritten on a terminal; a line every 10 % where nobody watches."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.done = 0
-        self.is_terminal = sys.stderr.isatty()
-
-    def advance(self) -> None:
-        before, self.done = self.done, self.done + 1
-        percent = 100 * self.done // self.total
-        if self.is_terminal:
-            end = "\n" if self.done == self.total else ""
-            print(f"\r{self.done} of {self.total} files", end=end, file=sys.stderr, flush=True)
-        elif percent // 10 > 100 * before // self.total // 10:
-            print(f"{percent:3} %  {self.done} of {self.total} files", file=sys.stderr, flush=True)
-
-
 class Report:
     """Everything that is kept of the results: totals, the worst functions and the errors."""
 
@@ -199,11 +181,10 @@ def short(file: str) -> str:
 def main(limit: int | None = None) -> None:
     paths = source_files(limit)
     print(f"analysing {len(paths):,} source files of Python {sys.version.split()[0]}")
-    report, progress = Report(), Progress(len(paths))
+    report = Report()
     start = time.perf_counter()
     for result in analyse.starmap(read(paths), order_outputs=False, return_exceptions=True):
         report.add(result)
-        progress.advance()
     report.show(time.perf_counter() - start)
 
 
@@ -211,5 +192,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Find the standard library's hardest functions.")
     parser.add_argument("--limit", type=int, help="only so many files of the library")
     arguments = parser.parse_args()
-    with app.run():
+    with fanout.enable_output(), app.run():
         main(limit=arguments.limit)

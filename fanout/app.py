@@ -14,13 +14,23 @@ from collections.abc import (
     Mapping,
 )
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    dataclass_transform,
+    overload,
+)
 
 from fanout import config, context
+from fanout.app_surface import AppSurface
 from fanout.exceptions import ExecutionError, InvalidError
 from fanout.function import Function
 from fanout.options import Options, check_options, named
-from fanout.partial import PartialFunction, lifecycle_of
+from fanout.partial import PartialFunction, lifecycle_of, parameter
 from fanout.retries import Retries
 from fanout.service import Service
 
@@ -32,7 +42,10 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 O = TypeVar("O")  # noqa: E741
-T = TypeVar("T", bound=type)
+#: What a generator is sent, and what it returns.
+S = TypeVar("S")
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
 
 
 class _FunctionDecorator(Protocol):
@@ -44,14 +57,14 @@ class _FunctionDecorator(Protocol):
     ) -> Function[P, R, Coroutine[Any, Any, R]]: ...
     @overload
     def __call__(
-        self, f: Callable[P, AsyncGenerator[R, Any]]
-    ) -> Function[P, R, AsyncGenerator[R, Any]]: ...
+        self, f: Callable[P, AsyncGenerator[R, S]]
+    ) -> Function[P, R, AsyncGenerator[R, S]]: ...
     @overload
     def __call__(self, f: Callable[P, AsyncIterator[R]]) -> Function[P, R, AsyncIterator[R]]: ...
     @overload
     def __call__(
-        self, f: Callable[P, Generator[R, Any, Any]]
-    ) -> Function[P, R, Generator[R, Any, Any]]: ...
+        self, f: Callable[P, Generator[R, S, T]]
+    ) -> Function[P, R, Generator[R, S, T]]: ...
     @overload
     def __call__(self, f: Callable[P, Iterator[R]]) -> Function[P, R, Iterator[R]]: ...
     @overload
@@ -80,7 +93,7 @@ class LocalEntrypoint(Generic[P, R]):
         return f"<fanout.LocalEntrypoint {self.name!r}>"
 
 
-class App:
+class App(AppSurface):
     """A named set of functions::
 
         app = fanout.App("reviews")
@@ -93,14 +106,36 @@ class App:
 
     Args:
         name: for people, in status and logs.
+        tags: texts by name, for `get_tags`.
+        image, secrets, volumes, include_source: as in Modal, for its scripts; an error where they
+            ask for something, since fanout has none of these yet.
+
+    Raises:
+        InvalidError: one of these is wrong.
     """
 
-    def __init__(self, name: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        tags: Mapping[str, str] | None = None,
+        image: Any = None,
+        secrets: Any = (),
+        volumes: Any = None,
+        include_source: bool | None = None,
+    ) -> None:
         if name is not None and (not isinstance(name, str) or not name):
             raise InvalidError(
                 f"App(name={name!r}): must be a text that is not empty, or None; decorate with "
                 '`@app.function()` of an instance `app = fanout.App("name")`'
             )
+        super().__init__(tags)
+        cloud = (image, secrets, volumes, include_source)
+        if cloud != (None, (), None, None):
+            from fanout.compat import reject_cloud_options
+
+            names = ("image", "secrets", "volumes", "include_source")
+            reject_cloud_options("App", dict(zip(names, cloud, strict=True)))
         self._name = name
         self._run: AppRun | None = None
         self.registered_functions: dict[str, Function[..., Any, Any]] = {}
@@ -191,6 +226,7 @@ class App:
 
         return decorate
 
+    @dataclass_transform(kw_only_default=True, field_specifiers=(parameter,))
     def cls(
         self,
         misplaced: Any = None,
@@ -208,7 +244,7 @@ class App:
         env: Mapping[str, str | None] | None = None,
         serialized: bool = False,
         **others: Any,
-    ) -> Callable[[T | PartialFunction[..., Any, Any]], T]:
+    ) -> Callable[[C | PartialFunction[..., Any, Any]], C]:
         """Decorator: the methods of the class run in containers, which keep an instance of it; see
         `fanout.cls`. To type checkers it is still the class, its methods have `.remote` and so on.
 
@@ -277,9 +313,22 @@ class App:
 
         return decorate
 
-    def run(self) -> RunningApp:
+    def run(
+        self,
+        *,
+        name: str | None = None,
+        client: Any = None,
+        detach: bool = False,
+        interactive: bool = False,
+        environment_name: str | None = None,
+    ) -> RunningApp:
         """A context manager, for ``with`` and ``async with``: the app runs while the block lasts.
         At its end calls that are still open are cancelled; spawned calls go on.
+
+        Args:
+            name: of this run, in status and logs, instead of the app's own.
+            client, environment_name: as in Modal; ignored with a warning.
+            detach, interactive: as in Modal; True is an error that says what to do instead.
 
         Raises:
             InvalidError: in a container; or on entering, when it runs already.
@@ -290,7 +339,15 @@ class App:
                 "app.run() was reached inside a container, while your script was imported there; "
                 'put it under `if __name__ == "__main__":`, or into a local entrypoint'
             )
-        return RunningApp(self)
+        if detach or interactive or client is not None or environment_name is not None:
+            from fanout.compat import reject_cloud_options
+
+            names = ("client", "detach", "interactive", "environment_name")
+            values = (client, detach, interactive, environment_name)
+            reject_cloud_options("app.run", dict(zip(names, values, strict=True)))
+        if name is not None and (not isinstance(name, str) or not name):
+            raise InvalidError(f"app.run(name={name!r}): must be a text that is not empty, or None")
+        return RunningApp(self, name)
 
     def _add(
         self, f: Any, name: str | None, options: Options, is_generator: bool | None
@@ -342,7 +399,7 @@ class App:
                     f"{partial.__name__!r} is a generator: its items would come twice"
                 )
         source.is_by_value(user_class, options.is_serialized)
-        made = Cls(self, user_class, user_class.__name__, options)
+        made = Cls(self, user_class, user_class.__name__, options).check()
         self.registered_classes[made.__name__] = made
         return made
 
@@ -354,6 +411,8 @@ class App:
         """
         if self._run is not None:
             return self._run
+        if (run := self._including_run()) is not None:
+            return run
         if context.container is not None:
             from fanout.client.app_run import AppRun
 
@@ -390,8 +449,9 @@ Stub = App
 class RunningApp:
     """What `app.run()` gives; see there."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, name: str | None) -> None:
         self._app = app
+        self._name = name
 
     def __enter__(self) -> App:
         from fanout.client import loop
@@ -452,7 +512,9 @@ class RunningApp:
                 f"app {self._app.name!r} is running already; leave its `with app.run():` first"
             )
         source.alias_main()
-        run = self._app._run = AppRun(self._app.name or source.main_name() or "", os.urandom(16))
+        run = self._app._run = AppRun(
+            self._name or self._app.name or source.main_name() or "", os.urandom(16)
+        )
         return run
 
     async def _leave(self) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import AsyncGenerator, Generator
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from fanout.exceptions import InvalidError, NotFoundError
-from fanout.twin import Twin, twin
+from fanout.context import CALL_PREFIX
+from fanout.exceptions import InvalidError, NotFoundError, OutputExpiredError
+from fanout.twin import Twin, shorten, twin
+
+if TYPE_CHECKING:
+    from fanout.types import InputInfo
 
 R = TypeVar("R")
 T = TypeVar("T")
 
-PREFIX = "fc-"
+PREFIX = CALL_PREFIX
 
 
 class FunctionCall(Generic[R]):
@@ -24,11 +28,12 @@ class FunctionCall(Generic[R]):
         self._call_id = call_id
 
     @classmethod
-    def from_id(cls, object_id: str) -> FunctionCall[Any]:
+    def from_id(cls, object_id: str, client: Any = None) -> FunctionCall[Any]:
         """The call with this id. Whether there is one is seen when it is used.
 
         Args:
             object_id: ``"fc-"`` and 32 hexadecimal digits, as `object_id` gives it.
+            client: as in Modal; ignored, since FANOUT_URL names the scheduler.
 
         Raises:
             InvalidError: it does not have that form.
@@ -44,6 +49,13 @@ class FunctionCall(Generic[R]):
                 "digits, as FunctionCall.object_id gives it"
             )
         return FunctionCall(call_id)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            from fanout.compat import missing_attribute
+
+            raise missing_attribute("FunctionCall", name)
 
     @property
     def object_id(self) -> str:
@@ -74,6 +86,7 @@ class FunctionCall(Generic[R]):
         Raises:
             TimeoutError: the builtin: it is not there in time.
             NotFoundError: the scheduler knows no such call.
+            OutputExpiredError: its results were kept their time, and are gone.
             InvalidError: the call has no input of that index.
             Exception: what the function raised.
         """
@@ -90,23 +103,45 @@ class FunctionCall(Generic[R]):
         """
         return int((await self._info()).input_count)
 
-    async def _cancel(self) -> None:
+    async def _cancel(self, terminate_containers: bool = False) -> None:
         """End the call: what runs is stopped, and what has no result yet ends with
-        `InputCancelledError`."""
+        `InputCancelledError`. Calls that its inputs have made end with it, spawned ones excepted.
+
+        Args:
+            terminate_containers: kill the containers that run it, instead of raising
+                `InputCancellation` in the code first. Inputs of other calls that they had run
+                elsewhere, and are not charged an attempt.
+
+        Raises:
+            NotFoundError: the scheduler knows no such call.
+        """
         from fanout.client.fetch import cancel_call
 
         await self._info()
-        await cancel_call(self._call_id)
+        await cancel_call(self._call_id, terminate_containers)
+
+    async def _get_call_graph(self) -> list[InputInfo]:
+        """The inputs of the call, each with the inputs of the calls that it made, and so on: a tree
+        for each input. What the scheduler knows now: at most 1000 inputs, those nearest to this
+        call; of calls that are over, the newest; after a restart of the scheduler, only what came
+        since. A line on the log says when something is missing.
+
+        Raises:
+            NotFoundError: the scheduler knows no such call.
+        """
+        from fanout.client.fetch import ask_graph
+
+        return await ask_graph(self._call_id, self.object_id)
 
     async def _info(self) -> Any:
-        from fanout.client.fetch import ask_call
+        from fanout.client.fetch import GONE, ask_call
 
         info = await ask_call(self._call_id)
-        if info.state == "unknown":
-            raise not_found(self.object_id)
+        if info.state in GONE:
+            raise gone(self.object_id, info.state)
         return info
 
-    async def _iter_aio(self, *, start: int = 0, end: int | None = None) -> AsyncIterator[R]:
+    async def _iter_aio(self, *, start: int = 0, end: int | None = None) -> AsyncGenerator[R, None]:
         """The results of inputs `start` to `end` (all, if None), in order, as they come.
 
         Raises:
@@ -121,10 +156,13 @@ class FunctionCall(Generic[R]):
             while (values := await reader.next_values()) is not None:
                 for value in values:
                     yield value
+        except BaseException as error:
+            shorten(error)
+            raise
         finally:
             reader.close()
 
-    def _iter(self, *, start: int = 0, end: int | None = None) -> Iterator[R]:
+    def _iter(self, *, start: int = 0, end: int | None = None) -> Generator[R, None, None]:
         from fanout.client import loop
         from fanout.client.fetch import Reader
 
@@ -134,6 +172,9 @@ class FunctionCall(Generic[R]):
         try:
             while (values := loop.run(reader.next_values)) is not None:
                 yield from values
+        except BaseException as error:
+            shorten(error)
+            raise
         finally:
             loop.background_loop().call_soon_threadsafe(reader.close)
 
@@ -153,6 +194,7 @@ class FunctionCall(Generic[R]):
     get = twin(_get)
     num_inputs = twin(_num_inputs)
     cancel = twin(_cancel)
+    get_call_graph = twin(_get_call_graph)
     iter = Twin(_iter, _iter_aio)
 
 
@@ -166,7 +208,11 @@ class _Gather:
         from fanout.client import loop
 
         loop.forbid_in_loop("FunctionCall.gather", "await FunctionCall.gather.aio(...)")
-        return loop.run(lambda: self.aio(*calls))
+        try:
+            return loop.run(lambda: self.aio(*calls))
+        except BaseException as error:
+            shorten(error)
+            raise
 
     async def aio(self, *calls: FunctionCall[T]) -> list[T]:
         """The same for asyncio."""
@@ -175,6 +221,9 @@ class _Gather:
         tasks = [asyncio.ensure_future(call.get.aio()) for call in calls]
         try:
             return list(await asyncio.gather(*tasks))
+        except BaseException as error:
+            shorten(error)
+            raise
         finally:
             for task in tasks:
                 task.cancel()
@@ -183,9 +232,15 @@ class _Gather:
 FunctionCall.gather = _Gather()
 
 
-def not_found(object_id: str) -> NotFoundError:
-    """The error for an id that the scheduler does not know."""
+def gone(object_id: str, state: str) -> NotFoundError | OutputExpiredError:
+    """The error for the id of a call of which the scheduler has nothing; `state` as `CallInfo` has
+    it."""
+    if state == "expired":
+        return OutputExpiredError(
+            f"the results of call {object_id} were kept their time, 7 days from its end, and are "
+            "gone; collect them earlier, or have the function write them where they stay"
+        )
     return NotFoundError(
-        f"the scheduler knows no call {object_id}: it was made at another one, its results were "
-        "kept their time (7 days), or it was not made by spawn or spawn_map"
+        f"the scheduler knows no call {object_id}: it was made at another one, its results have "
+        "expired long ago, or it was not made by spawn or spawn_map"
     )

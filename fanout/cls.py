@@ -22,8 +22,8 @@ instance of the user's own class behind it.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import functools
 import inspect
 import typing
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -35,14 +35,16 @@ from fanout.handle import AbsentService, Handle
 from fanout.options import Options, check_together, options_of
 from fanout.partial import (
     HANDLE,
+    NOTHING,
     Lifecycle,
+    Parameter,
     PartialFunction,
     check_batchable,
     lifecycle_of,
     make_batching,
     make_concurrency,
 )
-from fanout.service import Service
+from fanout.service import Service, is_being_defined
 from fanout.twin import twin
 
 if TYPE_CHECKING:
@@ -50,43 +52,6 @@ if TYPE_CHECKING:
 
 #: What the values of parameters may be.
 PARAMETER_TYPES: tuple[type, ...] = (str, int, bool, bytes)
-
-_NOTHING: Any = object()
-
-
-class _Parameter:
-    """What `parameter` leaves in the class body; an instance has the value under the same name."""
-
-    def __init__(self, default: Any, is_argument: bool) -> None:
-        self.default = default
-        self.is_argument = is_argument
-        self.name = ""
-
-    @property
-    def default_or_none(self) -> Any:
-        return None if self.default is _NOTHING else self.default
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: Any, owner: Any) -> Any:
-        if instance is None:
-            return self
-        if self.default is _NOTHING:
-            raise AttributeError(f"parameter {self.name!r} has no value yet")
-        return self.default
-
-
-def parameter(*, default: Any = _NOTHING, init: bool = True) -> Any:
-    """A parameter of a class under `app.cls`, with its type as annotation::
-
-        size: str = fanout.parameter(default="small")
-
-    Args:
-        default: its value when none is given; without it a value must be given.
-        init: whether it is an argument at all; if not it just has its default.
-    """
-    return _Parameter(default, init)
 
 
 class Cls:
@@ -100,14 +65,30 @@ class Cls:
         self._user_class = user_class
         self._name = name
         self._options = options
-        self._lifecycle = lifecycle_of(user_class)
-        self._parameters = parameters_of(user_class)
-        _check_class(user_class, self._lifecycle)
         self.__name__ = user_class.__name__
         self.__qualname__ = user_class.__qualname__
         self.__module__ = user_class.__module__
         self.__doc__ = user_class.__doc__
         self.__wrapped__ = user_class
+
+    @functools.cached_property
+    def _lifecycle(self) -> Lifecycle:
+        return lifecycle_of(self._user_class)
+
+    @functools.cached_property
+    def _parameters(self) -> dict[str, tuple[type, Parameter]]:
+        return parameters_of(self._user_class)
+
+    def check(self) -> Cls:
+        """See that a container could make the class. Not when this object is made: one that came
+        within a class by value is there before the class is whole.
+
+        Raises:
+            InvalidError: it could not.
+        """
+        _check_class(self._user_class, self._lifecycle)
+        assert self._parameters is not None
+        return self
 
     def __repr__(self) -> str:
         return f"<fanout.Cls {self._name!r} of app {self._app.name!r}>"
@@ -145,6 +126,11 @@ class Cls:
         return getattr(self._user_class, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if is_being_defined(self._user_class):
+            # By value it refers to itself.
+            run = self._app._current_run(f"pickling {self._name}")
+            whole = (self._app.name, run.app_id, self._user_class, self._name, self._options)
+            return _cls_within_itself, whole
         return _cls_out_of, (Handle.of(self.service_of({})),)
 
     def has_options(self, data: dict[str, Any]) -> bool:
@@ -179,7 +165,8 @@ class Cls:
 
     def _of_options(self, options: Options) -> Cls:
         check_together(options)
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other._options = options
         return other
 
@@ -200,7 +187,7 @@ class Cls:
     def service_of(self, values: dict[str, Any]) -> Service:
         """What containers of these parameters are started for."""
         declared = {
-            name: [kind.__name__, p.is_argument, p.default is not _NOTHING, p.default_or_none]
+            name: [kind.__name__, p.is_argument, p.default is not NOTHING, p.default_or_none]
             for name, (kind, p) in self._parameters.items()
         }
         extra = {"parameters": values, "declared": declared}
@@ -211,7 +198,7 @@ class Cls:
         """What containers are started for when every parameter has its default; None if one has
         none."""
         declared = [p for _, p in self._parameters.values()]
-        if any(p.default is _NOTHING for p in declared):
+        if any(p.default is NOTHING for p in declared):
             return None
         return self.service_of(self._checked({}))
 
@@ -233,7 +220,7 @@ class Cls:
                 )
         for name, (kind, declared) in self._parameters.items():
             value = given.get(name, declared.default)
-            if value is _NOTHING:
+            if value is NOTHING:
                 raise InvalidError(
                     f"{self._name}(): parameter {name!r} has no default; give it a value: "
                     f"`{self._name}({name}=...)`"
@@ -279,10 +266,10 @@ class Obj:
     def _method(
         self, name: str, partial: PartialFunction[..., Any, Any]
     ) -> Function[..., Any, Any]:
-        def run_local(*args: Any, **kwargs: Any) -> Any:
-            return _run_local(self, partial, args, kwargs)
+        return Function(self._service, partial.raw, partial.is_generator, self, name)
 
-        return Function(self._service, partial.raw, partial.is_generator, name, run_local)
+    def _run_local(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _run_local(self, self._cls._lifecycle.methods[name], args, kwargs)
 
     # --- the user's instance in this process -----------------------------------------------------
 
@@ -376,15 +363,15 @@ def instance_in_container(found: Any, parameters: dict[str, Any]) -> Any:
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def parameters_of(user_class: type) -> dict[str, tuple[type, _Parameter]]:
+def parameters_of(user_class: type) -> dict[str, tuple[type, Parameter]]:
     """The parameters that a class and its bases declare, with their types.
 
     Raises:
         InvalidError: one has no annotation, or one of another type than parameters may have.
     """
-    found: dict[str, _Parameter] = {}
+    found: dict[str, Parameter] = {}
     for base in reversed(user_class.__mro__):
-        found |= {name: v for name, v in vars(base).items() if isinstance(v, _Parameter)}
+        found |= {name: v for name, v in vars(base).items() if isinstance(v, Parameter)}
     if not found:
         return {}
     try:
@@ -434,6 +421,15 @@ def _check_one_method(name: str, lifecycle: Lifecycle) -> None:
 # --- out of pickles -------------------------------------------------------------------------------
 
 
+def _cls_within_itself(
+    app_name: str | None, app_id: bytes, user_class: type, name: str, options: Options
+) -> Cls:
+    """A handle out of the definition of a class by value that refers to it."""
+    from fanout.app import App
+
+    return Cls(App._joined(app_name, app_id), user_class, name, options)
+
+
 def _cls_out_of(handle: Handle) -> Any:
     found = handle.find_here()
     return found if found is not None else _AbsentCls(handle)
@@ -457,7 +453,7 @@ class _AbsentCls(Cls):
         self._parameters = {}
         by_name: dict[str, type] = {kind.__name__: kind for kind in PARAMETER_TYPES}
         for name, (kind, is_argument, has_default, value) in handle.extra["declared"].items():
-            declared = _Parameter(value if has_default else _NOTHING, is_argument)
+            declared = Parameter(value if has_default else NOTHING, is_argument)
             self._parameters[name] = (by_name[kind], declared)
         for name, shape in service.shape["methods"].items():
             partial = PartialFunction[..., Any, Any](service.raw)

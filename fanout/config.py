@@ -37,6 +37,17 @@ WINDOW_COUNT_MAX = 64 << 10
 #: Items a generator may send before its consumer has said anything.
 ITEM_CREDIT_INITIAL = 4
 
+#: Queues and dicts: the scheduler holds them in memory, so all of them together have a bound.
+OBJECTS_SIZE_BYTES_MAX = 1 << 30
+#: One frame of them. Several wait behind each other on a connection, with calls among them.
+OBJECT_REQUEST_SIZE_BYTES_MAX = 16 << 20
+QUEUE_ITEM_SIZE_BYTES_MAX = 1 << 20
+QUEUE_PARTITION_ITEMS_MAX = 5_000
+QUEUE_PARTITIONS_MAX = 100_000
+QUEUE_PARTITION_TTL_S = 24 * 3600.0
+QUEUE_PARTITION_TTL_S_MAX = 7 * 24 * 3600.0
+DICT_ENTRY_RETENTION_S = 7 * 24 * 3600.0
+
 #: Buffers of at least this size leave the pickle and travel as blobs.
 BLOB_SIZE_BYTES_MIN = 1 << 20
 

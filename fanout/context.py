@@ -12,10 +12,16 @@ import threading
 import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fanout.definition import Environment
+
+
+#: Begins the id of a call, as users see it; 32 hexadecimal digits follow.
+CALL_PREFIX = "fc-"
 
 
 @dataclass(slots=True)
@@ -154,6 +160,11 @@ class ContainerContext:
     secret: bytes
     #: Blobs are files here, named by the hex of their id.
     blob_folder: str
+    #: Folder of the sources that came from the client, on another host than the client's; else "".
+    sources: str = ""
+    #: The definition as it came (`fanout.definition`), and the raw function found by it.
+    definition: bytes = b""
+    function: Callable[..., Any] | None = None
     waits: Waits = field(default_factory=Waits)
 
     @property

@@ -4,40 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 
 from fanout.call import FunctionCall
 from fanout.exceptions import InvalidError
+from fanout.function_surface import FunctionSurface
 from fanout.handle import Handle
 from fanout.options import Options, check_together, options_of
 from fanout.partial import PartialFunction, check_batchable, make_batching, make_concurrency
-from fanout.service import Service
+from fanout.results import BlockingResults, Results, warn_wrapping
+from fanout.service import Service, is_being_defined
 from fanout.twin import Twin, twin
 
 if TYPE_CHECKING:
     from fanout.autoscaler import Autoscaler, FunctionCurrentStats
     from fanout.client.stream import Plan
+    from fanout.cls import Obj
 
 P = ParamSpec("P")
 #: What the function gives: its value, or the items of a generator.
 R = TypeVar("R")
 #: What calling the plain Python function returns: the value, a coroutine, a generator.
 O = TypeVar("O")  # noqa: E741
-T_co = TypeVar("T_co", covariant=True)
+#: What may be mapped over, and what `starmap` unpacks.
+Inputs = Iterable[Any] | AsyncIterable[Any]
+ArgumentTuples = Iterable[Iterable[Any]] | AsyncIterable[Iterable[Any]]
 
 
-class Results(Protocol[T_co]):
-    """What `f.map.aio(...)` returns: iterate with ``async for``, or ``await`` it for a list."""
-
-    def __aiter__(self) -> AsyncIterator[T_co]: ...
-
-    def __await__(self) -> Any: ...
-
-    async def aclose(self) -> None: ...
-
-
-class Function(Generic[P, R, O]):
+class Function(FunctionSurface, Generic[P, R, O]):
     """A function that runs in containers. Made by `@app.function()`; never called directly::
 
         f.remote(3)                 one call, its value
@@ -53,15 +48,16 @@ class Function(Generic[P, R, O]):
         service: Service,
         raw_f: Callable[P, O],
         is_generator: bool,
+        owner: Obj | None = None,
         method: str = "",
-        run_local: Callable[P, O] | None = None,
     ) -> None:
         self.service = service
         self.app = service.app
         self.name = f"{service.name}.{method}" if method else service.name
         self.is_generator = is_generator
+        #: Of a method: the object it is called on, and its name.
+        self._owner = owner
         self._method = method
-        self._run_local = run_local or raw_f
         self.is_async = inspect.iscoroutinefunction(raw_f) or inspect.isasyncgenfunction(raw_f)
         self._raw_f = raw_f
         self.__name__ = raw_f.__name__
@@ -79,8 +75,12 @@ class Function(Generic[P, R, O]):
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> O:
         """Run the plain function here, in this process: an async function gives its coroutine, a
-        generator function its generator."""
-        return self._run_local(*args, **kwargs)
+        generator function its generator. A method runs on an object of this process, behind its
+        enter hooks."""
+        if self._owner is not None:
+            value: O = self._owner._run_local(self._method, args, kwargs)
+            return value
+        return self._raw_f(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise InvalidError(
@@ -97,8 +97,15 @@ class Function(Generic[P, R, O]):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        handle = Handle.of(self.service)
-        return _function_out_of, (handle, self._method, self.is_generator, self.is_async)
+        if self._owner is not None:
+            return getattr, (self._owner, self._method)
+        service = self.service
+        if is_being_defined(service.raw):
+            # By value it refers to itself, directly or by way of another such function.
+            run = self.app._current_run(f"pickling {self.name}")
+            whole = (self.app.name, run.app_id, self._raw_f, service.name, service.options)
+            return _function_within_itself, (*whole, service.shape)
+        return _function_out_of, (Handle.of(service), self.is_generator, self.is_async)
 
     def has_options(self, data: dict[str, Any]) -> bool:
         """Whether its containers have the options of a definition."""
@@ -215,20 +222,25 @@ class Function(Generic[P, R, O]):
         value: R = await call_async(plan, encode_one(args, kwargs))
         return value
 
-    def _remote_gen(self, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
+    def _remote_gen(self, /, *args: P.args, **kwargs: P.kwargs) -> BlockingResults[R]:
         """Run a generator function in a container; its items come as they are made.
 
         Raises:
-            InvalidError: not a generator function, or called inside a running event loop.
+            InvalidError: not a generator function; on iterating, inside a running event loop.
             ExecutionError: no app is running.
+            SerializationError: an argument cannot be pickled.
         """
-        from fanout.client.loop import forbid_in_loop
+        from fanout.client.async_stream import AsyncResults
+        from fanout.client.inputs import encode_one
         from fanout.client.stream import iterate_one
 
         self._forbid_plain()
-        forbid_in_loop(f"{self.name}.remote_gen", f"async for x in {self.name}.remote_gen.aio(...)")
-        plan = self._plan("remote_gen")
-        return iterate_one(plan, args, kwargs)
+        plan, encoded, name = self._plan("remote_gen"), encode_one(args, kwargs), self.name
+        return BlockingResults(
+            f"{name}.remote_gen",
+            lambda: iterate_one(plan, encoded),
+            lambda: AsyncResults(f"{name}.remote_gen", lambda: plan, None, {}, False, encoded),
+        )
 
     def _remote_gen_aio(self, /, *args: P.args, **kwargs: P.kwargs) -> Results[R]:
         from fanout.client.async_stream import AsyncResults
@@ -236,7 +248,8 @@ class Function(Generic[P, R, O]):
 
         self._forbid_plain()
         plan = self._plan("remote_gen")
-        return AsyncResults(lambda: plan, None, {}, False, encode_one(args, kwargs))
+        name = f"{self.name}.remote_gen.aio"
+        return AsyncResults(name, lambda: plan, None, {}, False, encode_one(args, kwargs))
 
     def _spawn(self, /, *args: P.args, **kwargs: P.kwargs) -> FunctionCall[R]:
         """Start one input and return as soon as the scheduler has stored it. It runs whether or
@@ -270,12 +283,14 @@ class Function(Generic[P, R, O]):
 
     def _map(
         self,
-        *input_iterators: Any,
+        *input_iterators: Inputs,
         kwargs: dict[str, Any] | None = None,
         order_outputs: bool = True,
         return_exceptions: bool = False,
-    ) -> Iterator[R]:
-        """Run the function on many inputs; an iterator over their values.
+        wrap_returned_exceptions: bool | None = None,
+    ) -> BlockingResults[R]:
+        """Run the function on many inputs; an iterator over their values, which begins when it is
+        asked for the first one. Inside a running event loop, iterate with ``async for``.
 
         The iterators are zipped (the shortest ends it) and pulled lazily, as results are taken.
         Of a generator function the items of all inputs come, one generator after the other.
@@ -285,55 +300,64 @@ class Function(Generic[P, R, O]):
             kwargs: keyword arguments that every input gets.
             order_outputs: in the order of the inputs; else as they come.
             return_exceptions: errors take the place of values; else the first one is raised, in
-                the order of outputs.
+                the order of outputs, after the values before it.
+            wrap_returned_exceptions: accepted for scripts of Modal; does nothing.
 
         Raises:
-            InvalidError: no iterator, something not iterable, or inside a running event loop.
+            InvalidError: no iterator, something not iterable; on iterating, inside a running event
+                loop.
             ExecutionError: no app is running.
         """
+        warn_wrapping(wrap_returned_exceptions)
         return self._iterate(
             "map", input_iterators, kwargs, order_outputs, return_exceptions, False
         )
 
     def _map_aio(
         self,
-        *input_iterators: Any,
+        *input_iterators: Inputs,
         kwargs: dict[str, Any] | None = None,
         order_outputs: bool = True,
         return_exceptions: bool = False,
+        wrap_returned_exceptions: bool | None = None,
     ) -> Results[R]:
+        warn_wrapping(wrap_returned_exceptions)
         return self._iterate_aio(
             "map", input_iterators, kwargs, order_outputs, return_exceptions, False
         )
 
     def _starmap(
         self,
-        input_iterator: Any,
+        input_iterator: ArgumentTuples,
         *,
         kwargs: dict[str, Any] | None = None,
         order_outputs: bool = True,
         return_exceptions: bool = False,
-    ) -> Iterator[R]:
+        wrap_returned_exceptions: bool | None = None,
+    ) -> BlockingResults[R]:
         """As `map`, over an iterator of argument tuples."""
+        warn_wrapping(wrap_returned_exceptions)
         return self._iterate(
             "starmap", (input_iterator,), kwargs, order_outputs, return_exceptions, True
         )
 
     def _starmap_aio(
         self,
-        input_iterator: Any,
+        input_iterator: ArgumentTuples,
         *,
         kwargs: dict[str, Any] | None = None,
         order_outputs: bool = True,
         return_exceptions: bool = False,
+        wrap_returned_exceptions: bool | None = None,
     ) -> Results[R]:
+        warn_wrapping(wrap_returned_exceptions)
         return self._iterate_aio(
             "starmap", (input_iterator,), kwargs, order_outputs, return_exceptions, True
         )
 
     def _for_each(
         self,
-        *input_iterators: Any,
+        *input_iterators: Inputs,
         kwargs: dict[str, Any] | None = None,
         ignore_exceptions: bool = False,
     ) -> None:
@@ -349,7 +373,7 @@ class Function(Generic[P, R, O]):
 
     async def _for_each_aio(
         self,
-        *input_iterators: Any,
+        *input_iterators: Inputs,
         kwargs: dict[str, Any] | None = None,
         ignore_exceptions: bool = False,
     ) -> None:
@@ -361,7 +385,7 @@ class Function(Generic[P, R, O]):
         await run_to_end_async(make, rows, kwargs or {}, ignore_exceptions)
 
     def _spawn_map(
-        self, *input_iterators: Any, kwargs: dict[str, Any] | None = None
+        self, *input_iterators: Inputs, kwargs: dict[str, Any] | None = None
     ) -> FunctionCall[R]:
         """Start many inputs as one call that goes on without this process; returns when the
         scheduler has stored them all.
@@ -378,7 +402,7 @@ class Function(Generic[P, R, O]):
         return FunctionCall(run_to_end(make, rows, kwargs or {}, False))
 
     async def _spawn_map_aio(
-        self, *input_iterators: Any, kwargs: dict[str, Any] | None = None
+        self, *input_iterators: Inputs, kwargs: dict[str, Any] | None = None
     ) -> FunctionCall[R]:
         from fanout.client.async_stream import run_to_end_async
 
@@ -395,6 +419,8 @@ class Function(Generic[P, R, O]):
     starmap = Twin(_starmap, _starmap_aio)
     for_each = Twin(_for_each, _for_each_aio)
     spawn_map = Twin(_spawn_map, _spawn_map_aio)
+    #: Modal's name of what `spawn_map` does here.
+    experimental_spawn_map = spawn_map
 
     # --- behind them -----------------------------------------------------------------------------
 
@@ -406,11 +432,22 @@ class Function(Generic[P, R, O]):
         is_ordered: bool,
         return_exceptions: bool,
         is_star: bool,
-    ) -> Iterator[R]:
+    ) -> BlockingResults[R]:
         from fanout.client.stream import iterate
 
-        make, rows = self._prepare(method, iterables, is_star, is_ordered=is_ordered)
-        return iterate(make, rows, kwargs or {}, return_exceptions)
+        make, rows = self._prepare(
+            method, iterables, is_star, is_ordered=is_ordered, is_blocking=False
+        )
+        common = kwargs or {}
+
+        def begin_async() -> Results[R]:
+            from fanout.client.async_stream import AsyncResults
+
+            return AsyncResults(rows.method, make, rows, common, return_exceptions)
+
+        return BlockingResults(
+            rows.method, lambda: iterate(make, rows, common, return_exceptions), begin_async
+        )
 
     def _iterate_aio(
         self,
@@ -426,7 +463,7 @@ class Function(Generic[P, R, O]):
         make, rows = self._prepare(
             method, iterables, is_star, is_ordered=is_ordered, is_blocking=False
         )
-        return AsyncResults(make, rows, kwargs or {}, return_exceptions)
+        return AsyncResults(f"{rows.method}.aio", make, rows, kwargs or {}, return_exceptions)
 
     def _prepare(
         self,
@@ -444,9 +481,7 @@ class Function(Generic[P, R, O]):
 
         name = f"{self.name}.{method}"
         if is_blocking:
-            is_iterated = method in ("map", "starmap")
-            aio = f"{name}.aio(...)"
-            forbid_in_loop(name, f"async for x in {aio}" if is_iterated else f"await {aio}")
+            forbid_in_loop(name, f"await {name}.aio(...)")
         rows = Rows(name, iterables, is_star)
         self.app._current_run(name)
         return lambda: self._plan(method, is_ordered=is_ordered, is_durable=is_durable), rows
@@ -484,21 +519,30 @@ class Function(Generic[P, R, O]):
             )
 
 
-def _function_out_of(
-    handle: Handle, method: str, is_generator: bool, is_async: bool
+def _function_within_itself(
+    app_name: str | None,
+    app_id: bytes,
+    raw_f: Callable[..., Any],
+    name: str,
+    options: Options,
+    shape: dict[str, Any],
 ) -> Function[..., Any, Any]:
+    """A handle out of the definition of a function by value that refers to it."""
+    from fanout.app import App
+
+    service = Service(App._joined(app_name, app_id), raw_f, name, options, shape)
+    service.came_whole = True
+    return Function(service, raw_f, bool(shape["is_generator"]))
+
+
+def _function_out_of(handle: Handle, is_generator: bool, is_async: bool) -> Function[..., Any, Any]:
     """A handle out of a pickle: the one of this process if its module is loaded here, else one
     that can do everything but run locally."""
     found = handle.find_here()
-    if method:
-        owner = getattr(found, "of_parameters", None)
-        if owner is not None:
-            bound: Function[..., Any, Any] = getattr(owner(handle.parameters), method)
-            return bound
-    elif isinstance(found, Function):
+    if isinstance(found, Function):
         return found
     service = handle.service()
-    function: Function[..., Any, Any] = Function(service, service.raw, is_generator, method)
+    function: Function[..., Any, Any] = Function(service, service.raw, is_generator)
     function.is_async = is_async
     return function
 

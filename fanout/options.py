@@ -189,16 +189,18 @@ def named(where: str, **given: Any) -> dict[str, Any]:
 
 
 def options_of(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a user gave, under the names they have now.
+    """The options that a user gave, under the names they have now. Those of Modal that change no
+    result here are left out, with a warning.
 
     Raises:
-        InvalidError: there is none of that name.
+        InvalidError: one is unknown, or cannot work here.
     """
     renamed = rename_old(given)
-    for name in renamed:
-        if name not in DEFAULTS:
-            known = ", ".join(sorted(DEFAULTS))
-            raise InvalidError(f"{where}: there is no option {name!r}; there are {known}")
+    foreign = {name: renamed.pop(name) for name in list(renamed) if name not in DEFAULTS}
+    if foreign:
+        from fanout.compat import reject_cloud_options
+
+        reject_cloud_options(where, foreign)
     return renamed
 
 

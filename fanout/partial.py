@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from fanout.exceptions import InvalidError
@@ -30,6 +31,15 @@ F = TypeVar("F")
 BATCH_SIZE_MAX = 1000
 BATCH_WAIT_MS_MAX = 600_000
 CONCURRENT_INPUTS_MAX = 1000
+
+
+class _Nothing(Enum):
+    """No default. An enum, as its one value stays itself over pickles."""
+
+    NOTHING = 0
+
+
+NOTHING = _Nothing.NOTHING
 
 #: Where an instance keeps the `fanout.cls.Obj` that it belongs to.
 HANDLE = "_fanout_object"
@@ -314,6 +324,41 @@ def check_batchable(partial: PartialFunction[..., Any, Any]) -> None:
                 f"@fanout.batched() on {partial.__qualname__!r}: {parameter} is variable; name "
                 "the parameters, as each of them becomes a list"
             )
+
+
+class Parameter:
+    """What `parameter` leaves in the class body; an instance has the value under the same name."""
+
+    def __init__(self, default: Any, is_argument: bool) -> None:
+        self.default = default
+        self.is_argument = is_argument
+        self.name = ""
+
+    @property
+    def default_or_none(self) -> Any:
+        return None if self.default is NOTHING else self.default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        if instance is None:
+            return self
+        if self.default is NOTHING:
+            raise AttributeError(f"parameter {self.name!r} has no value yet")
+        return self.default
+
+
+def parameter(*, default: Any = NOTHING, init: bool = True) -> Any:
+    """A parameter of a class under `app.cls`, with its type as annotation::
+
+        size: str = fanout.parameter(default="small")
+
+    Args:
+        default: its value when none is given; without it a value must be given.
+        init: whether it is an argument at all; if not it just has its default.
+    """
+    return Parameter(default, init)
 
 
 @dataclass(slots=True)

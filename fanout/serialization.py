@@ -26,12 +26,9 @@ import io
 import os
 import pickle
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
-
-import msgpack
 
 from fanout import exceptions
 from fanout.config import BLOB_SIZE_BYTES_MIN
@@ -53,9 +50,6 @@ COMMON_INLINE_SIZE_BYTES_MAX = 1024
 #: Large buffers of common keyword arguments that stand beside their pickle.
 COMMON_BUFFER_COUNT_MAX = 100
 
-#: Remote tracebacks longer than this lose their middle.
-TRACEBACK_CHARS_MAX = 64 << 10
-
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
 _dumps = pickle.dumps
 _loads = pickle.loads
@@ -74,7 +68,7 @@ class CommonKwargs:
         try:
             pickled, large = _pickle(kwargs)
             if len(large) > COMMON_BUFFER_COUNT_MAX:
-                pickled, large = _pickle_in_band(kwargs), []
+                pickled, large = pickle_in_band(kwargs), []
         except _PICKLE_ERRORS as error:
             raise _args_error((), kwargs, error) from error
         #: Where they travel as blobs, the pickle and its large buffers; copies, as the user may
@@ -196,8 +190,8 @@ def encode_value(value: Any) -> tuple[bytes, list[memoryview]]:
         return _pickle(value)
     except _PICKLE_ERRORS as error:
         raise exceptions.SerializationError(
-            f"the value that the function gave, a {_type_name(value)}, cannot be pickled: "
-            f"{_described(error)}. Give plain data instead, or a path to where it is stored"
+            f"the value that the function gave, a {type_name(value)}, cannot be pickled: "
+            f"{described(error)}. Give plain data instead, or a path to where it is stored"
         ) from error
 
 
@@ -213,88 +207,54 @@ def decode_value(data: bytes | memoryview, buffers: Buffers) -> Any:
         raise _decode_failed("the output", error) from error
 
 
-# --- errors --------------------------------------------------------------------------------------
+def encode_in_band(value: Any, what: str) -> bytes:
+    """A value as one piece, with nothing beside it: an item of a queue, a value of a dict.
 
+    Args:
+        what: names it in the error.
 
-class RemoteTraceback(Exception):
-    """The traceback of an error in the process where it was raised; the cause of what arrives."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
-
-    def __str__(self) -> str:
-        return f'\n"""\n{self.text.rstrip()}\n"""'
-
-
-def encode_error(error: BaseException) -> bytes:
-    """The payload of a `Status.ERROR` output: msgpack ``[type, text, traceback, pickle or nil]``.
-
-    Never fails: what cannot be pickled, or cannot be unpickled again, travels as text only.
-    """
-    kind = type(error)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else _type_name(error)
-    packed: bytes = msgpack.packb(
-        [
-            name,
-            _safe_str(error)[:TRACEBACK_CHARS_MAX],
-            _traceback_text(error),
-            _pickled_error(error),
-        ],
-        unicode_errors="surrogatepass",
-    )
-    return packed
-
-
-def decode_error(data: bytes | memoryview) -> BaseException:
-    """The exception in a `Status.ERROR` payload, of its own type and with the remote traceback
-    as its cause; a `RemoteError` that holds the traceback as text if it cannot be rebuilt here.
+    Raises:
+        SerializationError: it cannot be pickled.
     """
     try:
-        name, text, trace, pickled = msgpack.unpackb(data, unicode_errors="surrogatepass")
-    except Exception as error:
-        return exceptions.InternalError(f"an error arrived that cannot be decoded: {error}")
-    reason = "it cannot be pickled"
-    if pickled is not None:
-        try:
-            rebuilt = _loads(pickled)
-            if isinstance(rebuilt, BaseException):
-                rebuilt.__cause__ = RemoteTraceback(trace)
-                return rebuilt
-            reason = f"its pickle gave a {type(rebuilt).__name__}"
-        except Exception as failure:
-            reason = _described(failure)
-    return exceptions.RemoteError(
-        f"{name}: {text}\n\n(The exception's own type could not be rebuilt here: {reason}.) "
-        f"Remote traceback:\n{trace.rstrip()}"
-    )
+        return _dumps(value, PROTOCOL) if type(value) in _PLAIN else pickle_in_band(value)
+    except _PICKLE_ERRORS as error:
+        raise exceptions.SerializationError(
+            f"{what}, a {type_name(value)}, cannot be pickled: {described(error)}"
+        ) from error
 
 
-_FAILURES: dict[str, type[exceptions.Error]] = {
-    "timeout": exceptions.FunctionTimeoutError,
-    "crash": exceptions.ContainerCrashedError,
-    "cancelled": exceptions.InputCancelledError,
-    "start": exceptions.ContainerStartError,
-    "deadlock": exceptions.DeadlockError,
-    "unplaceable": exceptions.ResourceExhaustedError,
-    "serialization": exceptions.SerializationError,
-    "store": exceptions.StorageError,
-    "internal": exceptions.InternalError,
-}
+def decode_in_band(data: bytes | memoryview, what: str) -> Any:
+    """The value that `encode_in_band` was given.
 
-
-def decode_failure(data: bytes | memoryview) -> Exception:
-    """What the client raises for a `Status.FAILURE` payload; `details` is an attribute of it."""
+    Raises:
+        DeserializationError: it cannot be unpickled here; the text says why.
+    """
     try:
-        code, text, details = msgpack.unpackb(data, unicode_errors="surrogatepass")
+        return _loads(data)
     except Exception as error:
-        return exceptions.InternalError(f"a failure arrived that cannot be decoded: {error}")
-    kind = _FAILURES.get(code)
-    if kind is None:
-        return exceptions.InternalError(f"unknown failure {code!r}: {text}")
-    failure = kind(text)
-    failure.details = details  # type: ignore[attr-defined]
-    return failure
+        raise _decode_failed(what, error) from error
+
+
+def encode_key(key: Any) -> bytes:
+    """A key of a dict. Keys are the same when their bytes are, so nothing may depend on which
+    parts of the value happen to be one object: the pickler keeps no memo.
+
+    Raises:
+        SerializationError: it cannot be pickled.
+    """
+    if type(key) in _PLAIN:
+        return _dumps(key, PROTOCOL)
+    make: Any = pickle.Pickler if is_main_importable() else _cloud_pickler()
+    file = io.BytesIO()
+    pickler = make(file, protocol=PROTOCOL)
+    pickler.fast = True
+    try:
+        pickler.dump(key)
+    except _PICKLE_ERRORS:
+        # Without a memo nothing cyclic can be pickled, and a class may have no importable name.
+        return encode_in_band(key, "the key")
+    return file.getvalue()
 
 
 # --- pickling ------------------------------------------------------------------------------------
@@ -360,7 +320,12 @@ def _pickle(value: Any) -> tuple[bytes, list[memoryview]]:
     return pickled, outer.buffers
 
 
-def _pickle_in_band(value: Any) -> bytes:
+def pickle_in_band(value: Any) -> bytes:
+    """The pickle of a value in one piece, whatever its size.
+
+    Raises:
+        Exception: whatever the value's own reduction raises.
+    """
     if is_main_importable():
         try:
             return _dumps(value, PROTOCOL)
@@ -425,13 +390,13 @@ def _args_error(
     named += [(f"argument {name}=", value) for name, value in kwargs.items()]
     for name, value in named:
         try:
-            _pickle_in_band(value)
+            pickle_in_band(value)
         except Exception as reason:
             return exceptions.SerializationError(
-                f"{name}, a {_type_name(value)}, cannot be pickled: {_described(reason)}. "
+                f"{name}, a {type_name(value)}, cannot be pickled: {described(reason)}. "
                 "Pass plain data instead, and make such objects inside the function"
             )
-    return exceptions.SerializationError(f"the arguments cannot be pickled: {_described(error)}")
+    return exceptions.SerializationError(f"the arguments cannot be pickled: {described(error)}")
 
 
 def _decode_failed(what: str, error: Exception) -> exceptions.DeserializationError:
@@ -440,66 +405,25 @@ def _decode_failed(what: str, error: Exception) -> exceptions.DeserializationErr
         hint = f". The module {error.name!r} is not importable in this process (pid {os.getpid()})"
     elif isinstance(error, AttributeError):
         hint = ". The code here may differ from the code that made the value"
-    return exceptions.DeserializationError(f"{what} cannot be unpickled: {_described(error)}{hint}")
+    return exceptions.DeserializationError(f"{what} cannot be unpickled: {described(error)}{hint}")
 
 
-def _type_name(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """The full name of the value's class; of a builtin class without the module."""
     kind = type(value)
+    if kind.__module__ == "builtins":
+        return kind.__qualname__
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_safe_str(error)}".rstrip(": ")
+def described(error: BaseException) -> str:
+    """An exception in one line: its type and what it says."""
+    return f"{type(error).__name__}: {safe_str(error)}".rstrip(": ")
 
 
-def _safe_str(error: BaseException) -> str:
+def safe_str(error: BaseException) -> str:
+    """What an exception says, even if its `__str__` fails."""
     try:
         return str(error)
     except Exception as failure:
         return f"<its __str__ raised {type(failure).__name__}>"
-
-
-# --- tracebacks and exceptions -------------------------------------------------------------------
-
-_PACKAGE_FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
-
-
-def _is_own_frame(filename: str) -> bool:
-    return filename.startswith(_PACKAGE_FOLDER) or f"{os.sep}fanout_worker{os.sep}" in filename
-
-
-def _traceback_text(error: BaseException) -> str:
-    """The traceback as text: causes included, fanout's own frames left out."""
-    try:
-        summary = traceback.TracebackException.from_exception(error, compact=True)
-        pending: list[traceback.TracebackException | None] = [summary]
-        while pending:
-            part = pending.pop()
-            if part is None:
-                continue
-            kept = [frame for frame in part.stack if not _is_own_frame(frame.filename)]
-            part.stack[:] = kept
-            pending += [part.__cause__, part.__context__, *(part.exceptions or ())]
-        text = "".join(summary.format())
-    except Exception as failure:
-        return f"{_described(error)} (its traceback could not be made: {_described(failure)})"
-    if len(text) > TRACEBACK_CHARS_MAX:
-        half = TRACEBACK_CHARS_MAX // 2
-        text = f"{text[:half]}\n  [{len(text) - 2 * half} characters left out]\n{text[-half:]}"
-    return text
-
-
-def _pickled_error(error: BaseException) -> bytes | None:
-    """The pickled exception, or None when it would not come back as what it is.
-
-    Classes whose `__init__` asks for more than `args` pickle without complaint and fail on the
-    other side, so the only sure test is to load it here.
-    """
-    try:
-        pickled = _pickle_in_band(error)
-        if type(_loads(pickled)) is type(error) and len(pickled) < BLOB_SIZE_BYTES_MIN:
-            return pickled
-    except Exception:
-        # Whatever it is, the error then travels as text, which loses nothing but the type.
-        return None
-    return None

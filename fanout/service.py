@@ -8,6 +8,7 @@ containers.
 from __future__ import annotations
 
 import sys
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from fanout.options import Options
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
     from fanout.app import App
     from fanout.client.app_run import AppRun
     from fanout.protocol import messages as m
+
+
+#: What definitions are being made of, the outermost first.
+_being_defined: ContextVar[tuple[Any, ...]] = ContextVar("being_defined", default=())
+
+
+def is_being_defined(raw: Any) -> bool:
+    """Whether a function or class is pickled within its own definition, or within one that is
+    made for it: code by value that refers to itself."""
+    return any(defined is raw for defined in _being_defined.get())
 
 
 class Service:
@@ -46,6 +57,8 @@ class Service:
         self.options = options
         self.shape = shape
         self.extra = extra or {}
+        #: It came here within its own definition, and so with its code.
+        self.came_whole = False
 
     def with_options(self, options: Options) -> Service:
         """The same in containers of other options, which are other containers."""
@@ -61,30 +74,44 @@ class Service:
         of the blob with the sources, where code must travel."""
         made: tuple[m.DefineFunction, bytes | None] | None = run.definitions.get(self)
         if made is None:
-            made = run.definitions[self] = self._define(run)
+            token = _being_defined.set((*_being_defined.get(), self.raw))
+            try:
+                made = run.definitions[self] = self._define(run)
+            finally:
+                _being_defined.reset(token)
         return made
 
     def _define(self, run: AppRun) -> tuple[m.DefineFunction, bytes | None]:
-        from fanout import source
-        from fanout.definition import Definition, pack_definition
+        from fanout import context, source
+        from fanout.definition import Definition, pack_definition, unpack_definition
         from fanout.protocol import messages as m
 
         code = run.definitions.get("code")
         if code is None:
             code = run.definitions["code"] = source.capture(source.is_remote_scheduler())
-        target = source.make_target(self.raw, self.options.is_serialized)
-        extra = {**source.describe_main(target), **self.extra}
-        if self.options.env:
-            extra["env"] = dict(self.options.env)
-        payload = pack_definition(
-            Definition(code.environment, target, self.app.name or "", self.name, extra)
-        )
+        own = context.container if self.came_whole else None
+        if own is not None and own.function is self.raw:
+            # The function that this container runs. The scheduler knows it by this definition.
+            payload = own.definition
+            target = unpack_definition(payload).target
+        else:
+            own = None
+            target = source.make_target(self.raw, self.options.is_serialized)
+            extra = {**source.describe_main(target), **self.extra}
+            if self.options.env:
+                extra["env"] = dict(self.options.env)
+            payload = pack_definition(
+                Definition(code.environment, target, self.app.name or "", self.name, extra)
+            )
         options = {**self.options.as_data(), **self.shape}
+        options["module"] = target.module
         options["environment"] = code.environment.fingerprint()
         options["python"] = f"{sys.executable} ({code.environment.python_version})"
         sources = code.environment.sources
         blobs = [bytes.fromhex(sources)] if sources else []
         function_id = id_of(run.app_id, self.name, options, payload)
+        if own is not None:
+            function_id = own.function_id
         define = m.DefineFunction(function_id, run.app_id, self.name, options, blobs, payload)
         return define, code.archive
 

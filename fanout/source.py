@@ -23,7 +23,7 @@ from typing import Any
 
 from fanout import context
 from fanout.definition import Environment, Target
-from fanout.exceptions import InvalidError, SerializationError
+from fanout.exceptions import InvalidError, RequestSizeError, SerializationError
 from fanout.serialization import is_main_importable, pickle_by_value
 
 #: What may travel to other hosts. Larger projects are installed on the workers instead.
@@ -96,7 +96,8 @@ def make_target(function: Callable[..., Any], is_serialized: bool) -> Target:
     """How a container finds the function.
 
     Raises:
-        InvalidError: not at module scope; or the pickled function is far too large.
+        InvalidError: not at module scope.
+        RequestSizeError: the pickled function is far too large.
         SerializationError: a function by value that cannot be pickled.
     """
     module_name = function.__module__
@@ -142,7 +143,7 @@ def _pickled(function: Callable[..., Any]) -> bytes:
             "it at the module scope of a file"
         ) from error
     if len(pickled) > PICKLED_SIZE_BYTES_MAX:
-        raise InvalidError(
+        raise RequestSizeError(
             f"function {function.__qualname__!r} is {len(pickled) >> 20} MiB when pickled by "
             f"value, over the limit of {PICKLED_SIZE_BYTES_MAX >> 20} MiB: it has caught data "
             "that should be an argument"
@@ -185,13 +186,13 @@ def capture(is_remote: bool) -> Code:
         is_remote: containers may run on other hosts, so sources must travel.
 
     Raises:
-        InvalidError: the sources are too many or too large to travel.
+        RequestSizeError: the sources are too many or too large to travel.
     """
     if context.container is not None:
         return Code(context.container.environment, None)
     files, is_whole = _source_files(is_remote)
     if is_remote and not is_whole:
-        raise InvalidError(
+        raise RequestSizeError(
             f"{source_root()} holds more than {SOURCES_COUNT_MAX} Python files (or more than "
             f"{ENTRIES_COUNT_MAX_REMOTE} files of any kind), and its Python files would have to "
             "travel to the workers; put the script in a folder of its own, or install the project "
@@ -335,7 +336,7 @@ def _zip(files: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
     size = 0
     if len(files) > SOURCES_COUNT_MAX:
-        raise InvalidError(
+        raise RequestSizeError(
             f"{len(files)} source files would have to travel to the workers, over the limit of "
             f"{SOURCES_COUNT_MAX}; put the script in a folder of its own, or install the project "
             "on the workers"
@@ -349,7 +350,7 @@ def _zip(files: dict[str, str]) -> bytes:
                 continue
             size += len(content)
             if size > SOURCES_SIZE_BYTES_MAX:
-                raise InvalidError(
+                raise RequestSizeError(
                     f"the source files that would have to travel to the workers are over "
                     f"{SOURCES_SIZE_BYTES_MAX >> 20} MiB; put the script in a folder of its own, "
                     "or install the project on the workers"

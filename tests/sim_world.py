@@ -20,6 +20,8 @@ from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
     Disconnect,
     Exit,
+    ForgetObject,
+    ForgetRecord,
     FrameReceived,
     PeerConnected,
     PeerId,
@@ -31,6 +33,7 @@ from fanout_scheduler.core.events import (
     StoreFailed,
     TimePassed,
 )
+from fanout_scheduler.core.object_state import OBJECT_RECORDS, record_key
 
 APP = b"A" * 16
 Receive = Callable[[m.Message], None]
@@ -89,8 +92,24 @@ class Disk:
 
     world: World
     records: list[Record] = field(default_factory=list)
+    #: Those of queues and dicts, by object and key, in the order in which they were written.
+    object_records: dict[tuple[bytes, bytes], Record] = field(default_factory=dict)
     is_full: bool = False
     epoch: int = 0
+
+    def write(self, record: Record) -> None:
+        kept = copy(record) if isinstance(record, m.Message) else record
+        if isinstance(record, ForgetObject):
+            for key in [key for key in self.object_records if key[0] == record.object_id]:
+                del self.object_records[key]
+        elif isinstance(record, ForgetRecord):
+            self.object_records.pop((record.object_id, record.key), None)
+        elif isinstance(record, OBJECT_RECORDS):
+            key = record.object_id, record_key(record)
+            self.object_records.pop(key, None)
+            self.object_records[key] = kept  # type: ignore[assignment]
+        else:
+            self.records.append(kept)  # type: ignore[arg-type]
 
 
 class Link:
@@ -172,7 +191,8 @@ class SimScheduler:
         disk.epoch += 1
         self.life += 1
         self.core = Scheduler(disk.epoch)
-        self.core.restore(list(disk.records), self.world.now)
+        records = [*disk.records, *disk.object_records.values()]
+        self.core.restore(records, self.world.now)
         self.core.check()
         self.inbox: list[Any] = []
         self.has_turn = False
@@ -338,10 +358,8 @@ class SimScheduler:
                 world.counts["write refused by a full disk"] += 1
                 self.tell(StoreFailed(store.sequence, "database or disk is full"))
                 continue
-            world.disk.records += [
-                copy(r) if isinstance(r, m.Message) else r  # type: ignore[misc]
-                for r in store.records
-            ]
+            for record in store.records:
+                world.disk.write(record)
             last = store.sequence
         if last and world.random.random() < world.rates.get("kill at commit", 0.0):
             world.counts["scheduler killed between commit and acknowledgement"] += 1

@@ -33,6 +33,7 @@ for folder in ("", "scheduler", "worker"):
 from fanout.protocol import messages as m  # noqa: E402
 from fanout_scheduler.core.events import FrameReceived, PeerId  # noqa: E402
 from tests.sim_peers import Plan, SimCall, SimClient, SimWorker  # noqa: E402
+from tests.sim_queues import SimQueueUser, verify_queue  # noqa: E402
 from tests.sim_world import APP, World  # noqa: E402
 
 EVENTS_DEFAULT = 2_000_000
@@ -54,6 +55,7 @@ FAULTS_PER_S = {
     "disk full": 0.02,
     "consumer paused": 0.1,
     "client died": 0.01,
+    "queue user died": 0.01,
     "call cancelled": 0.1,
 }
 CHANCES = {"container crash": 0.02, "start failure": 0.02, "kill at commit": 0.01}
@@ -76,6 +78,7 @@ class Storm(World):
             self.workers.append(SimWorker(self, number, float(random.randint(1, 4)), by_id))
         for number in range(1, random.randint(2, 4)):
             self.clients.append(SimClient(self, number, self.plans))
+        self.queue_users = [SimQueueUser(self, number) for number in range(random.randint(2, 3))]
         self.finished_calls = 0
         self.is_storming = True
 
@@ -98,6 +101,9 @@ class Storm(World):
         when = self.now
         while (when := when + self.random.expovariate(1.5)) < end:
             self.at(when, self.open_call)
+        when = self.now
+        while (when := when + self.random.expovariate(4.0)) < end:
+            self.at(when, self.use_queue)
 
     def strike(self, name: str) -> None:
         self.counts[name] += 1
@@ -107,7 +113,8 @@ class Storm(World):
     def _some_link(self, kinds: str) -> Any:
         owners: list[Any] = []
         if "c" in kinds:
-            owners += [c for c in self.clients if c.link is not None and not c.is_gone]
+            users: list[Any] = [*self.clients, *self.queue_users]
+            owners += [c for c in users if c.link is not None and not c.is_gone]
         if "w" in kinds:
             owners += [x for x in self.workers if x.link is not None and not x.is_dead]
         return self.random.choice(owners).link if owners else None
@@ -175,6 +182,14 @@ class Storm(World):
         if open_calls and not client.is_gone:
             client.cancel(self.random.choice(open_calls))
 
+    def do_queue_user_died(self) -> None:
+        alive = [user for user in self.queue_users if not user.is_gone]
+        if len(alive) > 1:
+            self.random.choice(alive).go()
+
+    def use_queue(self) -> None:
+        self.random.choice(self.queue_users).act()
+
     def open_call(self) -> None:
         random = self.random
         client = random.choice(self.clients)
@@ -206,6 +221,7 @@ class Storm(World):
             self.scheduler.is_up
             and all(call.is_finished for client in self.clients for call in client.calls.values())
             and not any(not call.is_over for call in self.scheduler.core.state.calls.values())
+            and all(user.is_settled or user.is_gone for user in self.queue_users)
         )
 
     def verify(self) -> None:
@@ -231,6 +247,28 @@ class Storm(World):
         for name, count in state.counts.items():
             self.counts["late or odd: " + name] += count
         self.verify_spawned()
+        self.drain_queue()
+
+    def drain_queue(self) -> None:
+        """What is left in the queue is got by one client; then nothing is missing or doubled."""
+        users = [user for user in self.queue_users if not user.is_gone]
+        last = users[0]
+        # Waits of the storm may still be served; and what dead clients held has come back.
+        for user in users:
+            for number in [n for n, q in user.requests.items() if isinstance(q, m.QueueGet)]:
+                user.cancel(number, is_abandoned=True)
+        self.run_until(self.now + 10.0)
+        seen_empty = last.empty_count
+        while last.empty_count == seen_empty:
+            last.get(100, block=False)
+            self.run_until(self.now + 10.0)
+        self.run_until(self.now + 10.0)
+        self.counts.update(verify_queue(self.queue_users))
+        state = self.scheduler.core.state
+        state_of_queue = state.objects.by_name[1, "sim"]
+        assert not state_of_queue.partitions, "something is left in the queue"
+        alive = {user.session_id for user in users}
+        assert not alive & state.objects.clients.keys(), "requests left of clients that live"
 
     def verify_spawned(self) -> None:
         """What was acknowledged as spawned is there, each output once, for whoever fetches it."""

@@ -52,6 +52,7 @@ def values_of(check: m.Check) -> st.SearchStrategy[Any]:
         "_is_blob_ids": st.lists(_IDS, max_size=3),
         "_is_blob_refs": _BLOB_REFS,
         "_is_lengths": st.just(b""),
+        "_is_value_lengths": st.just(b""),
         "<lambda>": st.booleans(),
     }
     return by_name[check.__name__]

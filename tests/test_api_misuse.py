@@ -192,8 +192,9 @@ def test_a_map_over_nothing_is_refused(method: str) -> None:
 
 
 def test_what_is_not_iterable_is_named() -> None:
-    refuses(r"argument 1 of plain\.map\(\) is a int", lambda: plain.map([1], 2))
-    refuses(r"argument 0 of plain\.starmap\(\) is a NoneType", lambda: plain.starmap(None))
+    number: Any = 2
+    refuses(r"argument 1 of plain\.map\(\) is a int", lambda: plain.map([1], number))
+    refuses(r"argument 0 of plain\.starmap\(\) is a int", lambda: plain.starmap(number))
 
 
 def test_starmap_wants_sequences() -> None:
@@ -213,11 +214,9 @@ def test_a_call_without_a_running_app_says_how_to_run_one() -> None:
 
 async def test_a_blocking_call_in_a_running_loop_is_refused_with_the_right_line() -> None:
     refuses(r"await plain\.remote\.aio\(\.\.\.\)", lambda: plain.remote(1))
-    refuses(r"async for x in plain\.map\.aio", lambda: plain.map([1]))
     refuses(r"await plain\.for_each\.aio", lambda: plain.for_each([1]))
     refuses(r"await plain\.spawn\.aio", lambda: plain.spawn(1))
     refuses(r"await plain\.spawn_map\.aio", lambda: plain.spawn_map([1]))
-    refuses(r"async for x in items\.remote_gen\.aio", lambda: items.remote_gen(1))
     refuses(r"async with app\.run\(\)", lambda: app.run().__enter__())
     call = fanout.FunctionCall.from_id("fc-" + "0" * 32)
     refuses(r"await call\.get\.aio", lambda: call.get())

@@ -32,7 +32,9 @@ SHARED_LEAVES = {
     "fanout.filesystem",
     "fanout.intervals",
     "fanout.partial",
+    "fanout.remote_errors",
     "fanout.serialization",
+    "fanout.tracebacks",
 }
 #: What the container side may import besides, when user code that needs it is loaded.
 CONTAINER_LEAVES = {"fanout.cls"}
@@ -40,7 +42,7 @@ CONTAINER_LEAVES = {"fanout.cls"}
 PURE_STANDARD_LIBRARY = {
     "__future__", "abc", "array", "bisect", "builtins", "collections", "contextlib", "copy",
     "dataclasses", "enum", "functools", "hashlib", "heapq", "hmac", "itertools", "math", "operator",
-    "struct", "types", "typing",
+    "re", "struct", "types", "typing", "unicodedata",
 }  # fmt: skip
 PURE_LEAVES = {"fanout.config", "fanout.definition", "fanout.exceptions", "fanout.intervals"}
 SANS_IO_FILES = [
@@ -51,6 +53,9 @@ SANS_IO_FILES = [
     "fanout/client/call_state.py",
     "fanout/client/chunk.py",
     "fanout/client/item_stream.py",
+    "fanout/output/board.py",
+    "fanout/output/log_lines.py",
+    "fanout/output/style.py",
     "worker/fanout_worker/commands.py",
     "worker/fanout_worker/worker_state.py",
 ]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import cloudpickle
@@ -16,13 +17,18 @@ from fanout.definition import Target
 from fanout.exceptions import ContainerStartError, DeserializationError, InvalidError
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import FileBlobStore, blob_id_of
-from fanout.serialization import decode_error, decode_value, encode_args
+from fanout.remote_errors import decode_error
+from fanout.serialization import decode_value, encode_args
 from tests.conftest import environment, is_alive, poll_until
 from tests.worker_kit import CALL, containers, lease_of, lengths_of, let_pass
 
 NOOP = "def f(x): return x\n"
 #: A loop in C that does not return to the interpreter for minutes.
 C_LOOP = "def f(x): return sum(range(10**11)) if x else x\n"
+
+
+def shown(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
 
 
 def make_file(path: str) -> None:
@@ -66,8 +72,8 @@ async def test_an_exception_arrives_as_its_own_type_with_the_users_frames_only()
         await kit.outputs(3)
         error = kit.events.error(1)
         assert isinstance(error, ZeroDivisionError)
-        assert "user_code_0.py" in str(error.__cause__)
-        assert "fanout_worker" not in str(error.__cause__)
+        assert "user_code_0.py" in shown(error)
+        assert "fanout_worker" not in shown(error)
         assert kit.events.value(2) == 0
 
 
@@ -454,7 +460,7 @@ async def test_code_that_cannot_be_loaded_is_told_as_the_users_own_exception() -
         assert reason == "start"
         error = decode_error(payload)
         assert isinstance(error, ValueError)
-        assert "user_code_0.py" in str(error.__cause__)
+        assert "user_code_0.py" in shown(error)
 
 
 async def test_a_process_that_dies_while_it_loads_gives_no_exception() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 from typing import Any
 
 import cloudpickle
@@ -13,7 +14,7 @@ from fanout import partial
 from fanout.definition import Target
 from fanout.exceptions import ContainerStartError, InvalidError
 from fanout.protocol import messages as m
-from fanout.serialization import decode_error
+from fanout.remote_errors import decode_error
 from tests.worker_kit import Kit, containers, lease_of, shapes
 
 HEAD = "import asyncio, os, sys, time\nimport fanout\nfrom fanout.partial import *\n"
@@ -268,7 +269,7 @@ class C:
         assert (reason, running) == ("start", [])
         error = decode_error(payload)
         assert isinstance(error, ValueError)
-        assert "user_code_0.py" in str(error.__cause__)
+        assert "user_code_0.py" in "".join(traceback.format_exception(error))
         assert kit.events.text() == "about to fail\n"
         assert not kit.events.started
 

@@ -13,7 +13,7 @@ import pytest
 
 from fanout.exceptions import ContainerStartError
 from fanout.protocol import messages as m
-from fanout.serialization import decode_error
+from fanout.remote_errors import decode_error
 from fanout_worker import shared
 from fanout_worker.launcher import TEMPLATES_MAX
 from tests.conftest import poll_until

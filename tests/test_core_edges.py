@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core.core import Scheduler
-from fanout_scheduler.core.events import BlobCompleted, Store, Stored, StoreFailed
+from fanout_scheduler.core.events import BlobCompleted, ForgetCall, Store, Stored, StoreFailed
 from tests.core_kit import Bench, inputs, table
 
 
@@ -202,7 +202,39 @@ def test_results_of_a_spawned_call_expire_over_restarts() -> None:
     later.later(2)
     assert later.core.state.calls == {}
     forgotten = [record for store in later.store() for record in store.records]
-    assert [type(record).__name__ for record in forgotten] == ["ForgetCall", "ForgetApp"]
+    kinds = [type(record).__name__ for record in forgotten]
+    assert kinds == ["ForgetCall", "CallExpired", "ForgetApp"]
+
+
+def test_a_call_whose_results_expired_is_told_from_one_that_never_was() -> None:
+    ended, other = b"e" * 16, b"o" * 16
+    bench = Bench()
+    bench.core = Scheduler(1)
+    bench.core.restore([m.CallExpired(ended, 1e9)], bench.now, wall_time_s=1e9 + 100)
+    client = bench.connect()
+    bench.frame(client, m.AskCall(1, ended), m.AskCall(2, other))
+    assert [info.state for info in bench.take_all(m.CallInfo)] == ["expired", "unknown"]
+    bench.frame(client, m.FetchOutputs(3, ended, 0, 1))
+    assert bench.take(m.CallInfo, client).state == "expired"
+
+
+def test_calls_that_expired_long_ago_are_forgotten_when_another_one_expires() -> None:
+    week_s = 7 * 24 * 3600.0
+    bench = Bench()
+    bench.core = Scheduler(1)
+    old = [m.CallExpired(bytes([n]) * 16, 1e9 - 3 * week_s + n) for n in range(3)]
+    bench.core.restore(old, bench.now, wall_time_s=1e9)
+    worker = bench.worker(cpu=1)
+    call_id = bench.open(bench.client(f={}), call=9, count=1, is_durable=True)
+    bench.store()
+    bench.finish(worker, bench.started_lease(worker))
+    while bench.store():
+        pass
+    bench.later(week_s + 1)
+    assert list(bench.core.state.expired) == [call_id]
+    written = [record for store in bench.store() for record in store.records]
+    forgotten = [record.call_id for record in written if isinstance(record, ForgetCall)]
+    assert sorted(forgotten) == sorted([call_id, *(record.call_id for record in old)])
 
 
 def test_a_call_that_no_worker_can_run_is_told_once_after_a_while() -> None:
@@ -264,3 +296,21 @@ def test_a_wait_ends_with_the_client_that_told_of_it() -> None:
     assert bench.take_all(m.Lease) == [], "the core is in use again"
     bench.finish(worker, outer)
     assert bench.take(m.Lease).call_id == bytes([2]) * 16
+
+
+def test_a_wait_that_comes_before_the_output_of_the_input_before_it_is_a_wait() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={}, g={})
+    bench.open(client, "f", count=2000)
+    bench.finish(worker, bench.started_lease(worker), input_s=0.0005)
+    first, second = bench.take_all(m.Lease)
+    bench.forget(m.Outputs, m.OutputsAck, m.Window)
+    # The container has done the first lease; before its outputs arrived, which come on another
+    # way, an input of the second one has made a call and waits for it.
+    nested = bench.connect("nested", worker=worker, container_id=second.container_id)
+    bench.open(nested, "g", call=2, count=1, parent=(second.lease_id, second.start))
+    bench.frame(nested, m.SessionWaits(0))
+    bench.finish(worker, first, input_s=0.0005)
+    called = bench.take_all(m.Lease)[-1]
+    assert called.call_id == bytes([2]) * 16, "the core is free for what it waits for"

@@ -15,6 +15,7 @@ from fanout.exceptions import (
     Error,
     InternalError,
     InvalidError,
+    PermissionDeniedError,
     ProtocolError,
     VersionError,
 )
@@ -139,7 +140,7 @@ def test_the_secret_that_stands_in_for_unknown_tokens_opens_nothing() -> None:
 def test_a_token_proves_its_own_role_only() -> None:
     dialling, listening = dialler(WORKER, role="client"), listener()
     errors = join(dialling, listening)
-    assert [type(error) for error in errors] == [AuthError]
+    assert [type(error) for error in errors] == [PermissionDeniedError]
     assert isinstance(dialling.error, AuthError)
     assert "for the role 'worker', not 'client'" in str(dialling.error)
     assert not listening.handshake.is_done
@@ -192,7 +193,7 @@ def test_every_field_of_the_context_changes_the_proof() -> None:
         make_proof("label", CLIENT.secret, base, b"m" * 32, b""),
         make_proof("label", CLIENT.secret, base, b"l" * 32, b"f" * 32),
     }
-    for change in ({"protocol": 2}, {"role": "worker"}, {"token_id": "c2"}, {"nonce": b"e" * 32}):
+    for change in ({"protocol": 99}, {"role": "worker"}, {"token_id": "c2"}, {"nonce": b"e" * 32}):
         changed = dataclasses.replace(base, **change)
         proofs.add(make_proof("label", CLIENT.secret, changed, b"l" * 32, b""))
     assert len(proofs) == 9
@@ -270,7 +271,7 @@ def test_nothing_of_a_read_with_a_fault_is_delivered() -> None:
     _, listening = joined(CLIENT)
     with pytest.raises(ProtocolError, match="unknown message kind"):
         listening.receive_data(
-            frame_of(m.AskStatus(1)) + frames.prefix(b"\x91\x7f", 0) + b"\x91\x7f"
+            frame_of(m.AskStatus(1)) + frames.prefix(b"\x91\xcd\x0f\xff", 0) + b"\x91\xcd\x0f\xff"
         )
     assert listening.receive_data(frame_of(m.AskStatus(2))) == []
 
@@ -291,6 +292,7 @@ def test_goodbye_is_the_last_message_and_ends_the_connection_in_order() -> None:
 def test_a_goodbye_that_names_an_error_arrives_as_that_error() -> None:
     for code, cls in (
         ("auth", AuthError),
+        ("permission", PermissionDeniedError),
         ("protocol", ProtocolError),
         ("internal", InternalError),
     ):

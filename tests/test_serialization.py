@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import pickle
 import subprocess
 import sys
@@ -17,17 +16,12 @@ from hypothesis import strategies as st
 
 from fanout import exceptions
 from fanout.config import BLOB_SIZE_BYTES_MIN
-from fanout.protocol.messages import FAILURE_CODES, failure_payload
 from fanout.serialization import (
     COMMON_INLINE_SIZE_BYTES_MAX,
     CommonKwargs,
-    RemoteTraceback,
     decode_args,
-    decode_error,
-    decode_failure,
     decode_value,
     encode_args,
-    encode_error,
     encode_plain_column,
     encode_unencodable,
     encode_value,
@@ -186,88 +180,6 @@ def test_garbage_is_a_deserialization_error(data: bytes) -> None:
     # Unpickling arbitrary bytes may call anything importable; only the tag is garbage here.
     with pytest.raises(exceptions.DeserializationError, match="no known tag"):
         decode_args(bytes([5 + data[0] % 250]) + data, [])
-
-
-# --- errors ---------------------------------------------------------------------------------------
-
-
-class TwoArguments(Exception):
-    def __init__(self, first: str, second: str) -> None:
-        super().__init__(f"{first} and {second}")
-
-
-def _raised(error: BaseException) -> BaseException:
-    try:
-        raise error
-    except BaseException as caught:
-        return caught
-
-
-def test_an_error_comes_back_as_its_own_type_with_the_remote_traceback() -> None:
-    error = decode_error(encode_error(_raised(KeyError("three"))))
-    assert type(error) is KeyError
-    assert error.args == ("three",)
-    assert isinstance(error.__cause__, RemoteTraceback)
-    assert "in _raised" in str(error.__cause__)
-
-
-def test_notes_and_causes_are_kept() -> None:
-    error = ValueError("outer")
-    error.__cause__ = OSError("inner")
-    error.add_note("a note")
-    back = decode_error(encode_error(error))
-    assert back.__notes__ == ["a note"]
-    assert "OSError: inner" in str(back.__cause__)
-
-
-def test_frames_of_fanout_are_not_in_the_remote_traceback() -> None:
-    try:
-        decode_value(b"garbage", [])
-    except exceptions.DeserializationError as error:
-        text = str(decode_error(encode_error(error)).__cause__)
-    assert "fanout/serialization.py" not in text
-    assert "test_frames_of_fanout_are_not_in" in text
-
-
-def test_an_error_that_cannot_be_rebuilt_arrives_as_text() -> None:
-    error = decode_error(encode_error(_raised(TwoArguments("one", "two"))))
-    assert type(error) is exceptions.RemoteError
-    assert "TwoArguments: one and two" in str(error)
-    assert "in _raised" in str(error)
-
-
-def test_an_error_that_cannot_be_pickled_arrives_as_text() -> None:
-    error = decode_error(encode_error(ValueError(threading.Lock())))
-    assert type(error) is exceptions.RemoteError
-    assert "ValueError" in str(error)
-
-
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError()])
-def test_exceptions_that_are_no_errors_travel_too(error: BaseException) -> None:
-    assert type(decode_error(encode_error(error))) is type(error)
-
-
-def test_encoding_an_error_never_fails() -> None:
-    class Broken(Exception):
-        def __str__(self) -> str:
-            raise RuntimeError("no text")
-
-    assert type(decode_error(encode_error(Broken()))).__name__ == "Broken"
-    assert "\ud800" in str(decode_error(encode_error(ValueError("\ud800"))))
-
-
-@given(st.binary())
-def test_garbage_instead_of_an_error_is_an_internal_error(data: bytes) -> None:
-    assert isinstance(decode_failure(data), exceptions.InternalError)
-
-
-@pytest.mark.parametrize("code", FAILURE_CODES)
-def test_every_failure_has_its_class(code: str) -> None:
-    failure = decode_failure(failure_payload(code, "what happened", {"exit_code": 9}))
-    assert isinstance(failure, exceptions.Error)
-    assert str(failure) == "what happened"
-    assert failure.details == {"exit_code": 9}  # type: ignore[attr-defined]
-    assert isinstance(failure, exceptions.InternalError) == (code == "internal")
 
 
 # --- __main__ -------------------------------------------------------------------------------------

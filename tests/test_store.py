@@ -18,7 +18,17 @@ import pytest
 
 from fanout.exceptions import StorageError
 from fanout.protocol import messages as m
-from fanout_scheduler.core.events import ForgetApp, ForgetCall, Record, Store, Stored, StoreFailed
+from fanout_scheduler.core.events import (
+    ForgetApp,
+    ForgetCall,
+    ForgetObject,
+    ForgetRecord,
+    Record,
+    Store,
+    Stored,
+    StoreFailed,
+)
+from fanout_scheduler.core.object_state import entry_key, item_key
 from fanout_scheduler.store import Database, StoreThread, blob_ids_of, load_key
 from fanout_scheduler.store.record import write_of
 from tests.conftest import environment, poll_until
@@ -203,7 +213,7 @@ def test_another_schema_version_is_refused(database: Database, path: Path, key: 
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(StorageError, match=r"schema version 99, this fanout reads version 1"):
+    with pytest.raises(StorageError, match=r"schema version 99, this fanout reads version 2"):
         Database(path, key)
 
 
@@ -467,3 +477,49 @@ def test_the_database_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
     finally:
         process.communicate(b"", timeout=20)
     assert modes == {0o600}
+
+
+# --- queues and dicts ----------------------------------------------------------------------------
+
+OBJECT = b"o" * 16
+
+
+def object_records() -> list[Record]:
+    return [
+        m.ObjectMade(OBJECT, 1, "q", 12.5),
+        m.QueueItem(OBJECT, 7, b"p", 99.0, b"value"),
+        m.DictEntry(OBJECT, 8, b"key", b"first"),
+        m.Receipt(OBJECT, b"s" * 16, 3, b"p", [7], 0, b"", b""),
+    ]
+
+
+def written(path: Path, key: bytes, *records: Record) -> list[Record]:
+    """What is in the store after these records were written in one transaction."""
+    database = Database(path, key)
+    try:
+        database.write([write_of(record) for record in records])
+        return list(database.load())
+    finally:
+        database.close()
+
+
+def test_records_of_queues_and_dicts_come_back_as_they_were(path: Path, key: bytes) -> None:
+    call = m.OpenCall(CALL, FUNCTION, True, False, None)
+    assert written(path, key, *object_records(), call) == [call, *object_records()]
+
+
+def test_a_later_record_takes_the_place_of_the_one_with_its_key(path: Path, key: bytes) -> None:
+    changed = m.DictEntry(OBJECT, 8, b"key", b"second")
+    other = m.DictEntry(b"x" * 16, 8, b"key", b"another dict's")
+    made, item, _, receipt = object_records()
+    assert written(path, key, *object_records(), other, changed) == [
+        *(made, item, receipt, other, changed)
+    ]
+
+
+def test_one_record_of_an_object_is_forgotten_or_all(path: Path, key: bytes) -> None:
+    made, item, entry, receipt = object_records()
+    other = m.ObjectMade(b"x" * 16, 2, "d", 1)
+    forget = [ForgetRecord(OBJECT, item_key(7)), ForgetRecord(OBJECT, entry_key(b"key"))]
+    assert written(path, key, *object_records(), other, *forget) == [made, receipt, other]
+    assert written(path, key, ForgetObject(OBJECT)) == [other]

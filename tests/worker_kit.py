@@ -18,7 +18,8 @@ import msgpack
 
 from fanout.definition import Definition, Environment, Target, pack_definition
 from fanout.protocol import messages as m
-from fanout.serialization import decode_error, decode_value, encode_args
+from fanout.remote_errors import decode_error
+from fanout.serialization import decode_value, encode_args
 from fanout_worker.container import Container
 from fanout_worker.host import Host, Settings
 from tests.conftest import TIMEOUT_FACTOR

@@ -6,13 +6,11 @@ and 1; an exception of the user's code gets its traceback, beginning at the user
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 
-#: Frames of these files say how fanout got to the user's code, which is nobody's question.
-_PACKAGE_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_IMPORT_SYSTEM = "<frozen importlib"
+from fanout.exceptions import RemoteError, TimeoutError
+from fanout.tracebacks import is_own_file
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -42,18 +40,14 @@ def _strip(shown: traceback.TracebackException) -> None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        kept = [frame for frame in current.stack if not _is_ours(frame.filename)]
-        # A syntax error has no frame of the file it is in and names that file by itself. One with a
-        # cause may have come from a container, whose frames the cause shows.
-        if kept or _is_syntax_error(current) or current.__cause__ is not None:
+        kept = [frame for frame in current.stack if not is_own_file(frame.filename)]
+        # A syntax error has no frame of the file it is in and names that file by itself; what ends
+        # an input from outside has no frame of the user's.
+        if kept or _is_any(current, SyntaxError, RemoteError, TimeoutError):
             current.stack = traceback.StackSummary.from_list(kept)
         pending += [current.__cause__, current.__context__]
         pending += current.exceptions or []
 
 
-def _is_ours(filename: str) -> bool:
-    return filename.startswith((_PACKAGE_FOLDER, _IMPORT_SYSTEM))
-
-
-def _is_syntax_error(shown: traceback.TracebackException) -> bool:
-    return shown.exc_type is not None and issubclass(shown.exc_type, SyntaxError)
+def _is_any(shown: traceback.TracebackException, *kinds: type[BaseException]) -> bool:
+    return shown.exc_type is not None and issubclass(shown.exc_type, kinds)

@@ -10,8 +10,10 @@ import argparse
 import contextlib
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fanout import config
+from fanout.call import PREFIX
 from fanout.cli.failure import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -20,8 +22,12 @@ from fanout.cli.failure import (
     show_traceback,
 )
 from fanout.cli.flag import UsageError, parse_flags
+from fanout.cli.interrupt import Interrupts
 from fanout.cli.reference import Runnable, find_runnable, import_reference, parse_reference
 from fanout.exceptions import ConnectionError, Error
+
+if TYPE_CHECKING:
+    from fanout.client.app_run import AppRun
 
 _EPILOG = """\
 NAME is a local entrypoint or a function; it may be left out where the file has only one of them.
@@ -43,15 +49,16 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         SystemExit: `--help`, a wrong flag, or `sys.exit` in the user's code.
     """
-    app_name = ""
+    runs: list[AppRun] = []
     try:
-        options, reference_text, flags = _split(arguments)
-        reference = parse_reference(reference_text, options.m)
-        module = import_reference(reference, flags)
-        runnable = find_runnable(module, reference)
-        bound = _bind(runnable, reference_text, flags)
-        app_name = runnable.app.name or ""
-        _run(runnable, bound, is_quiet=options.quiet)
+        with Interrupts(lambda: _farewell(runs, is_at_once=True)):
+            options, reference_text, flags = _split(arguments)
+            with _shown(options.quiet):
+                reference = parse_reference(reference_text, options.m)
+                module = import_reference(reference, flags)
+                runnable = find_runnable(module, reference)
+                bound = _bind(runnable, reference_text, flags)
+                _run(runnable, bound, runs)
     except UsageError as error:
         complain(str(error))
         return EXIT_USAGE
@@ -59,9 +66,12 @@ def main(arguments: Sequence[str]) -> int:
         complain(str(error))
         return EXIT_ERROR
     except KeyboardInterrupt:
-        complain(_farewell(app_name))
+        complain(_farewell(runs))
         return EXIT_INTERRUPTED
-    except Exception as error:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        # A cancelled entrypoint is one that failed, too.
         show_traceback(error)
         return EXIT_ERROR
     return 0
@@ -82,7 +92,10 @@ def _split(arguments: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]
     )
     parser.add_argument("-m", action="store_true", help="FILE is the name of a module")
     parser.add_argument(
-        "-q", "--quiet", action="store_true", help="do not show what containers print"
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="show neither what containers print nor how calls get on",
     )
     parser.add_argument("reference", metavar="FILE[::NAME]")
     own = next((i for i, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
@@ -108,16 +121,21 @@ def _bind(runnable: Runnable, text: str, flags: list[str]) -> inspect.BoundArgum
     return parse_flags(raw_f, text, flags)
 
 
-def _run(runnable: Runnable, bound: inspect.BoundArguments, is_quiet: bool) -> None:
+def _shown(is_quiet: bool) -> contextlib.AbstractContextManager[None]:
+    """Shows the run. From before the user's module is imported, so that streams which it takes hold
+    of then (a logging handler does) are those that step aside for the bars."""
     from fanout.output import enable_output
 
+    return contextlib.nullcontext() if is_quiet else enable_output()
+
+
+def _run(runnable: Runnable, bound: inspect.BoundArguments, runs: list[AppRun]) -> None:
     with contextlib.ExitStack() as stack:
-        if not is_quiet:
-            stack.enter_context(enable_output())
         try:
             stack.enter_context(runnable.app.run())
         except Error as error:
             raise NotStartedError(str(error)) from error
+        runs += filter(None, [runnable.app._run])
         target: Any = runnable.target
         if not runnable.is_entrypoint:
             target.remote(*bound.args, **bound.kwargs)
@@ -129,10 +147,19 @@ def _run(runnable: Runnable, bound: inspect.BoundArguments, is_quiet: bool) -> N
             asyncio.run(result)
 
 
-def _farewell(app_name: str) -> str:
-    if not app_name:
-        return "interrupted"
-    return (
-        f"interrupted: the calls of app {app_name!r} are cancelled, and spawned ones go on "
-        f"(`fanout status` shows them)"
-    )
+def _farewell(runs: Sequence[AppRun], is_at_once: bool = False) -> str:
+    """What becomes of the work of an interrupted run."""
+    if not runs:
+        return "interrupted before anything ran"
+    run = runs[0]
+    called = f"the calls of app {run.name!r}"
+    if is_at_once:
+        fate = f"left at once: {called} are cancelled within {config.CLIENT_GRACE_S:g} s"
+    else:
+        fate = f"interrupted: {called} are cancelled"
+    if not run.spawned_count:
+        return fate
+    ids = ", ".join(PREFIX + call_id.hex() for call_id in run.spawned_ids)
+    rest = run.spawned_count - len(run.spawned_ids)
+    more = f" and {rest:,} more" if rest else ""
+    return f"{fate}, and spawned ones go on: {ids}{more} (`fanout status` shows them)"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fanout.client.session import Session
+
+
+#: Ids of spawned calls that are kept, to tell them to a person.
+SPAWNED_IDS_MAX = 5
 
 
 class AppRun:
@@ -21,3 +26,6 @@ class AppRun:
         self.opened_epoch = -1
         #: Definitions made for this run, by function name.
         self.definitions: dict[Any, Any] = {}
+        #: Calls that were spawned: the last ones, and how many in all.
+        self.spawned_ids: deque[bytes] = deque(maxlen=SPAWNED_IDS_MAX)
+        self.spawned_count = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from fanout.client.calls import LiveCall
@@ -17,6 +17,8 @@ from fanout.client.decode import decode
 from fanout.client.inputs import AsyncPuller, Encoded, Encoder, Puller, Rows
 from fanout.client.sessions import connected
 from fanout.client.stream import Delivery, Plan, add_to, failure_of, raise_first
+from fanout.results import warn_unused
+from fanout.twin import shorten
 
 
 class AsyncStream:
@@ -24,6 +26,8 @@ class AsyncStream:
 
     def __init__(self, plan: Plan, rows: Rows | None, encoder: Encoder | None) -> None:
         self.plan = plan
+        if rows is not None:
+            plan.count_hint = rows.count_hint
         self._rows = rows
         self._encoder = encoder
         self.loop = asyncio.get_running_loop()
@@ -60,11 +64,11 @@ class AsyncStream:
             assert self.call is not None
             self._waiter = self.loop.create_future()
             session = self.call.session
-            waiter = session.begin_wait()
+            waiter = session.waiting.begin()
             try:
                 await self._waiter
             finally:
-                session.end_wait(waiter)
+                session.waiting.end(waiter)
                 self._waiter = None
         return self._deliveries.popleft()
 
@@ -119,6 +123,7 @@ class AsyncStream:
 
     async def _pull_all(self) -> None:
         call, rows, encoder = self.call, self._rows, self._encoder
+        self._rows = None
         assert call is not None
         assert rows is not None
         assert encoder is not None
@@ -159,12 +164,15 @@ class AsyncResults:
 
     def __init__(
         self,
+        name: str,
         make_plan: Callable[[], Plan],
         rows: Rows | None,
         common: dict[str, Any],
         return_exceptions: bool,
         encoded: Encoded | None = None,
     ) -> None:
+        self._name = name
+        self._is_begun = False
         self._make_plan = make_plan
         self._rows = rows
         self._common = common
@@ -183,12 +191,17 @@ class AsyncResults:
     async def __anext__(self) -> Any:
         for value in self._values:
             return value
-        while await self._next_batch():
-            for value in self._values:
-                return value
+        try:
+            while await self._next_batch():
+                for value in self._values:
+                    return value
+        except BaseException as error:
+            shorten(error)
+            raise
         raise StopAsyncIteration
 
-    def __await__(self) -> Any:
+    def __await__(self) -> Generator[Any, None, list[Any]]:
+        self._is_begun = True
         return self._collect().__await__()
 
     async def _collect(self) -> list[Any]:
@@ -196,13 +209,15 @@ class AsyncResults:
         try:
             while await self._next_batch():
                 values += self._values
-        except BaseException:
+        except BaseException as error:
             await self.aclose()
+            shorten(error)
             raise
         return values
 
     async def _next_batch(self) -> bool:
         """Decode the next batch into `_values`; False at the end."""
+        self._is_begun = True
         if self._error is not None:
             error, self._error = self._error, None
             await self.aclose()
@@ -231,12 +246,19 @@ class AsyncResults:
 
     async def aclose(self) -> None:
         """Cancel the call, if it still runs."""
-        self._is_over = True
+        self.cancel()
+
+    def cancel(self) -> None:
+        """`aclose`, for whoever cannot await."""
+        self._is_begun = self._is_over = True
+        self._rows = None
         self._values = iter(())
         if self._stream is not None:
             self._stream.cancel()
 
     def __del__(self) -> None:
+        if not self._is_begun:
+            warn_unused(self._name)
         stream = self._stream
         if stream is None or self._is_over or stream.loop.is_closed():
             return

@@ -103,7 +103,7 @@ class CallState:
 
         self._added_count = 0
         self._sent_count = 0
-        self._is_sealed = False
+        self.is_sealed = False
         self._is_seal_sent = False
         #: Not sent for want of credit; at most one chunk as long as `room` is respected.
         self._pending: deque[Chunk] = deque()
@@ -142,7 +142,7 @@ class CallState:
         """Each input has its output here (a durable call: is on disk there)."""
         if self.is_durable:
             return self.is_stored or self._failure is not None
-        return self._is_sealed and self.received.count == self._added_count
+        return self.is_sealed and self.received.count == self._added_count
 
     @property
     def is_delivered(self) -> bool:
@@ -160,7 +160,7 @@ class CallState:
         """How many inputs, and bytes of them, may be added now without waiting for credit."""
         if self._failure is not None:
             return CHUNK_COUNT_MAX, CHUNK_BYTES
-        if self._pending or self._is_sealed:
+        if self._pending or self.is_sealed:
             return 0, 0
         in_flight = self._sent_count - self._acked_count
         if in_flight == 0:
@@ -179,7 +179,7 @@ class CallState:
             blobs: which of them name blobs, counted from the first of `inputs`.
             blob_size: bytes of the blobs that count against the window.
         """
-        assert not self._is_sealed, "no input follows a seal"
+        assert not self.is_sealed, "no input follows a seal"
         count = len(inputs)
         assert 0 < count <= CHUNK_COUNT_MAX, count
         payload = inputs[0] if count == 1 else b"".join(inputs)
@@ -197,8 +197,8 @@ class CallState:
 
     def seal(self) -> None:
         """No input follows."""
-        if not self._is_sealed:
-            self._is_sealed = True
+        if not self.is_sealed:
+            self.is_sealed = True
             self._send_pending()
             self._ack_if_due()
 
@@ -340,7 +340,7 @@ class CallState:
             else:
                 self._pending.popleft()
             self._send(chunk)
-        if self._is_sealed and not self._is_seal_sent:
+        if self.is_sealed and not self._is_seal_sent:
             self._is_seal_sent = True
             self._say_seal()
 

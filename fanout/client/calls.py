@@ -41,6 +41,10 @@ class LiveCall:
         self.state = state
         state.blob_size = session.store.size
         self.app_id = app_id
+        #: How many inputs it will have, if somebody knows: what a progress bar is out of.
+        self.count_hint: int | None = None
+        #: Inputs that ended with an error.
+        self.failed_count = 0
         self._listener = listener
         self._parked: deque[m.Message] = deque()
         #: Buffers of outputs (by input index) and items (by index and number) not taken yet.
@@ -72,8 +76,9 @@ class LiveCall:
 
     def receive(self, message: m.Message) -> bool:
         """Take a message, or keep it while its blobs are on their way. False if it waits."""
-        has_blobs = isinstance(message, m.Outputs | m.Items) and message.blobs
-        if not has_blobs and not self._parked:
+        if type(message) is m.Outputs and not (message.blobs or self._parked):
+            # The usual thing, and all that a single call gets.
+            self._note_failed(message)
             self.state.handle(message)
             return True
         if isinstance(message, m.Outputs | m.Items):
@@ -137,7 +142,8 @@ class LiveCall:
         if state.is_finished and not state.is_durable:
             state.outgoing.clear()
             session.last_words.finish(state.call_id, state.unacked_bytes)
-        elif not state.is_durable:
+        elif not (state.is_durable and (state.is_sealed or state.is_finished)):
+            # A spawned call that was cut off before its end has told nobody its id.
             state.cancel()
         for message in state.outgoing:
             if isinstance(message, m.CancelCall):
@@ -153,6 +159,7 @@ class LiveCall:
 
     def _take(self, message: m.Message) -> None:
         if isinstance(message, m.Outputs):
+            self._note_failed(message)
             for offset, blob_ids in message.blobs:
                 index = message.start + offset
                 if index not in self.state.received:
@@ -161,9 +168,19 @@ class LiveCall:
             for offset, blob_ids in message.blobs:
                 key = (message.index, message.number + offset)
                 self._buffers[key] = [self.session.store.buffer(id_) for id_ in blob_ids]
+        elif isinstance(message, m.CallFailed):
+            self.failed_count += self.state.count - self.state.received.count
         self.state.handle(message)
         if isinstance(message, m.Outputs | m.Items):
             self._unpin(message)
+
+    def _note_failed(self, message: m.Outputs) -> None:
+        if message.statuses.count(0) == len(message.statuses):
+            return
+        received = self.state.received
+        for index, status in enumerate(message.statuses, message.start):
+            if status in (m.Status.ERROR, m.Status.FAILURE) and index not in received:
+                self.failed_count += 1
 
     def _buffers_of(self, batch: Ready) -> BufferTable:
         table: BufferTable = {}

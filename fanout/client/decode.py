@@ -9,15 +9,18 @@ from typing import Any
 
 from fanout.client.calls import BufferTable
 from fanout.client.chunk import Batch, ItemBatch, Ready, split
-from fanout.exceptions import DeserializationError
+from fanout.exceptions import DeserializationError, RemoteError, SteeringError
 from fanout.protocol import messages as m
-from fanout.serialization import decode_error, decode_failure, decode_value
+from fanout.remote_errors import decode_error, decode_failure
+from fanout.serialization import decode_value, described
 
 _loads = pickle.loads
 
 #: Exceptions that steer the interpreter. A remote one raised here as it is would end somebody's
-#: loop or task in silence.
-_STEERING = (StopIteration, StopAsyncIteration, GeneratorExit, asyncio.CancelledError)
+#: loop or task in silence, or look like the Ctrl-C of somebody who sits here.
+_STEERING = (
+    StopIteration, StopAsyncIteration, GeneratorExit, KeyboardInterrupt, asyncio.CancelledError,
+)  # fmt: skip
 
 
 def decode(
@@ -55,6 +58,9 @@ def _decode_each(
                 error: BaseException = failure
         else:
             error = error_of(status, payload)
+            if isinstance(error, RemoteError) and error.input_index is None:
+                # A failure of the whole call is the same bytes for each of its inputs.
+                error.input_index = batch.start + position
         if not return_exceptions:
             return values, raisable(error)
         values.append(error)
@@ -89,6 +95,6 @@ def raisable(error: BaseException) -> BaseException:
     """The error as it may be raised here; see `_STEERING`."""
     if not isinstance(error, _STEERING):
         return error
-    wrapped = RuntimeError(f"the function raised {type(error).__name__}: {error}")
+    wrapped = SteeringError(f"the function raised {described(error)}")
     wrapped.__cause__ = error
     return wrapped

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fanout.client.calls import BufferTable, LiveFetch
 from fanout.client.chunk import Batch
@@ -14,9 +15,17 @@ from fanout.client.sessions import connected
 from fanout.exceptions import InvalidError
 from fanout.protocol import messages as m
 
+if TYPE_CHECKING:
+    from fanout.types import InputInfo
+
+logger = logging.getLogger("fanout.client")
+
 #: Outputs asked for at a time, and about how many bytes of them are wanted here at once.
 RANGE_COUNT_MAX = 1024
 RANGE_BYTES = 8 << 20
+
+#: States of a call of which the scheduler has nothing, as `CallInfo.state` says it.
+GONE = ("unknown", "expired")
 
 
 class _Listener:
@@ -37,11 +46,11 @@ class _Listener:
     async def wait(self, session: Session) -> None:
         """Until something changed."""
         self._waiter = session.loop.create_future()
-        waiter = session.begin_wait()
+        waiter = session.waiting.begin()
         try:
             await self._waiter
         finally:
-            session.end_wait(waiter)
+            session.waiting.end(waiter)
             self._waiter = None
 
 
@@ -59,7 +68,7 @@ class _Fetch:
         while not (batches := self.live.take()):
             if self._listener.error is not None:
                 raise self._listener.error
-            if self.live.info is not None and self.live.info.state == "unknown":
+            if self.live.info is not None and self.live.info.state in GONE:
                 return []
             await self._listener.wait(self._session)
         return batches
@@ -78,7 +87,7 @@ class _Fetch:
 
 async def get_output(call_id: bytes, index: int, timeout: float | None, object_id: str) -> Any:
     """See `FunctionCall.get`."""
-    from fanout.call import not_found
+    from fanout.call import gone
 
     if type(index) is not int or index < 0:
         raise InvalidError(f"index={index!r}: must be an int of at least 0")
@@ -88,8 +97,8 @@ async def get_output(call_id: bytes, index: int, timeout: float | None, object_i
     started = time.monotonic()
     try:
         info = await fetch.wait_for_info()
-        if info.state == "unknown":
-            raise not_found(object_id)
+        if info.state in GONE:
+            raise gone(object_id, info.state)
         if info.state != "open" and index >= info.input_count:
             raise InvalidError(
                 f"index={index}: call {object_id} has {info.input_count} inputs, numbered from 0"
@@ -107,7 +116,7 @@ async def get_output(call_id: bytes, index: int, timeout: float | None, object_i
     finally:
         fetch.close()
     if not batches:
-        raise not_found(object_id)
+        raise gone(object_id, info.state)
     batch, buffers = batches[0]
     values, error = decode(batch, buffers, return_exceptions=False)
     if error is not None:
@@ -122,11 +131,50 @@ async def ask_call(call_id: bytes) -> m.CallInfo:
     return info
 
 
-async def cancel_call(call_id: bytes) -> None:
+async def cancel_call(call_id: bytes, terminate_containers: bool) -> None:
     """Cancel a spawned call, and wait until the scheduler has seen it."""
+    kind = m.TerminateCall if terminate_containers else m.CancelCall
+    state = "open"
+    while state in ("open", "sealed"):
+        # Only the question is repeated over a lost connection, so what it asks for may be lost.
+        session = await connected()
+        session.send(kind(call_id))
+        info: m.CallInfo = await session.ask(m.AskCall(session.next_request(), call_id))
+        state = info.state
+
+
+async def ask_graph(call_id: bytes, object_id: str) -> list[InputInfo]:
+    """See `FunctionCall.get_call_graph`."""
+    from fanout.call import PREFIX, gone
+    from fanout.types import InputInfo, InputStatus
+
     session = await connected()
-    session.send(m.CancelCall(call_id))
-    await session.ask(m.AskCall(session.next_request(), call_id))
+    answer: m.CallGraph = await session.ask(m.AskCallGraph(session.next_request(), call_id))
+    if not answer.graph:
+        raise gone(object_id, (await ask_call(call_id)).state)
+    calls = answer.graph["calls"]
+    infos: list[InputInfo] = []
+    roots: list[InputInfo] = []
+    for position, index, above, status, container in answer.graph["inputs"]:
+        call_hex, function, module = calls[position]
+        info = InputInfo(
+            input_id=f"in-{call_hex}-{index}",
+            function_call_id=PREFIX + call_hex,
+            task_id=container,
+            status=InputStatus[status.upper()],
+            function_name=function,
+            module_name=module,
+        )
+        infos.append(info)
+        (roots if above < 0 else infos[above].children).append(info)
+    if answer.graph["is_cut"]:
+        logger.warning(
+            "the call graph of %s is not whole: the scheduler sends the %d inputs nearest to the "
+            "call, and forgets old calls that have ended",
+            object_id,
+            len(infos),
+        )
+    return roots
 
 
 class Reader:
@@ -148,7 +196,7 @@ class Reader:
         Raises:
             BaseException: what the function raised in the place of the next value.
         """
-        from fanout.call import PREFIX, not_found
+        from fanout.call import PREFIX, gone
 
         if self._error is not None:
             raise self._error
@@ -161,7 +209,8 @@ class Reader:
             assert self._fetch is not None
             batches = await self._fetch.next_batches()
             if not batches:
-                raise not_found(PREFIX + self._call_id.hex())
+                state = (await self._fetch.wait_for_info()).state
+                raise gone(PREFIX + self._call_id.hex(), state)
             for batch, buffers in batches:
                 self._ahead[batch.start] = (batch, buffers)
                 size = len(batch.payload) + sum(b.nbytes for row in buffers.values() for b in row)

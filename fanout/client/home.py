@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 #: Layout of the state folder and of the scheduler's database. Another number is another folder, so
 #: that daemons of both can run side by side.
-STATE_SCHEMA = 1
+STATE_SCHEMA = 2
 
 POLL_INTERVAL_S = 0.002
 PROBE_TIMEOUT_S = 2.0

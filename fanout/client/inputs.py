@@ -11,6 +11,7 @@ it takes its place in the order and counts against nobody else.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Generator, Iterable, Iterator
@@ -35,6 +36,9 @@ PULL_S_MAX = 1e-3
 
 #: Buffers of earlier inputs that a new one is compared with.
 RECENT_COUNT = 2
+
+#: What can be asked for its length at no cost; of anything else that may be a query.
+_SIZED = (list, tuple, range, dict, set, frozenset, str, bytes, bytearray, deque)
 
 #: A blob id with its content.
 Pin = tuple[bytes, memoryview]
@@ -186,6 +190,13 @@ class Rows:
             for iterable in iterables
         )
 
+    @property
+    def count_hint(self) -> int | None:
+        """How many rows there will be; None if that cannot be told beforehand."""
+        if not all(isinstance(iterable, _SIZED) for iterable in self.iterables):
+            return None
+        return min(map(len, self.iterables))
+
     def start(self) -> Iterator[Any]:
         """Rows for a caller that may block; async iterables run on a loop of their own."""
         iterators = [
@@ -253,40 +264,58 @@ def _blocking(iterable: AsyncIterable[Any]) -> Iterator[Any]:
 
 
 class Puller:
-    """Pulls rows in slices whose size follows their cost."""
+    """Pulls rows in slices whose size follows their cost.
+
+    An iterator may give some rows at once and then block for long: a page of a query, and nothing
+    until the next page is there. Nobody knows before, so while the pulling thread is inside the
+    iterator another one may take what has come so far (`rescue`). Outside of it the lock is held.
+    """
 
     def __init__(self, rows: Iterator[Any], encoder: Encoder) -> None:
         self._rows = rows
         self._encoder = encoder
         self._slice = 1
         self._mean_size = 1.0
+        #: Pulled and not encoded yet; encoded and not handed over yet.
+        self._pulled: deque[Any] = deque()
+        self._encoded = Encoded()
+        self._lock = threading.Lock()
+        #: Since when the pulling thread is inside the iterator, this time.
+        self.inside_since: float | None = None
+        #: All that was pulled so far, whoever has handed it over.
+        self.count = 0
+        self.size = 0
         self.is_exhausted = False
         #: The last pull took so long that results which are ready should not wait for another.
         self.is_slow = False
 
     def pull(self, count_max: int, size_max: int) -> Encoded:
         """The next inputs, as many as are worth a chunk and quickly there; at least one row is
-        pulled. Sets `is_exhausted` at the end.
+        pulled. Sets `is_exhausted` at the end. Without what was rescued meanwhile.
 
         Raises:
             Exception: whatever the user's iterator raises.
         """
-        encoded = Encoded()
-        count_max = min(count_max, CHUNK_COUNT_MAX)
-        size_max = min(size_max, CHUNK_BYTES)
+        count_stop = self.count + min(count_max, CHUNK_COUNT_MAX)
+        size_stop = self.size + min(size_max, CHUNK_BYTES)
+        self._encoded = Encoded()
+        first_count = self.count
         started = now = time.perf_counter()
-        while len(encoded.inputs) < count_max and encoded.size < size_max:
-            count = min(
+        while self.count < count_stop and self.size < size_stop:
+            before_count = self.count
+            wanted = min(
                 self._slice,
-                count_max - len(encoded.inputs),
-                max(1, int((size_max - encoded.size) / self._mean_size)),
+                count_stop - before_count,
+                max(1, int((size_stop - self.size) / self._mean_size)),
             )
-            rows = list(islice(self._rows, count))
-            if rows:
-                before = encoded.size
-                self._encoder.extend(encoded, rows)
-                self._mean_size += 0.5 * ((encoded.size - before) / len(rows) - self._mean_size)
-            if len(rows) < count:
+            self.inside_since = now
+            self._pulled.extend(islice(self._rows, wanted))
+            with self._lock:
+                self.inside_since = None
+                rows = list(self._pulled)
+                self._pulled.clear()
+                self._encode(rows)
+            if self.count - before_count < wanted:
                 self.is_exhausted = True
                 break
             before_s, now = now, time.perf_counter()
@@ -296,8 +325,36 @@ class Puller:
                 self._slice = max(1, self._slice // 4)
             if now - started > PULL_S_MAX:
                 break
-        self.is_slow = now - started > PULL_S_MAX and len(encoded.inputs) <= 2
-        return encoded
+        self.is_slow = now - started > PULL_S_MAX and self.count - first_count <= 2
+        return self._encoded
+
+    def rescue(self, since: float) -> Encoded | None:
+        """What has come so far, if the pulling thread is still inside the iterator for the same
+        time as when `inside_since` was this. Else it may have handed over something that nobody has
+        seen yet, which must go first. Called by another thread; never waits for the pulling one."""
+        if self.inside_since is not since or not self._lock.acquire(blocking=False):
+            return None
+        try:
+            if self.inside_since is not since:
+                return None
+            rows = []
+            while self._pulled:
+                rows.append(self._pulled.popleft())
+            self._encode(rows)
+            encoded, self._encoded = self._encoded, Encoded()
+        finally:
+            self._lock.release()
+        return encoded if encoded.inputs else None
+
+    def _encode(self, rows: list[Any]) -> None:
+        if not rows:
+            return
+        before = self._encoded.size
+        self._encoder.extend(self._encoded, rows)
+        size = self._encoded.size - before
+        self._mean_size += 0.5 * (size / len(rows) - self._mean_size)
+        self.count += len(rows)
+        self.size += size
 
 
 class AsyncPuller:
@@ -313,6 +370,8 @@ class AsyncPuller:
     async def pull(self, count_max: int, size_max: int) -> Encoded:
         """As `Puller.pull`."""
         encoded = Encoded()
+        count_max = min(count_max, CHUNK_COUNT_MAX)
+        size_max = min(size_max, CHUNK_BYTES)
         started = time.perf_counter()
         while len(encoded.inputs) < count_max and encoded.size < size_max:
             try:

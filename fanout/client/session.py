@@ -24,22 +24,21 @@ import logging
 import os
 import platform
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from fanout import config, context
+from fanout import config, context, output
 from fanout.client.app_run import AppRun
 from fanout.client.calls import LiveCall, LiveFetch
 from fanout.client.last_words import LastWords
 from fanout.client.loop import in_thread
+from fanout.client.session_handler import SessionHandler
+from fanout.client.waiting import Waiting
 from fanout.exceptions import (
     AuthError,
     ConnectionError,
-    InternalError,
     InvalidError,
-    ProtocolError,
     VersionError,
 )
 from fanout.protocol import messages as m
@@ -59,6 +58,11 @@ APP_WAIT_S = 5.0
 LAZY_DELAY_S = 0.002
 #: How often calls that are open make sure that the embedded default has its worker.
 WORKER_CHECK_INTERVAL_S = 2.0
+#: They name a call, and the call itself has no use for them.
+_NOT_FOR_CALLS = (m.Log, m.CallInfo, m.CallProgress)
+
+Question = m.AskCall | m.AskFunction | m.AskStatus | m.AskShutdown | m.AskCallGraph
+Answer = m.CallInfo | m.FunctionInfo | m.StatusInfo | m.ShutdownInfo | m.CallGraph | m.ObjectAnswer
 
 
 class Session:
@@ -72,10 +76,6 @@ class Session:
         self._on_gone = on_gone
         self.session_id = os.urandom(16)
         self.is_nested = context.container is not None
-        self._waits = context.container.waits if context.container is not None else None
-        self._thread = threading.get_ident()
-        if self._waits is not None:
-            self._waits.watch(self)
         self.store = MemoryBlobStore()
         self._blob_pins: dict[bytes, int] = {}
         self.transport: wire.Transport | None = None
@@ -94,17 +94,17 @@ class Session:
         self._fetches: dict[bytes, list[LiveFetch]] = {}
         self._requests: dict[int, tuple[m.Message, asyncio.Future[Any]]] = {}
         self._request_counter = 0
+        #: Whether queues or dicts were used, and how many ephemeral ones live by this session.
+        self.uses_objects = False
+        self.ephemeral_count = 0
         #: Acknowledgements that wait for company; see `send_lazily`.
         self._lazy: list[m.Message] = []
         self._lazy_timer: asyncio.TimerHandle | None = None
         self.last_words = LastWords(loop, self.send)
         #: Calls with messages that wait for a blob.
         self._parked_calls: set[LiveCall] = set()
-        #: Frames received of the kinds that can end a wait, and waits under way.
-        self.seen = 0
-        self._wait_count = 0
-        #: What `seen` was when the scheduler was last told of a wait; -1 when it knows of none.
-        self._told_at = -1
+        #: What user code waits for here.
+        self.waiting = Waiting(loop, self.send)
         #: Messages about calls that have ended here, or never were.
         self.unknown_count = 0
 
@@ -121,6 +121,13 @@ class Session:
             return False
         return self._opening.done() and not self._task.done()
 
+    @property
+    def is_awaited(self) -> bool:
+        """Somebody waits for a connection that is not there."""
+        if self.is_connected or self._opening is None:
+            return False
+        return bool(self._calls or self._fetches) or not self._opening.done()
+
     async def connect(self) -> None:
         """Be connected, once; later losses are repaired without the caller.
 
@@ -136,6 +143,8 @@ class Session:
             # A failure nobody waits for any more, because of Ctrl-C, is not worth a traceback.
             self._opening.add_done_callback(lambda f: f.cancelled() or f.exception())
             self._task = self.loop.create_task(self._keep_connected(), name="fanout session")
+            if (watcher := output.active) is not None:
+                watcher.wake()
         await asyncio.shield(self._opening)
 
     async def _keep_connected(self) -> None:
@@ -160,7 +169,7 @@ class Session:
             if not opening.done():
                 opening.set_exception(error)
             else:
-                self._fail_all(error)
+                self.fail_all(error)
         finally:
             self._queue_lazy()
             self.last_words.flush()
@@ -238,7 +247,7 @@ class Session:
                 container.socket_path,
                 hello=hello,
                 allowed=m.TO_CLIENT,
-                handler=lambda transport: _Handler(self, transport),
+                handler=lambda transport: SessionHandler(self, transport),
             )
         join = await self._find_scheduler()
         self._was_found = True
@@ -247,7 +256,7 @@ class Session:
             role="client",
             session_id=self.session_id,
             info=info,
-            handler=lambda transport: _Handler(self, transport),
+            handler=lambda transport: SessionHandler(self, transport),
         )
 
     async def _find_scheduler(self) -> JoinString:
@@ -274,7 +283,7 @@ class Session:
         """A new connection: say all that must be true over there."""
         last_words = self.last_words.again()
         self.transport = transport
-        self.seen = 0
+        self.waiting.forget()
         epoch = transport.peer.epoch if isinstance(transport.peer, m.Welcome) else 0
         self.exchange = BlobExchange(
             self.store, transport.send, transport.send_bulk, self._on_blob_completed
@@ -283,6 +292,9 @@ class Session:
             if run.owner is self and not self.is_nested:
                 transport.send(m.OpenApp(run.app_id, run.name))
                 run.opened_epoch = epoch
+        if (watcher := output.active) is not None:
+            watcher.connected()
+            self.watch(True)
         for definition in self._definitions.values():
             self._send_definition(definition)
         for words in last_words:
@@ -295,8 +307,9 @@ class Session:
                     transport.send(message)
         for message, _ in self._requests.values():
             transport.send(message)
-        self._told_at = -1
-        self._review_waits()
+        if self.uses_objects:
+            transport.send(m.RequestsRepeated(len(self._requests)))
+        self.waiting.review()
 
     def lose(self, transport: wire.Transport, error: Exception | None) -> None:
         """The connection is gone."""
@@ -312,10 +325,10 @@ class Session:
             call.drop_parked()
         self._parked_calls.clear()
         if isinstance(error, AuthError | VersionError) and self._task is not None:
-            self._fail_all(error)
+            self.fail_all(error)
         self._lost.set()
 
-    def _fail_all(self, error: Exception) -> None:
+    def fail_all(self, error: Exception) -> None:
         """There will be no connection: whoever waits is told."""
         for call in list(self._calls.values()):
             call.fail(error)
@@ -366,7 +379,12 @@ class Session:
                 del self._definitions[function_id]
         if run.owner is self and self.is_connected:
             self.send(m.CloseApp(run.app_id))
-        if not any(other.owner is self for other in self._runs.values()) and not self._calls:
+        await self.close_if_unused()
+
+    async def close_if_unused(self) -> None:
+        """Close the connection if nothing hangs on it: no run, call, question, ephemeral object."""
+        is_used = self._calls or self._requests or self.ephemeral_count
+        if not is_used and not any(run.owner is self for run in self._runs.values()):
             await self.close()
 
     def use_app(self, run: AppRun) -> None:
@@ -392,16 +410,25 @@ class Session:
 
     # --- calls and questions ---------------------------------------------------------------------
 
+    def watch(self, is_on: bool) -> None:
+        """Be told how calls get on, or no more. A container shows nothing to anybody."""
+        if not self.is_nested:
+            self.send(m.WatchProgress(is_on))
+
     def open_call(self, call: LiveCall) -> None:
         """Send a call's messages from its next flush on, and give it what arrives for it. So the
         call and its first inputs leave in one write."""
         self._calls[call.state.call_id] = call
         self._wanted.set()
+        if (watcher := output.active) is not None:
+            watcher.open_call(call, self._definitions[call.state.function_id].name)
 
     def close_call(self, call: LiveCall) -> None:
         """Nobody is interested in the call any more."""
         if self._calls.pop(call.state.call_id, None) is not None:
             self._parked_calls.discard(call)
+            if (watcher := output.active) is not None:
+                watcher.close_call(call)
 
     def open_fetch(self, fetch: LiveFetch) -> None:
         self._fetches.setdefault(fetch.call_id, []).append(fetch)
@@ -421,19 +448,28 @@ class Session:
         self._request_counter += 1
         return self._request_counter
 
-    async def ask(self, question: m.AskCall | m.AskFunction | m.AskStatus | m.AskShutdown) -> Any:
+    async def ask(self, question: Question) -> Any:
         """Send a question and wait for its answer, over reconnects too."""
         await self.connect()
+        future = self.post(question)
+        waiter = self.waiting.begin()
+        try:
+            return await future
+        finally:
+            self.waiting.end(waiter)
+            self.drop_request(question.request_id)
+
+    def post(self, question: Any) -> asyncio.Future[Any]:
+        """Send a question, and again after each reconnect until `drop_request`; its answer."""
         future: asyncio.Future[Any] = self.loop.create_future()
         self._requests[question.request_id] = (question, future)
         self._wanted.set()
         self.send(question)
-        waiter = self.begin_wait()
-        try:
-            return await future
-        finally:
-            self.end_wait(waiter)
-            self._requests.pop(question.request_id, None)
+        return future
+
+    def drop_request(self, request_id: int) -> None:
+        """Nobody waits for this answer any more, or it has come."""
+        self._requests.pop(request_id, None)
 
     def send(self, message: m.Message) -> None:
         """Send if connected; what matters is kept elsewhere and repeated after a reconnect."""
@@ -480,51 +516,6 @@ class Session:
             for message in lazy:
                 self.transport.queue(message)
 
-    # --- waiting ---------------------------------------------------------------------------------
-
-    def begin_wait(self) -> context.InputContext | None:
-        """User code waits for the scheduler. In a container that frees its core for others, when
-        nothing else runs there. Returns what `end_wait` is to be given."""
-        self._wait_count += 1
-        if self._waits is None:
-            return None
-        waiter = self._waits.begin(self)
-        if self._waits.are_all:
-            self._tell_waiting()
-        return waiter
-
-    def end_wait(self, waiter: context.InputContext | None) -> None:
-        self._wait_count -= 1
-        assert self._wait_count >= 0
-        if self._waits is not None:
-            self._waits.end(waiter, self)
-            self._review_waits()
-
-    def waits_changed(self) -> None:
-        """Another part of the container has begun or ended to wait; in any thread."""
-        if threading.get_ident() == self._thread:
-            self._review_waits()
-            return
-        # The loop may be gone.
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self._review_waits)
-
-    def _review_waits(self) -> None:
-        """Tell the scheduler if it does not know whether this container waits."""
-        if self._waits is None:
-            return
-        if self._waits.are_all:
-            if self._wait_count and self._told_at != self.seen:
-                self._tell_waiting()
-        elif self._told_at == self.seen:
-            # No frame ended it, so the scheduler takes this container for a waiting one.
-            self._told_at = -1
-            self.send(m.SessionRuns())
-
-    def _tell_waiting(self) -> None:
-        self._told_at = self.seen
-        self.send(m.SessionWaits(self.seen))
-
     # --- blobs -----------------------------------------------------------------------------------
 
     def pin(self, blob_id: bytes, data: bytes | memoryview | None = None) -> None:
@@ -569,10 +560,10 @@ class Session:
                 self.exchange.handle(message)
                 continue
             if kind in m.ENDS_WAIT:
-                self.seen += 1
+                self.waiting.seen += 1
                 has_ended_wait = True
             call_id = getattr(message, "call_id", None)
-            if call_id is None or isinstance(message, m.Log | m.CallInfo):
+            if call_id is None or isinstance(message, _NOT_FOR_CALLS):
                 self._on_other(message)
                 continue
             call = self._calls.get(call_id)
@@ -588,23 +579,20 @@ class Session:
         for call in touched.values():
             call.settle()
         if has_ended_wait:
-            self._review_waits()
+            self.waiting.review()
 
     def _on_other(self, message: m.Message) -> None:
-        if isinstance(message, m.Log):
-            from fanout import output
-
-            output.show_log(message)
+        if isinstance(message, m.Log | m.CallProgress | m.FunctionProgress):
+            if (watcher := output.active) is not None:
+                watcher.receive(message)
         elif isinstance(message, m.Notice):
             logger.warning("%s", message.text)
-        elif isinstance(message, m.CallInfo | m.FunctionInfo | m.StatusInfo | m.ShutdownInfo):
+        elif isinstance(message, Answer):
             self._on_answer(message)
         elif isinstance(message, m.Goodbye):
             logger.debug("= the scheduler says goodbye: %s", message.text)
 
-    def _on_answer(
-        self, message: m.CallInfo | m.FunctionInfo | m.StatusInfo | m.ShutdownInfo
-    ) -> None:
+    def _on_answer(self, message: Answer) -> None:
         request = self._requests.get(message.request_id)
         if request is not None:
             if not request[1].done():
@@ -613,27 +601,3 @@ class Session:
         if isinstance(message, m.CallInfo):
             for fetch in list(self._fetches.get(message.call_id, ())):
                 fetch.receive(message)
-
-
-class _Handler:
-    """Takes what a transport delivers, as long as the session uses that transport."""
-
-    def __init__(self, session: Session, transport: wire.Transport) -> None:
-        self._session = session
-        self._transport = transport
-
-    def messages_received(self, messages: list[m.Message]) -> None:
-        if self._session.transport is not self._transport:
-            return
-        try:
-            self._session.receive(messages)
-        except ProtocolError as error:
-            logger.error("the scheduler broke the protocol: %s", error)
-            self._session._fail_all(InternalError(f"the scheduler broke the protocol: {error}"))
-            raise
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._session.lose(self._transport, error)
-
-    def writable_changed(self, is_writable: bool) -> None:
-        """The credit of calls bounds what is in flight."""

@@ -45,6 +45,12 @@ async def connected() -> Session:
     return session
 
 
+def all_here() -> list[Session]:
+    """The sessions of all loops of this process."""
+    with _lock:
+        return list(_sessions.values())
+
+
 async def close_here() -> None:
     """Close the session of the running loop, its apps included."""
     if (session := _sessions.get(asyncio.get_running_loop())) is not None:

@@ -16,7 +16,8 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -27,13 +28,19 @@ from fanout.client.call_state import CallState
 from fanout.client.calls import BufferTable, LiveCall
 from fanout.client.chunk import Batch, Ready
 from fanout.client.decode import decode, error_of
-from fanout.client.inputs import Encoded, Encoder, Puller, Rows, encode_one
+from fanout.client.inputs import Encoded, Encoder, Puller, Rows
 from fanout.client.loop import background_loop
 from fanout.client.session import Session
 from fanout.client.sessions import connected, session_here
 from fanout.context import InputContext
 from fanout.exceptions import InternalError
 from fanout.protocol import messages as m
+from fanout.twin import shorten
+
+#: A user's iterator that has blocked for this long does not keep back what it has given before.
+RESCUE_AFTER_S = 0.02
+#: How often that is looked at while nobody pulls.
+RESCUE_LOOK_S_MAX = 0.5
 
 #: The call is over: nothing follows on the queue.
 _END = object()
@@ -57,6 +64,8 @@ class Plan:
     parent: tuple[int, int] | None = None
     method: str = ""
     call_id: bytes = field(default_factory=lambda: os.urandom(16))
+    #: How many inputs there will be, if that is known.
+    count_hint: int | None = 1
 
     def open(self, session: Session, listener: Any) -> LiveCall:
         """Begin the call on a session."""
@@ -71,7 +80,11 @@ class Plan:
             parent=self.parent,
             method=self.method,
         )
+        if self.is_durable:
+            self.run.spawned_ids.append(self.call_id)
+            self.run.spawned_count += 1
         call = LiveCall(session, state, self.run.app_id, listener)
+        call.count_hint = self.count_hint
         session.open_call(call)
         return call
 
@@ -138,14 +151,14 @@ class _Opener:
         self._is_waiting = True
         if self.call is not None and not self._is_wait_told:
             self._is_wait_told = True
-            self._waiter = self.call.session.begin_wait()
+            self._waiter = self.call.session.waiting.begin()
 
     def end_wait(self) -> None:
         self._is_waiting = False
         if self._is_wait_told:
             self._is_wait_told = False
             assert self.call is not None
-            self.call.session.end_wait(self._waiter)
+            self.call.session.waiting.end(self._waiter)
 
     def opened(self, call: LiveCall) -> None:
         raise NotImplementedError
@@ -234,6 +247,8 @@ class BlockingStream(_Opener):
         self.allowed_size = config.WINDOW_BYTES
         #: Set by the user's thread before it blocks for want of room.
         self.wants_room = False
+        #: Where the inputs come from, unless they are all there.
+        self.puller: Puller | None = None
         self._early: list[tuple[Encoded, bool]] = []
         self._added_size = 0
         self._put_count = 0
@@ -247,6 +262,31 @@ class BlockingStream(_Opener):
             self._add(encoded, is_last)
         call.flush()
         self.call_changed()
+        if self.puller is not None:
+            self._look_later(RESCUE_AFTER_S)
+
+    def _look_later(self, delay_s: float) -> None:
+        asyncio.get_running_loop().call_later(delay_s, self._look, delay_s)
+
+    def _look(self, delay_s: float) -> None:
+        """See whether the user's thread is stuck in its iterator, now and then."""
+        puller, call = self.puller, self.call
+        if puller is None or puller.is_exhausted or call is None or call.is_closed:
+            return
+        since = puller.inside_since
+        if since is None:
+            self._look_later(min(2 * delay_s, RESCUE_LOOK_S_MAX))
+            return
+        self._look_later(RESCUE_AFTER_S)
+        if time.perf_counter() - since >= RESCUE_AFTER_S:
+            # Behind what the user's thread had handed over before it went inside.
+            asyncio.get_running_loop().call_soon(self._rescue, since)
+
+    def _rescue(self, since: float) -> None:
+        puller = self.puller
+        encoded = None if puller is None else puller.rescue(since)
+        if encoded is not None:
+            self.exchange([], encoded, False)
 
     def exchange(self, used: list[Ready], encoded: Encoded | None, is_last: bool) -> None:
         """Take what the user's thread hands over: batches used up, inputs, the end of inputs."""
@@ -314,10 +354,8 @@ class _Feed:
 
     def __init__(self, stream: BlockingStream, puller: Puller | None) -> None:
         self.stream = stream
-        self._puller = puller
+        stream.puller = self._puller = puller
         self._loop = background_loop()
-        self._pushed_count = 0
-        self._pushed_size = 0
         self._taken_count = 0
         self.used: list[Ready] = []
 
@@ -331,7 +369,7 @@ class _Feed:
         while True:
             is_ready = not queue.empty()
             if puller is not None and puller.is_exhausted:
-                puller = self._puller = None
+                puller = self._puller = self.stream.puller = None
             if puller is not None and not (is_ready and puller.is_slow) and self._top_up(puller):
                 if not is_ready:
                     continue
@@ -353,6 +391,8 @@ class _Feed:
 
     def close(self) -> None:
         """Nobody iterates any more: end the call, if it is not over."""
+        # The user's iterator is let go of here, in the user's thread.
+        self._puller = self.stream.puller = None
         # The loop may be gone already, at the interpreter's exit.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.stream.cancel)
@@ -360,13 +400,11 @@ class _Feed:
     def _top_up(self, puller: Puller) -> bool:
         """Hand over another chunk if there is room for one."""
         stream = self.stream
-        count = stream.allowed_count - self._pushed_count
-        size = stream.allowed_size - self._pushed_size
+        count = stream.allowed_count - puller.count
+        size = stream.allowed_size - puller.size
         if count <= 0 or size <= 0:
             return False
         encoded = puller.pull(count, size)
-        self._pushed_count += len(encoded.inputs)
-        self._pushed_size += encoded.size
         self._exchange(encoded, puller.is_exhausted)
         return True
 
@@ -378,8 +416,9 @@ class _Feed:
         stream = self.stream
         if self._puller is not None:
             stream.wants_room = True
-            if stream.allowed_count > self._pushed_count and stream.allowed_size > (
-                self._pushed_size
+            if (
+                stream.allowed_count > self._puller.count
+                and stream.allowed_size > self._puller.size
             ):
                 # Room came between the look and the flag.
                 stream.queue.put(_ROOM)
@@ -390,17 +429,25 @@ class _Feed:
 
 def iterate(
     make_plan: Callable[[], Plan], rows: Rows, common: dict[str, Any], return_exceptions: bool
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """The results of a map, for a thread. Nothing happens before the first `next`; closing or
     dropping the iterator cancels the call."""
-    encoder = Encoder(common, rows.is_column)
-    stream = BlockingStream(make_plan())
-    feed = _Feed(stream, Puller(rows.start(), encoder))
-    background_loop().call_soon_threadsafe(stream.open)
-    yield from _values(stream, feed, return_exceptions)
+    try:
+        encoder = Encoder(common, rows.is_column)
+        plan = make_plan()
+        plan.count_hint = rows.count_hint
+        stream = BlockingStream(plan)
+        feed = _Feed(stream, Puller(rows.start(), encoder))
+        background_loop().call_soon_threadsafe(stream.open)
+        yield from _values(stream, feed, return_exceptions)
+    except BaseException as error:
+        shorten(error)
+        raise
 
 
-def _values(stream: BlockingStream, feed: _Feed, return_exceptions: bool) -> Iterator[Any]:
+def _values(
+    stream: BlockingStream, feed: _Feed, return_exceptions: bool
+) -> Generator[Any, None, None]:
     try:
         while (delivery := feed.next_delivery()) is not None:
             for batch, buffers in delivery:
@@ -413,22 +460,18 @@ def _values(stream: BlockingStream, feed: _Feed, return_exceptions: bool) -> Ite
         feed.close()
 
 
-def iterate_one(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """The items of one generator, for a thread.
-
-    Raises:
-        SerializationError: at once, if an argument cannot be pickled.
-    """
-    return _iterate_encoded(plan, encode_one(args, kwargs))
-
-
-def _iterate_encoded(plan: Plan, encoded: Encoded) -> Iterator[Any]:
+def iterate_one(plan: Plan, encoded: Encoded) -> Generator[Any, None, None]:
+    """The items of one generator, for a thread."""
     stream = BlockingStream(plan)
     feed = _Feed(stream, None)
     loop = background_loop()
     loop.call_soon_threadsafe(stream.open)
     loop.call_soon_threadsafe(stream.exchange, [], encoded, True)
-    yield from _values(stream, feed, return_exceptions=False)
+    try:
+        yield from _values(stream, feed, return_exceptions=False)
+    except BaseException as error:
+        shorten(error)
+        raise
 
 
 def run_to_end(
@@ -440,6 +483,7 @@ def run_to_end(
         BaseException: the first error that arrived, unless they are ignored.
     """
     plan = make_plan()
+    plan.count_hint = rows.count_hint
     encoder = Encoder(common, rows.is_column)
     stream = BlockingStream(plan)
     feed = _Feed(stream, Puller(rows.start(), encoder))

@@ -25,6 +25,7 @@ from fanout.exceptions import (
     ConnectionError,
     Error,
     InternalError,
+    PermissionDeniedError,
     ProtocolError,
     VersionError,
 )
@@ -73,6 +74,7 @@ TRANSITIONS: dict[State, dict[Cause, State]] = {
 #: Goodbyes that tell of an error, and as what they are raised here. All others are orderly.
 ERRORS_BY_CODE: dict[str, type[Error]] = {
     "auth": AuthError,
+    "permission": PermissionDeniedError,
     "version": VersionError,
     "protocol": ProtocolError,
     "internal": InternalError,

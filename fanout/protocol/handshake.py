@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 import msgpack
 
-from fanout.exceptions import AuthError, ProtocolError, VersionError
+from fanout.exceptions import AuthError, PermissionDeniedError, ProtocolError, VersionError
 from fanout.protocol import messages as m
 
 LISTENER_LABEL = "fanout: the listener holds the secret"
@@ -199,7 +199,7 @@ class ListenerHandshake:
             raise AuthError(_REFUSED)
         if token.role != hello.role or token.role not in FROM_ROLE:
             # Only one who holds the secret gets here, so this tells nothing to a stranger.
-            raise AuthError(
+            raise PermissionDeniedError(
                 f"this token is for the role {token.role!r}, not {hello.role!r}; use the join "
                 f"string for that role, which `fanout scheduler` prints too"
             )

@@ -47,7 +47,7 @@ from fanout.exceptions import ProtocolError
 from fanout.protocol import frames
 
 #: Grows whenever a frame changes; two sides with different numbers refuse each other by name.
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 #: Inputs in one `Inputs` frame, and so in one chunk. A no-op map is fastest at a few hundred.
 CHUNK_INPUTS_MAX = 4096
@@ -62,6 +62,10 @@ BLOB_SIZE_BYTES_MAX = 1 << 40
 #: What a sender may have under way of one blob.
 BLOB_CREDIT_BYTES = 4 * BLOB_PART_SIZE_BYTES
 EPOCH_SHIFT = 40
+#: Values in one frame about a queue or dict: a partition full of items, or its keys and values.
+VALUES_MAX = 10_000
+PARTITION_SIZE_MAX = 64
+DICT_KEY_SIZE_MAX = 64 << 10
 
 
 class Status(IntEnum):
@@ -92,6 +96,43 @@ FAILURE_CODES = (
     "store",  # StorageError: the scheduler could not write it down (disk full)
     "internal",  # InternalError: a bug in fanout
 )
+
+
+class ObjectType(IntEnum):
+    """What a stored object is."""
+
+    QUEUE = 1
+    DICT = 2
+
+
+class OpenMode(IntEnum):
+    """How `OpenObject` looks for an object."""
+
+    FIND = 0
+    MAKE_IF_MISSING = 1
+    #: An error if there is one of that name.
+    MAKE = 2
+    #: In memory, without a name, as long as the client's session lives.
+    EPHEMERAL = 3
+    BY_ID = 4
+
+
+class Action(IntEnum):
+    """What `ObjectAction` asks for; the last three change something."""
+
+    LEN = 0
+    LEN_TOTAL = 1
+    CLEAR = 2
+    CLEAR_ALL = 3
+    DELETE = 4
+
+
+class Look(IntEnum):
+    """What `DictGet` asks for; only POP changes something."""
+
+    GET = 0
+    CONTAINS = 1
+    POP = 2
 
 
 class Source(IntEnum):
@@ -210,6 +251,10 @@ def _is_lengths(value: Any) -> bool:
     return type(value) is bytes and len(value) % 4 == 0 and len(value) <= 4 * CHUNK_INPUTS_MAX
 
 
+def _is_value_lengths(value: Any) -> bool:
+    return type(value) is bytes and len(value) % 4 == 0 and len(value) <= 4 * VALUES_MAX
+
+
 def _is_pair_or_none(value: Any) -> bool:
     return value is None or (_is_pairs([value]))
 
@@ -220,6 +265,12 @@ FunctionId = Annotated[bytes, Sized(bytes, 16, 16)]
 SessionId = Annotated[bytes, Sized(bytes, 16, 16)]
 WorkerId = Annotated[bytes, Sized(bytes, 16, 16)]
 BlobId = Annotated[bytes, Sized(bytes, 32, 32)]
+ObjectId = Annotated[bytes, Sized(bytes, 16, 16)]
+ObjectName = Annotated[str, Sized(str, 0, 64)]
+PartitionKey = Annotated[bytes, Sized(bytes, 0, PARTITION_SIZE_MAX)]
+DictKey = Annotated[bytes, Sized(bytes, 1, DICT_KEY_SIZE_MAX)]
+ItemNumber = Annotated[int, Between(0, ID_MAX)]
+ValueLengths = Annotated[bytes, _is_value_lengths]
 ContainerId = Annotated[int, Between(0, ID_MAX)]
 LeaseId = Annotated[int, Between(0, ID_MAX)]
 Index = Annotated[int, Between(0, INDEX_MAX)]
@@ -651,7 +702,7 @@ class InputsStored(Message):
 
 @_message(46)
 class CallInfo(Message):
-    """`state` is one of unknown, open, sealed, finished, cancelled, failed."""
+    """`state` is one of unknown, expired, open, sealed, finished, cancelled, failed."""
 
     request_id: RequestId
     call_id: CallId
@@ -957,6 +1008,47 @@ class BlobCredit(Message):
     upto: Annotated[int, Between(0, 2 * BLOB_SIZE_BYTES_MAX)]
 
 
+# --- progress: for a client that shows it --------------------------------------------------------
+
+
+@_message(140)
+class WatchProgress(Message):
+    """From a client: say how its calls get on, from now on, or no more. Without it the scheduler
+    counts and sends nothing for the sake of being looked at."""
+
+    is_on: Flag
+
+
+@_message(141)
+class CallProgress(Message):
+    """How one call gets on, with the calls that its containers make: to a client that watches, when
+    something has changed and a few times a second at most. Before the first text of a nested call,
+    too, whose name the client would not know. `running`, `starting`: containers that have an input
+    of it, and that are not ready yet. `waits_for` is for people."""
+
+    call_id: CallId
+    name: Text
+    is_durable: Flag
+    is_nested: Flag
+    is_sealed: Flag
+    is_over: Flag
+    input_count: Count
+    finished_count: Count
+    running: Count
+    starting: Count
+    waits_for: Text
+
+
+@_message(142)
+class FunctionProgress(Message):
+    """Containers of one function that run inputs, and that are being started."""
+
+    function_id: FunctionId
+    name: Text
+    running: Count
+    starting: Count
+
+
 # --- only in the store ---------------------------------------------------------------------------
 
 
@@ -969,19 +1061,273 @@ class CallEnded(Message):
     ended_at: Number
 
 
+@_message(150)
+class CallExpired(Message):
+    """The results of a durable call were kept until this time (seconds since 1970). Remembered for
+    a while, so that whoever asks is told more than of a call that never was. Nobody sends this."""
+
+    call_id: CallId
+    expired_at: Number
+
+
+# --- cancelling with force, call graphs -----------------------------------------------------------
+
+
+@_message(155)
+class TerminateCall(Message):
+    """As `CancelCall`, and the containers that run the call are killed."""
+
+    call_id: CallId
+
+
+@_message(156)
+class AskCallGraph(Message):
+    """Which calls the inputs of a spawned call have made. Answered by `CallGraph`."""
+
+    request_id: RequestId
+    call_id: CallId
+
+
+@_message(157)
+class CallGraph(Message):
+    """`graph` is empty when there is no such call; else `calls`, `inputs` and `is_cut`, as the
+    scheduler's `core/graph.py` writes them."""
+
+    request_id: RequestId
+    graph: Map
+
+
+# --- queues and dicts ----------------------------------------------------------------------------
+#
+# Each request is known by its session and its number, and is done once, however often it comes: see
+# `scheduler/fanout_scheduler/core/objects.py` for the rule. All are answered by `ObjectAnswer`.
+
+
+@_message(120)
+class OpenObject(Message):
+    """Find or make a queue or dict. `object_id` is the one to look for (BY_ID), or the one that a
+    new object gets. The answer's `info` is [id, name, time of its making in seconds since 1970]."""
+
+    request_id: RequestId
+    object_id: ObjectId
+    object_type: Annotated[int, Between(1, 2)]
+    name: ObjectName
+    mode: Annotated[int, Between(0, 4)]
+
+
+@_message(121)
+class ListObjects(Message):
+    """The named objects of a type, in the order of their names, from the first one behind `after`.
+    The answer's `info` is a list of what `OpenObject` gives; an empty one is the end."""
+
+    request_id: RequestId
+    object_type: Annotated[int, Between(1, 2)]
+    after: ObjectName
+
+
+@_message(122)
+class QueuePut(Message):
+    """Append all of these items or, if there is no room, wait (`block`) or answer "full"."""
+
+    request_id: RequestId
+    object_id: ObjectId
+    partition: PartitionKey
+    ttl_s: Number
+    block: Flag
+    lengths: ValueLengths
+    payload: Payload
+
+
+@_message(123)
+class QueueGet(Message):
+    """Take up to `count` items, as soon as there is one; with nothing there wait (`block`) or
+    answer "empty"."""
+
+    request_id: RequestId
+    object_id: ObjectId
+    partition: PartitionKey
+    count: Count
+    block: Flag
+
+
+@_message(124)
+class QueuePeek(Message):
+    """Like `QueueGet`, of items with a number above `after`, and leave them there. The answer's
+    `number` is that of the last one."""
+
+    request_id: RequestId
+    object_id: ObjectId
+    partition: PartitionKey
+    after: ItemNumber
+    count: Count
+    block: Flag
+
+
+@_message(125)
+class DictPut(Message):
+    """Set entries: the table holds key, value, key, value, ... With `if_missing` only those whose
+    key is not there; the answer's `number` is how many were set."""
+
+    request_id: RequestId
+    object_id: ObjectId
+    if_missing: Flag
+    lengths: ValueLengths
+    payload: Payload
+
+
+@_message(126)
+class DictGet(Message):
+    """Look a key up, the payload, as `Look` says. The answer's `number` is 1 if it was there."""
+
+    request_id: RequestId
+    object_id: ObjectId
+    look: Annotated[int, Between(0, 2)]
+    payload: Payload
+
+
+@_message(127)
+class DictScan(Message):
+    """A page of entries with numbers above `after`: keys, values, or key, value, key, value, ...
+    The answer's `number` is that of the last one; a page without entries is the end."""
+
+    request_id: RequestId
+    object_id: ObjectId
+    after: ItemNumber
+    has_keys: Flag
+    has_values: Flag
+
+
+@_message(128)
+class ObjectAction(Message):
+    """See `Action`; the answer's `number` is a length."""
+
+    request_id: RequestId
+    object_id: ObjectId
+    action: Annotated[int, Between(0, 4)]
+    partition: PartitionKey
+
+
+@_message(129)
+class CancelRequest(Message):
+    """End a request that waits: the answer's `number` is 1 if nothing came of it, 0 if it was done
+    already. With `is_abandoned` nobody will take its answer: what it took out of a queue goes back
+    to its place."""
+
+    request_id: RequestId
+    target: RequestId
+    is_abandoned: Flag
+
+
+@_message(130)
+class RequestsDone(Message):
+    """The answers of these requests, as (first, count), have arrived. The scheduler forgets them,
+    and what they took out of a queue is gone."""
+
+    requests: Pairs
+
+
+@_message(131)
+class RequestsRepeated(Message):
+    """After a reconnect, behind the `count` requests that the client sends again: the answers of
+    all its other requests have arrived."""
+
+    count: Count
+
+
+@_message(132)
+class ObjectAnswer(Message):
+    """What came of a request. `code` is one of `ANSWER_CODES`; `info` is [sentence] for an
+    error."""
+
+    request_id: RequestId
+    code: Text
+    number: ItemNumber
+    info: Records
+    lengths: ValueLengths
+    payload: Payload
+
+
+#: `ObjectAnswer.code`, and what the client makes of it.
+ANSWER_CODES = (
+    "ok",
+    "empty",  # queue.Empty, or the end
+    "full",  # queue.Full
+    "missing",  # NotFoundError: no such object
+    "exists",  # AlreadyExistsError
+    "invalid",  # InvalidError
+    "size",  # RequestSizeError
+    "exhausted",  # ResourceExhaustedError: the scheduler has no memory for it
+    "store",  # StorageError
+    "cancelled",  # nobody waits for it any more
+)
+
+
+@_message(136)
+class ObjectMade(Message):
+    """Only in the store: a named object."""
+
+    object_id: ObjectId
+    object_type: Annotated[int, Between(1, 2)]
+    name: ObjectName
+    made_at: Number
+
+
+@_message(137)
+class QueueItem(Message):
+    """Only in the store: an item, with the time (since 1970) at which its partition expires."""
+
+    object_id: ObjectId
+    number: ItemNumber
+    partition: PartitionKey
+    expires_at: Number
+    payload: Payload
+
+
+@_message(138)
+class DictEntry(Message):
+    """Only in the store: a key and its value."""
+
+    object_id: ObjectId
+    number: ItemNumber
+    key: DictKey
+    payload: Payload
+
+
+@_message(139)
+class Receipt(Message):
+    """Only in the store: a request was done, and its client has not said that it knows. `items`
+    are the numbers of those that it took out of a queue; the rest is its answer."""
+
+    object_id: ObjectId
+    session_id: SessionId
+    request_id: RequestId
+    partition: PartitionKey
+    items: Records
+    number: ItemNumber
+    lengths: ValueLengths
+    payload: Payload
+
+
 # --- who may send what ----------------------------------------------------------------------------
 
 #: What transfers of blobs consist of.
 BLOB_KINDS = frozenset({BlobOffer, BlobWanted, BlobHeld, BlobPart, BlobCredit})
 
+#: Requests about queues and dicts, and what a client says about them.
+OBJECT_REQUESTS: frozenset[type[Message]] = frozenset({
+    OpenObject, ListObjects, QueuePut, QueueGet, QueuePeek, DictPut, DictGet, DictScan,
+    ObjectAction, CancelRequest, RequestsDone, RequestsRepeated,
+})  # fmt: skip
+
 #: A worker's token cannot submit calls: these sets are checked against the role that was proved.
-FROM_CLIENT: frozenset[type[Message]] = BLOB_KINDS | {
+FROM_CLIENT: frozenset[type[Message]] = BLOB_KINDS | OBJECT_REQUESTS | {
     Goodbye, Heartbeat, OpenApp, CloseApp, DefineFunction, OpenCall, SubmitCall, Inputs, SealCall,
     Ack, CallsFinished,
     ItemCredit, CancelCall, FetchOutputs, StopFetch, AskCall, AskFunction, AskStatus, AskShutdown,
+    TerminateCall, AskCallGraph, WatchProgress,
 }  # fmt: skip
 FROM_NESTED_CLIENT: frozenset[type[Message]] = (FROM_CLIENT | {SessionWaits, SessionRuns}) - {
-    AskShutdown, OpenApp, CloseApp,
+    AskShutdown, OpenApp, CloseApp, WatchProgress,
 }  # fmt: skip
 FROM_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, WorkerReady, ContainerStarted, ContainerExited, LeaseOutputs, LeaseItems,
@@ -989,7 +1335,8 @@ FROM_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
 }  # fmt: skip
 TO_CLIENT: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, CallOpened, Window, Outputs, Items, CallFailed, InputsStored, CallInfo,
-    FunctionInfo, StatusInfo, Log, Notice, ShutdownInfo,
+    FunctionInfo, StatusInfo, Log, Notice, ShutdownInfo, CallGraph, CallProgress,
+    FunctionProgress, ObjectAnswer,
 }  # fmt: skip
 TO_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, WorkerAccepted, DefineFunction, DropFunction, StartContainer,
@@ -1000,7 +1347,17 @@ TO_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
 #: Frames that can end a client's wait. While a container waits, the scheduler holds them back until
 #: the container has its core again.
 ENDS_WAIT: frozenset[type[Message]] = frozenset(
-    {Outputs, Items, CallFailed, InputsStored, CallInfo, FunctionInfo, StatusInfo}
+    {
+        Outputs,
+        Items,
+        CallFailed,
+        InputsStored,
+        CallInfo,
+        FunctionInfo,
+        StatusInfo,
+        CallGraph,
+        ObjectAnswer,
+    }
 )
 
 # --- codec ----------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ class ConcurrentWay:
             ):
                 self._tell(outputs)
                 outputs = _Outputs(lease_id, index)
-            self._add(outputs, running, (status, value, blob_ids), duration_ns)
+            self._add(outputs, given.call_id, running, (status, value, blob_ids), duration_ns)
             self._end(given, running)
         self._tell(outputs)
         if self._has_waits:
@@ -300,6 +300,7 @@ class ConcurrentWay:
     def _add(
         self,
         outputs: _Outputs,
+        call_id: bytes,
         running: _Input,
         output: tuple[int, bytes, list[bytes]],
         duration_ns: int,
@@ -308,7 +309,9 @@ class ConcurrentWay:
         if running.reason:
             # Whatever the code made of it: an input that ran over its time has not succeeded.
             status, blob_ids = m.Status.FAILURE, []
-            value = outcome.stopped_payload(running.reason, self._process.timeout_s)
+            value = outcome.stopped_payload(
+                running.reason, self._process.timeout_s, call_id, running.index
+            )
         if blob_ids:
             outputs.blobs.append((len(outputs.lengths), blob_ids))
         outputs.lengths.append(len(value))
@@ -357,7 +360,8 @@ class ConcurrentWay:
                 if running.reason:
                     outputs = _Outputs(given.lease_id, running.index)
                     duration_ns = now_ns - running.since_ns if running.since_ns else 0
-                    self._add(outputs, running, (0, b"", []), max(0, duration_ns))
+                    nothing: tuple[int, bytes, list[bytes]] = (m.Status.FAILURE, b"", [])
+                    self._add(outputs, given.call_id, running, nothing, max(0, duration_ns))
                     self._end(given, running)
                     self._tell(outputs)
 

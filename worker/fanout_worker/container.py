@@ -20,9 +20,9 @@ from typing import Any
 from fanout.definition import unpack_definition
 from fanout.exceptions import ContainerStartError, ProtocolError
 from fanout.protocol import messages as m
-from fanout.serialization import encode_error
+from fanout.remote_errors import encode_error
 from fanout_worker import channel as ch
-from fanout_worker import outcome, process, shared
+from fanout_worker import outcome, process, resources, shared
 from fanout_worker.concurrent import ConcurrentWay
 from fanout_worker.environment import Launch, plan_launch, start_info
 from fanout_worker.host import Host
@@ -72,6 +72,7 @@ class Container:
         self._start_order_at = host.loop.time()
         self._start_failure = b""
         self._killed_for = 0
+        self._oom_kill_count = resources.oom_kill_count()
         self._fault = ""
         self._paused_ns = 0
         self._is_stop_ordered = False
@@ -379,12 +380,12 @@ class Container:
             return outcome.REASONS[self._killed_for], []
         if self._is_kill_ordered or (self._is_stop_ordered and not running):
             return "stopped", []
-        if not self.is_started:
-            return "start", []
         if self._fault:
             details["text"] = self._fault
         elif details["signal"] == "SIGKILL":
-            details["text"] += ". Nothing in fanout killed it; was the host out of memory?"
+            outcome.explain_kill(details, self._message.options, self._oom_kill_count)
+        if not self.is_started:
+            return "start", []
         return "crash", running
 
     def _release(self) -> None:

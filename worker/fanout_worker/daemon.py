@@ -34,7 +34,7 @@ from fanout.protocol import messages as m
 from fanout.protocol.blobs import BlobExchange, FileBlobStore
 from fanout.protocol.join import JoinString
 from fanout.protocol.transport import Transport, connect
-from fanout.serialization import encode_error
+from fanout.remote_errors import encode_error
 from fanout_worker import worker_state as ws
 from fanout_worker.container import Container
 from fanout_worker.environment import discard_sources

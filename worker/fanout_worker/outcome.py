@@ -6,7 +6,7 @@ import signal
 from typing import Any
 
 from fanout.protocol.messages import Status, failure_payload
-from fanout_worker import shared
+from fanout_worker import resources, shared
 
 #: What `ContainerExited.reason` says of an input that the daemon stopped.
 REASONS = {shared.REASON_TIMEOUT: "timeout", shared.REASON_CANCELLED: "cancelled"}
@@ -15,11 +15,17 @@ REASONS = {shared.REASON_TIMEOUT: "timeout", shared.REASON_CANCELLED: "cancelled
 START_LIMIT_S_MIN = 60.0
 
 
-def stopped_payload(reason: int, timeout_s: float | None) -> bytes:
+#: A container that held so much of what the worker may use was killed for it, most likely.
+NEAR_LIMIT = 0.95
+
+
+def stopped_payload(reason: int, timeout_s: float | None, call_id: bytes, index: int) -> bytes:
     """The output of an input that the daemon stopped, for `shared.REASON_...`."""
+    details: dict[str, Any] = {"call_id": call_id, "input_index": index}
     if reason == shared.REASON_TIMEOUT:
-        return failure_payload("timeout", f"the input ran longer than timeout={timeout_s:g} s")
-    return failure_payload("cancelled", "the call was cancelled while the input ran")
+        text = f"the input ran longer than timeout={timeout_s:g} s"
+        return failure_payload("timeout", text, details | {"timeout": timeout_s})
+    return failure_payload("cancelled", "the call was cancelled while the input ran", details)
 
 
 def start_limit(options: dict[str, Any]) -> tuple[float, str] | None:
@@ -78,15 +84,49 @@ def exit_details(
     }
 
 
+def explain_kill(
+    details: dict[str, Any], options: dict[str, Any], oom_kill_count_before: int | None
+) -> None:
+    """Say of a container that was killed by SIGKILL, and not by the worker, what is known of why.
+
+    Args:
+        details: as `exit_details` made them; gets a text that goes on, and what it is made of.
+        options: of the function.
+        oom_kill_count_before: `resources.oom_kill_count()` when the container was started.
+    """
+    now = resources.oom_kill_count()
+    if now is not None and oom_kill_count_before is not None:
+        details["is_out_of_memory"] = now > oom_kill_count_before
+    details["memory_limit_mib"] = resources.memory_mib()
+    details["memory_mib"] = options.get("memory")
+    details["text"] += kill_reason(details)
+
+
+def kill_reason(details: dict[str, Any]) -> str:
+    """The end of the text about a container that was killed by SIGKILL."""
+    peak_mib, limit_mib = details["peak_memory_mib"], details["memory_limit_mib"]
+    asked_mib, is_out_of_memory = details.get("memory_mib"), details.get("is_out_of_memory")
+    text = ". Nothing in fanout killed it"
+    if is_out_of_memory or peak_mib >= NEAR_LIMIT * limit_mib:
+        text = f", and this worker may use {limit_mib} MiB"
+        text += ". The kernel killed it for want of memory" if is_out_of_memory else ""
+        if asked_mib:
+            text += f". The function asked for memory={asked_mib}"
+        return text + "; ask for as much as it needs with memory=, so that fewer run at a time"
+    if is_out_of_memory is None:
+        return text + "; was the host out of memory?"
+    return text + ", and the kernel killed nothing for want of memory"
+
+
 def replaced(
-    segment: shared.Segment, index: int, reason: int, timeout_s: float | None
+    segment: shared.Segment, reason: int, timeout_s: float | None, call_id: bytes, index: int
 ) -> shared.Segment:
     """The segment, with the output of the stopped input saying so, whatever the code made of it:
     an input that ran over its time has not succeeded, even if it swallowed the signal."""
     at = index - segment.index
     lengths = list(memoryview(segment.lengths).cast("I"))
     start = sum(lengths[:at])
-    payload = stopped_payload(reason, timeout_s)
+    payload = stopped_payload(reason, timeout_s, call_id, index)
     rest = segment.payload[start + lengths[at] :]
     lengths[at] = len(payload)
     statuses = bytearray(segment.statuses)

@@ -26,6 +26,21 @@ def memory_mib(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     return min([total, *(limit for limit in limits if limit is not None)]) >> 20
 
 
+def oom_kill_count(
+    cgroups: Path = Path("/sys/fs/cgroup"), vmstat: Path = Path("/proc/vmstat")
+) -> int | None:
+    """How many processes the kernel has killed for want of memory: in this cgroup, or on the host
+    where the cgroup does not count them. None if neither is known."""
+    folder = next(_folders(cgroups, "memory"), cgroups)
+    for path in (folder / "memory.events", folder / "memory.oom_control", vmstat):
+        with contextlib.suppress(OSError, ValueError):
+            for line in path.read_text().splitlines():
+                name, _, count = line.partition(" ")
+                if name == "oom_kill":
+                    return int(count)
+    return None
+
+
 def _folders(cgroups: Path, controller: str) -> Iterator[Path]:
     """The cgroup folders of this process for a controller, its own first: each of them limits."""
     try:

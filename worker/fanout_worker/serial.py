@@ -232,10 +232,8 @@ class SerialWay:
         ):
             self._end_stopping(stopping)
             timeout_s = self._process.timeout_s
-            segment, blobs = (
-                outcome.replaced(segment, stopping.index, stopping.reason, timeout_s),
-                [],
-            )
+            stopped = (stopping.reason, timeout_s, given.call_id, stopping.index)
+            segment, blobs = outcome.replaced(segment, *stopped), []
         given.done += segment.count
         self.recent = (given.call_id, end - 1)
         if given.start + given.done >= given.stop:
@@ -337,11 +335,12 @@ class SerialWay:
         given = self._leases.get(stopping.slot) if stopping is not None else None
         if stopping is None or given is None or given.start + given.done != stopping.index:
             return
-        payload = outcome.stopped_payload(stopping.reason, self._process.timeout_s)
+        reason, index, timeout_s = stopping.reason, stopping.index, self._process.timeout_s
+        payload = outcome.stopped_payload(reason, timeout_s, given.call_id, index)
         progress = self._last_progress
         began_ns = progress.since_ns if progress is not None else time.perf_counter_ns()
         given.done += 1
         self._host.events.lease_outputs(
-            given.lease_id, stopping.index, max(0, time.perf_counter_ns() - began_ns) // 1000,
+            given.lease_id, index, max(0, time.perf_counter_ns() - began_ns) // 1000,
             len(payload).to_bytes(4, "little"), bytes([m.Status.FAILURE]), [], payload,
         )  # fmt: skip

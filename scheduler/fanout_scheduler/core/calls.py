@@ -5,7 +5,7 @@ from __future__ import annotations
 from fanout.config import CLIENT_GRACE_S, WINDOW_BYTES, WINDOW_COUNT_MAX, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs, durable, outputs
+from fanout_scheduler.core import blobs, durable, graph, objects, outputs, progress
 from fanout_scheduler.core.events import Disconnect, Exit, PeerId
 from fanout_scheduler.core.leasing import cancel_lease, run_again, stop_container
 from fanout_scheduler.core.snapshot import describe_busy, snapshot
@@ -53,7 +53,7 @@ def on_client_lost(state: State, peer: Peer) -> None:
     if session.container is not None:
         run_again(state, session.container, peer.peer_id)
         end_session(state, session)
-    elif session.calls or session.apps:
+    elif session.calls or session.apps or session.session_id in state.objects.ephemeral:
         state.at(state.now + CLIENT_GRACE_S, "session", session)
     else:
         end_session(state, session)
@@ -62,6 +62,7 @@ def on_client_lost(state: State, peer: Peer) -> None:
 def _detach(state: State, session: Session, peer_id: PeerId) -> None:
     """Nothing is owed to a connection that is gone."""
     session.peer_id = None
+    objects.on_detached(state, session)
     for call in state.calls.values():
         for key in [key for key in call.fetches if key[0] == peer_id]:
             del call.fetches[key]
@@ -82,6 +83,7 @@ def end_session(state: State, session: Session) -> None:
             cancel_call(state, call)
     for app in list(session.apps.values()):
         close_app(state, app)
+    objects.on_session_ended(state, session.session_id)
 
 
 # --- apps and functions ---------------------------------------------------------------------------
@@ -250,6 +252,10 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
     )
     add_call(state, call)
     session.calls[call.call_id] = call
+    if message.parent is not None:
+        graph.join(call, state.leases[message.parent[0]], message.parent[1])
+    if peer.watch is not None:
+        progress.wake(state, peer.watch)
     return call
 
 
@@ -383,6 +389,8 @@ def drop_call(state: State, call: Call) -> None:
     for generator in call.generators.values():
         for items in generator.unconfirmed:
             blobs.release(state, blobs.ids(items.blobs))
+    if call.node is not None:
+        graph.leave(state, call)
     call.outputs.clear()
     call.generators.clear()
     state.calls.pop(call.call_id, None)
@@ -399,9 +407,17 @@ def cancel_call(state: State, call: Call) -> None:
         drop_call(state, call)
     elif not call.is_over:
         text = "the call was cancelled"
-        payload = m.failure_payload("cancelled", text)
+        payload = m.failure_payload("cancelled", text, {"call_id": call.call_id})
         call.is_cancelled = True
         fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+
+
+def terminate_call(state: State, call: Call) -> None:
+    """Cancel a call and kill the containers that run it. Whatever else they had runs elsewhere."""
+    containers = [lease.container for lease in call.leases.values()]
+    cancel_call(state, call)
+    for container in containers:
+        stop_container(state, container)
 
 
 def fail_call(state: State, call: Call, failure: m.CallFailed) -> None:
@@ -436,7 +452,7 @@ def on_unsealed_deadline(state: State, call: Call) -> None:
 
 def forget_call(state: State, call: Call) -> None:
     """The results of a spawned call were kept their time."""
-    durable.forget_call(state, call.call_id)
+    durable.expire_call(state, call.call_id)
     drop_call(state, call)
 
 
@@ -459,7 +475,8 @@ def on_stop_fetch(state: State, peer: Peer, message: m.StopFetch) -> None:
 def on_ask_call(state: State, peer: Peer, message: m.AskCall) -> None:
     call = state.calls.get(message.call_id)
     if call is None or not call.is_durable:
-        info = m.CallInfo(message.request_id, message.call_id, "unknown", 0, 0, "", False)
+        what = "expired" if message.call_id in state.expired else "unknown"
+        info = m.CallInfo(message.request_id, message.call_id, what, 0, 0, "", False)
     else:
         info = m.CallInfo(
             message.request_id,
@@ -510,5 +527,7 @@ def container_log(state: State, message: m.ContainerLog) -> None:
     if peer is None or not peer.is_writable:
         state.note("log text that nobody read")
         return
+    if peer.watch is not None:
+        progress.name_call(state, peer.watch, call)
     log = m.Log(call.call_id, message.index, message.container_id, message.source, message.payload)
     state.send(peer.peer_id, log)

@@ -5,6 +5,7 @@ Run after each step in tests and in the simulation; a broken one is a bug in the
 
 from __future__ import annotations
 
+from fanout_scheduler.core import object_restore
 from fanout_scheduler.core.state import Call, State, Worker
 
 
@@ -18,6 +19,7 @@ def check(state: State) -> None:
         assert not is_overdrawn or state.counts.get("core taken back early"), "5: cores overdrawn"
     _check_leases(state)
     _check_references(state)
+    object_restore.check(state)
 
 
 def _check_call(call: Call) -> None:
@@ -103,3 +105,7 @@ def _check_references(state: State) -> None:
     for session in state.sessions.values():
         for call in session.calls.values():
             assert call.session is session, "10: a call of two sessions"
+    # 14. A call graph knows the calls that live, and holds on to no other.
+    for call in state.calls.values():
+        assert call.node is None or call.node.call is call, "14: a call that is not in its node"
+    assert all(node.call is None for node in state.ended_nodes), "14: a node keeps an ended call"

@@ -24,9 +24,12 @@ from fanout_scheduler.core import (
     blobs,
     calls,
     durable,
+    graph,
     leasing,
+    objects,
     outputs,
     placement,
+    progress,
     restore,
     scaling,
     workers,
@@ -67,11 +70,14 @@ PEER_MESSAGES: dict[type[m.Message], Callable[[State, Peer, Any], None]] = {
     m.AskFunction: scaling.on_ask_function,
     m.CallsFinished: calls.on_calls_finished,
     m.AskCall: calls.on_ask_call,
+    m.AskCallGraph: graph.on_ask_call_graph,
     m.AskStatus: calls.on_ask_status,
     m.AskShutdown: calls.on_ask_shutdown,
+    m.WatchProgress: progress.on_watch,
     m.WorkerReady: workers.on_worker_ready,
     m.ContainerStarted: workers.on_container_started,
     m.ContainerExited: workers.on_container_exited,
+    **objects.OBJECT_MESSAGES,
 }
 
 #: Messages of workers and nested clients about leases.
@@ -202,10 +208,11 @@ class Scheduler:
             state.note("message for an unknown call")
             return
         kind = type(message)
-        if kind is m.CancelCall:
+        if kind is m.CancelCall or kind is m.TerminateCall:
             # A spawned call may be cancelled by whoever knows its id.
             if call.is_durable or call.session is peer.session:
-                calls.cancel_call(state, call)
+                end = calls.cancel_call if kind is m.CancelCall else calls.terminate_call
+                end(state, call)
             return
         if call.session is not peer.session:
             state.note("message for another session's call")
@@ -239,8 +246,12 @@ class Scheduler:
                 durable.on_store_retry(state, what)
             elif kind == "forget":
                 calls.forget_call(state, what)
+            elif kind == "progress":
+                progress.on_due(state, what)
             elif kind == "unsealed":
                 calls.on_unsealed_deadline(state, what)
+            elif kind in objects.DEADLINES:
+                objects.DEADLINES[kind](state, what)
             else:
                 # Nothing to do but to decide again.
                 assert kind == "look", kind

@@ -11,6 +11,7 @@ are the messages themselves, so what comes back at a restart is what came over t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Time between attempts to write outputs that could not be written (disk full).
 STORE_RETRY_S = 1.0
+#: Calls whose results have expired that are remembered, at most: a hundred bytes each.
+EXPIRED_COUNT_MAX = 100_000
 
 
 @dataclass(slots=True)
@@ -36,6 +39,9 @@ class PendingStore:
     call: Call | None
     #: The sequence under which this was first ordered; what waits for it names that one.
     first_sequence: int
+    #: Of a queue or dict: what to do when it is on disk, and when it could not be written.
+    stored: Callable[[], None] | None = None
+    failed: Callable[[str], None] | None = None
 
 
 def _store(
@@ -47,6 +53,24 @@ def _store(
     state.unsafe_stores.add(first)
     state.commands.append(Store(state.store_sequence, records))
     return first
+
+
+def store_objects(
+    state: State,
+    records: list[Record],
+    stored: Callable[[], None],
+    failed: Callable[[str], None],
+) -> None:
+    """Write down a change of a queue or dict, and do one or the other afterwards."""
+    first = _store(state, None, records)
+    pending = state.pending_stores[first]
+    pending.stored, pending.failed = stored, failed
+
+
+def forget_records(state: State, records: list[Record]) -> None:
+    """Remove records that nobody needs; a full disk only delays it."""
+    if records:
+        _store(state, None, records)
 
 
 def store_open(state: State, call: Call, message: m.OpenCall) -> None:
@@ -92,8 +116,23 @@ def store_failure(state: State, call: Call, failure: m.CallFailed) -> None:
 
 
 def forget_call(state: State, call_id: bytes) -> None:
-    """Its results were kept their time, or nobody ever learned of it."""
+    """Nobody ever learned of it."""
     _store(state, None, [ForgetCall(call_id)])
+
+
+def expire_call(state: State, call_id: bytes) -> None:
+    """Its results were kept their time; that they were there is remembered for as long again."""
+    now = state.now + state.wall_offset_s
+    state.expired[call_id] = now
+    records: list[Record] = [ForgetCall(call_id), m.CallExpired(call_id, now)]
+    oldest = next(iter(state.expired))
+    while len(state.expired) > EXPIRED_COUNT_MAX or (
+        state.expired[oldest] + RESULT_RETENTION_S < now
+    ):
+        del state.expired[oldest]
+        records.append(ForgetCall(oldest))
+        oldest = next(iter(state.expired))
+    _store(state, None, records)
 
 
 def forget_app(state: State, app: App) -> None:
@@ -112,6 +151,8 @@ def on_stored(state: State, sequence: int) -> None:
     while pending_stores and (first := next(iter(pending_stores))) <= sequence:
         pending: PendingStore = pending_stores.pop(first)
         state.unsafe_stores.discard(pending.first_sequence)
+        if pending.stored is not None:
+            pending.stored()
         if pending.call is None:
             continue
         for record in pending.records:
@@ -159,6 +200,10 @@ def on_store_failed(state: State, sequence: int, text: str) -> None:
     if pending is None:
         return
     state.note("write that failed")
+    if pending.failed is not None:
+        state.unsafe_stores.discard(pending.first_sequence)
+        pending.failed(text)
+        return
     call = pending.call
     if call is None or any(isinstance(r, m.Outputs | m.CallFailed) for r in pending.records):
         state.at(state.now + STORE_RETRY_S, "store", pending)

@@ -149,6 +149,21 @@ class ForgetApp:
     app_id: bytes
 
 
+@dataclass(slots=True)
+class ForgetRecord:
+    """A record that removes one record of a queue or dict; see `object_state.record_key`."""
+
+    object_id: bytes
+    key: bytes
+
+
+@dataclass(slots=True)
+class ForgetObject:
+    """A record that removes a queue or dict with everything in it."""
+
+    object_id: bytes
+
+
 #: What the store keeps. At start the shell hands them back, in the order in which they were
 #: stored, to `Scheduler.restore`.
 Record = (
@@ -160,6 +175,13 @@ Record = (
     | m.Outputs
     | m.CallFailed
     | m.CallEnded
+    | m.CallExpired
+    | m.ObjectMade
+    | m.QueueItem
+    | m.DictEntry
+    | m.Receipt
     | ForgetCall
     | ForgetApp
+    | ForgetRecord
+    | ForgetObject
 )

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from fanout.config import CRASH_LIMIT
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs, durable
+from fanout_scheduler.core import blobs, durable, graph
 from fanout_scheduler.core.events import PeerId, Send, SendBlob
 from fanout_scheduler.core.leasing import (
     close_inputs,
@@ -209,6 +209,8 @@ def finish(state: State, call: Call, outputs: m.Outputs) -> None:
         release_inputs(state, call, start, stop)
     call.output_bytes += len(outputs.payload) + blobs.size_bytes(state, outputs.blobs)
     call.outputs.append(outputs)
+    if call.node is not None:
+        graph.note(call, outputs)
     if call.attempts or call.crashes or call.suspects:
         for index in range(start, stop):
             call.attempts.pop(index, None)
@@ -354,7 +356,8 @@ def charge_crash(state: State, lease: Lease, index: int, message: m.ContainerExi
     crashes = call.crashes[index] = call.crashes.get(index, 0) + 1
     if crashes < CRASH_LIMIT:
         return
-    details = message.details
+    known = {"call_id": call.call_id, "input_index": index, "crash_count": crashes}
+    details = message.details | known
     text = (
         f"the container died {crashes} times while it ran input {index} of "
         f"{call.function.definition.name}: {details.get('text', '')}"

@@ -19,6 +19,7 @@ from __future__ import annotations
 from heapq import heappop
 
 from fanout.protocol import messages as m
+from fanout_scheduler.core import objects
 from fanout_scheduler.core.calls import fail_call, update_window
 from fanout_scheduler.core.leasing import (
     HELD_BY_CONSUMER,
@@ -408,15 +409,18 @@ def _moving_containers(state: State) -> set[int]:
     }
     waiting = [c for c in state.containers.values() if c.container_id not in moving]
     while True:
-        found = [c for c in waiting if _gets_on(c, moving)]
+        found = [c for c in waiting if _gets_on(state, c, moving)]
         if not found:
             return moving
         moving.update(container.container_id for container in found)
         waiting = [c for c in waiting if c.container_id not in moving]
 
 
-def _gets_on(container: Container, moving: set[int]) -> bool:
+def _gets_on(state: State, container: Container, moving: set[int]) -> bool:
     """Whether a waiting container waits for something that can happen, given who gets on."""
+    if any(objects.waits_of(state, peer.session_id) for peer in container.nested_peers.values()):
+        # Anybody may put what it waits for into the queue.
+        return True
     nested = [
         call
         for peer in container.nested_peers.values()

@@ -9,6 +9,8 @@ from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs, durable
 from fanout_scheduler.core.calls import add_call
 from fanout_scheduler.core.events import Record
+from fanout_scheduler.core.object_restore import Restorer
+from fanout_scheduler.core.object_state import OBJECT_RECORDS
 from fanout_scheduler.core.state import App, Call, State, make_function
 
 
@@ -16,12 +18,16 @@ def restore(state: State, records: Iterable[Record]) -> None:
     """Rebuild apps, functions and spawned calls. Blobs are reported present by the shell before
     or after; leases of the former life are void, so what has no output is queued."""
     orphans: dict[bytes, None] = {}
+    restorer = Restorer(state)
     for record in records:
-        if not _restore_record(state, record):
+        if isinstance(record, OBJECT_RECORDS):
+            restorer.take(record)
+        elif not _restore_record(state, record):
             # Left by a write that failed in part: its call was refused.
             orphans[record.call_id] = None  # type: ignore[union-attr]
     for call_id in orphans:
         durable.forget_call(state, call_id)
+    restorer.finish()
     for app in list(state.apps.values()):
         # Its client may open it again; otherwise it goes when its calls have ended.
         app.is_closing = True
@@ -50,6 +56,8 @@ def _restore_record(state: State, record: Record) -> bool:
             blobs.await_definition(state, function)
     elif isinstance(record, m.OpenCall):
         return _restore_call(state, record)
+    elif isinstance(record, m.CallExpired):
+        state.expired[record.call_id] = record.expired_at
     elif isinstance(record, m.Inputs | m.SealCall | m.Outputs | m.CallFailed | m.CallEnded):
         call = state.calls.get(record.call_id)
         if call is None:

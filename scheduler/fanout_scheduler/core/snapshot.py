@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fanout.protocol import messages as m
+from fanout_scheduler.core import objects
 from fanout_scheduler.core.state import Call, Container, State
 
 #: A person reads this; sums stand for the rest.
@@ -27,7 +29,7 @@ def snapshot(state: State) -> dict[str, Any]:
             }
             for worker in list(state.workers.values())[:ROWS_MAX]
         ],
-        "containers": [_container(c) for c in list(state.containers.values())[:ROWS_MAX]],
+        "containers": [_container(state, c) for c in list(state.containers.values())[:ROWS_MAX]],
         "functions": [
             {
                 "name": function.definition.name,
@@ -37,6 +39,15 @@ def snapshot(state: State) -> dict[str, Any]:
             }
             for function in [f for f in state.functions.values() if not f.app.is_closing][:ROWS_MAX]
         ],
+        "objects": [
+            {
+                "name": of.name,
+                "type": m.ObjectType(of.object_type).name.lower(),
+                "values": len(of.entries) + sum(len(p.items) for p in of.partitions.values()),
+            }
+            for of in list(state.objects.by_id.values())[:ROWS_MAX]
+        ],
+        "object_bytes": state.objects.size_bytes,
         "calls": [_call(call) for call in list(state.calls.values())[:ROWS_MAX]],
         "call_count": len(state.calls),
         "open_call_count": sum(not call.is_over for call in state.calls.values()),
@@ -44,26 +55,29 @@ def snapshot(state: State) -> dict[str, Any]:
     }
 
 
-def _container(container: Container) -> dict[str, Any]:
-    state = container.state
-    if state == "ready":
-        state = "waiting" if container.is_waiting else "running" if container.leases else "idle"
+def _container(state: State, container: Container) -> dict[str, Any]:
+    shown = container.state
+    if shown == "ready":
+        shown = "waiting" if container.is_waiting else "running" if container.leases else "idle"
     return {
         "id": f"ct-{container.container_id:x}",
         "function": container.function.definition.name,
         "worker": container.worker.name,
-        "state": state,
+        "state": shown,
         "leases": len(container.leases),
-        "waits": _wait_of(container),
+        "waits": _wait_of(state, container),
     }
 
 
-def _wait_of(container: Container) -> str:
+def _wait_of(state: State, container: Container) -> str:
     """What a container without a core waits for, by name."""
     if not container.is_waiting:
         return ""
     if container.deferred:
         return "its core"
+    for peer in container.nested_peers.values():
+        if waits := objects.waits_of(state, peer.session_id):
+            return repr(waits[0].of)
     return "its consumer" if container.waiting_peer is None else "its own calls"
 
 

@@ -19,6 +19,7 @@ from fanout.config import SCALEDOWN_WINDOW_S, TIMEOUT_S, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import Command, PeerId, Send
+from fanout_scheduler.core.object_state import Objects
 
 BlobRef = tuple[int, list[bytes]]
 
@@ -229,6 +230,8 @@ class Call:
     stranded_since: float | None = None
     is_told: bool = False
     fetches: dict[tuple[PeerId, int], Fetch] = field(default_factory=dict)
+    #: Its place in a call graph, if it has one.
+    node: Node | None = None
 
     def add_chunk(self, chunk: Chunk) -> None:
         insort(self.chunk_starts, chunk.start)
@@ -263,6 +266,30 @@ class Call:
     def is_done(self) -> bool:
         """Every input has its output here (and on disk, where durable)."""
         return self.has_all_inputs and self.finished.count == self.received.count
+
+
+@dataclass(slots=True)
+class Node:
+    """A call in the call graph of a spawned one; see graph.py. It outlives the call."""
+
+    call_id: bytes
+    function: str
+    module: str
+    #: None once the call is forgotten.
+    call: Call | None
+    parent: Node | None = None
+    #: Of the input of `parent` that made it.
+    index: int = 0
+    #: The calls that its inputs made, by their indexes.
+    children: dict[int, list[Node]] = field(default_factory=dict)
+    #: Inputs that ended badly, with a word for how.
+    failures: dict[int, str] = field(default_factory=dict)
+    #: Something of it is not known any more.
+    is_cut: bool = False
+    #: What the call had when it was forgotten, and how its unfinished inputs ended.
+    input_count: int = 0
+    finished: IntervalSet = field(default_factory=IntervalSet)
+    rest: str = ""
 
 
 @dataclass(slots=True)
@@ -393,6 +420,19 @@ class Peer:
     #: Frames of the kinds in ENDS_WAIT sent to it; see `SessionWaits`.
     wait_frames: int = 0
     is_writable: bool = True
+    #: It shows its user how calls get on; see progress.py.
+    watch: Watch | None = None
+
+
+@dataclass(slots=True)
+class Watch:
+    """What a client that watches was told last."""
+
+    peer: Peer
+    #: A look at its calls is due.
+    is_armed: bool = False
+    calls: dict[bytes, m.CallProgress] = field(default_factory=dict)
+    functions: dict[bytes, m.FunctionProgress] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -409,6 +449,8 @@ class State:
     workers: dict[bytes, Worker] = field(default_factory=dict)
     sessions: dict[bytes, Session] = field(default_factory=dict)
     peers: dict[PeerId, Peer] = field(default_factory=dict)
+    #: Queues and dicts; see objects.py.
+    objects: Objects = field(default_factory=Objects)
     #: Functions that have ready calls, in the order in which they got them.
     ready_functions: dict[bytes, Function] = field(default_factory=dict)
     #: Functions that have containers without inputs that need them; see scaling.py.
@@ -418,6 +460,8 @@ class State:
     #: (when, order, kind, what); entries may be stale, the kinds check.
     deadlines: list[tuple[float, int, str, Any]] = field(default_factory=list)
     commands: list[Command] = field(default_factory=list)
+    #: When the results of calls expired, the oldest first: seconds since 1970.
+    expired: dict[bytes, float] = field(default_factory=dict)
     #: What was given to the store and is not on disk yet, by sequence; see durable.py.
     pending_stores: dict[int, Any] = field(default_factory=dict)
     #: First sequences of what is not on disk, also while it waits to be tried again.
@@ -427,6 +471,8 @@ class State:
     present_blobs: dict[bytes, int] = field(default_factory=dict)
     #: What is to be done when a blob is here, by blob; see blobs.py.
     blob_waiters: dict[bytes, list[BlobWait]] = field(default_factory=dict)
+    #: What is kept of nested calls that are over, the oldest first; see graph.py.
+    ended_nodes: deque[Node] = field(default_factory=deque)
     #: Workers that have reports to be acknowledged at the end of this turn.
     acknowledging: dict[bytes, Worker] = field(default_factory=dict)
     #: Tails are not looked at again before this time.

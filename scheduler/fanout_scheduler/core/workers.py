@@ -6,7 +6,7 @@ from typing import Any
 
 from fanout.config import CLIENT_GRACE_S, WORKER_DEADLINE_S
 from fanout.protocol import messages as m
-from fanout_scheduler.core import calls, durable, outputs, scaling
+from fanout_scheduler.core import calls, durable, objects, outputs, scaling
 from fanout_scheduler.core.events import Disconnect, PeerId
 from fanout_scheduler.core.leasing import (
     give_back_lease,
@@ -164,6 +164,7 @@ def remove_container(state: State, container: Container) -> None:
     container.worker.memory_free_mib += container.function.memory_mib
     for peer in list(container.nested_peers.values()):
         calls.on_client_lost(state, peer)
+    objects.on_container_gone(state, container)
 
 
 def on_container_started(state: State, peer: Peer, message: m.ContainerStarted) -> None:

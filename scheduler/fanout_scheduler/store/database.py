@@ -12,11 +12,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fanout.exceptions import StorageError
-from fanout_scheduler.core.events import ForgetApp, ForgetCall, Record
+from fanout_scheduler.core.events import (
+    ForgetApp,
+    ForgetCall,
+    ForgetObject,
+    ForgetRecord,
+    Record,
+)
 from fanout_scheduler.store.record import RowCodec, Write
 
 #: Grows whenever the tables or the stored messages change.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 #: A lease id is ``epoch << 40 | counter`` and has 63 bits.
 EPOCH_MAX = (1 << 23) - 1
@@ -39,9 +45,23 @@ CREATE TABLE records (
 );
 CREATE INDEX records_by_call ON records (call_id) WHERE call_id IS NOT NULL;
 CREATE INDEX records_by_app ON records (app_id) WHERE app_id IS NOT NULL;
+CREATE TABLE object_records (
+    seq INTEGER PRIMARY KEY,
+    object_id BLOB NOT NULL,
+    key BLOB NOT NULL,
+    kind INTEGER NOT NULL,
+    header BLOB NOT NULL,
+    payload BLOB NOT NULL,
+    checksum INTEGER NOT NULL,
+    UNIQUE (object_id, key)
+);
 """
 _INSERT = (
     "INSERT INTO records (call_id, app_id, kind, header, payload, checksum)"
+    " VALUES (?, ?, ?, ?, ?, ?)"
+)
+_INSERT_OBJECT = (
+    "INSERT OR REPLACE INTO object_records (object_id, key, kind, header, payload, checksum)"
     " VALUES (?, ?, ?, ?, ?, ?)"
 )
 
@@ -146,14 +166,15 @@ class Database:
             StorageError: a record cannot be read back; says which.
         """
         try:
-            rows = self._connection.execute(
-                "SELECT seq, kind, header, payload, checksum FROM records ORDER BY seq"
-            )
-            for sequence, kind, header, payload, checksum in rows:
-                try:
-                    yield self.codec.record(kind, header, payload, checksum)
-                except StorageError as error:
-                    raise self._damage(f"record {sequence}: {error}") from error
+            for table, name in (("records", "record"), ("object_records", "object record")):
+                rows = self._connection.execute(
+                    f"SELECT seq, kind, header, payload, checksum FROM {table} ORDER BY seq"
+                )
+                for sequence, kind, header, payload, checksum in rows:
+                    try:
+                        yield self.codec.record(kind, header, payload, checksum)
+                    except StorageError as error:
+                        raise self._damage(f"{name} {sequence}: {error}") from error
         except sqlite3.Error as error:
             raise self._damage(error) from error
 
@@ -171,6 +192,15 @@ class Database:
                     execute("DELETE FROM records WHERE call_id = ?", (write.call_id,))
                 elif isinstance(write, ForgetApp):
                     execute("DELETE FROM records WHERE app_id = ?", (write.app_id,))
+                elif isinstance(write, ForgetRecord):
+                    execute(
+                        "DELETE FROM object_records WHERE object_id = ? AND key = ?",
+                        (write.object_id, write.key),
+                    )
+                elif isinstance(write, ForgetObject):
+                    execute("DELETE FROM object_records WHERE object_id = ?", (write.object_id,))
+                elif write.object_key is not None:
+                    execute(_INSERT_OBJECT, (*write.object_key, *self.codec.row(write)[2:]))
                 else:
                     execute(_INSERT, self.codec.row(write))
             execute("COMMIT")

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING
 
 from fanout.exceptions import ProtocolError, StorageError
 from fanout.protocol import messages as m
-from fanout_scheduler.core.events import ForgetApp, ForgetCall, Record
+from fanout_scheduler.core.events import (
+    ForgetApp,
+    ForgetCall,
+    ForgetObject,
+    ForgetRecord,
+    Record,
+)
+from fanout_scheduler.core.object_state import OBJECT_RECORDS, record_key
 
 if TYPE_CHECKING:
     from cryptography.fernet import Fernet
@@ -34,6 +41,8 @@ STORED_TYPES: frozenset[type[m.Message]] = frozenset(
         m.Outputs,
         m.CallFailed,
         m.CallEnded,
+        m.CallExpired,
+        *OBJECT_RECORDS,
     }
 )
 _DEFINITION_KIND = m.DefineFunction.KIND
@@ -50,10 +59,13 @@ class Insert:
     header: bytes
     payload: m.Payload
     blob_ids: list[bytes]
+    #: (object id, key) of a record of a queue or dict; it replaces the one that is there.
+    object_key: tuple[bytes, bytes] | None = None
 
 
 #: One row to write, or rows to remove.
-Write = Insert | ForgetCall | ForgetApp
+Forget = ForgetCall | ForgetApp | ForgetRecord | ForgetObject
+Write = Insert | Forget
 
 
 def write_of(record: Record) -> Write:
@@ -62,9 +74,12 @@ def write_of(record: Record) -> Write:
     The header is encoded here, and this must be called on the loop's thread: the encoder of
     `messages.py` is one object that the connections use as well.
     """
-    if isinstance(record, ForgetCall | ForgetApp):
+    if isinstance(record, Forget):
         return record
     assert type(record) in STORED_TYPES, type(record).__name__
+    object_key = None
+    if isinstance(record, OBJECT_RECORDS):
+        object_key = record.object_id, record_key(record)
     return Insert(
         call_id=getattr(record, "call_id", None),
         app_id=getattr(record, "app_id", None),
@@ -72,6 +87,7 @@ def write_of(record: Record) -> Write:
         header=m.encode_header(record),
         payload=getattr(record, "payload", b""),
         blob_ids=list(blob_ids_of(record)),
+        object_key=object_key,
     )
 
 

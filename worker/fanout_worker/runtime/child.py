@@ -29,7 +29,8 @@ from fanout import context
 from fanout.definition import Definition, unpack_definition
 from fanout.exceptions import InputCancellation
 from fanout.protocol.messages import Source, Status
-from fanout.serialization import decode_args, encode_error, encode_value
+from fanout.remote_errors import encode_error
+from fanout.serialization import decode_args, encode_value
 from fanout_worker import channel as ch
 from fanout_worker import process, shared
 from fanout_worker.runtime import loader, streams
@@ -216,7 +217,7 @@ def main(channel_fd: int, memory_fd: int, stdout_fd: int, stderr_fd: int) -> typ
     info, payload = channel.start
     process.die_with_parent(info["daemon_pid"])
     try:
-        runner = _prepare(info, unpack_definition(payload), channel, memory, gate)
+        runner = _prepare(info, bytes(payload), channel, memory, gate)
         runner.enter()
     except BaseException as error:
         _flush()
@@ -264,18 +265,20 @@ def _leave_template(channel_fd: int, memory_fd: int, stdout_fd: int, stderr_fd: 
 
 def _prepare(
     info: dict[str, Any],
-    definition: Definition,
+    payload: bytes,
     channel: Channel,
     memory: shared.SharedMemory,
     gate: Gate,
 ) -> Runner:
     """Make the process what the definition says, and load the user's code."""
+    definition = unpack_definition(payload)
     if info["descriptors_max"]:
         # The daemon has raised its own limit, which user code is not to inherit.
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (info["descriptors_max"], hard))
     os.environ.clear()
     os.environ.update(info["variables"])
+    os.environ.update(_own_variables(info, definition))
     time.tzset()
     os.chdir(info["cwd"])
     sys.path[:] = info["path"]
@@ -291,6 +294,8 @@ def _prepare(
         socket_path=info["socket_path"],
         secret=info["secret"],
         blob_folder=info["blob_folder"],
+        sources=info["sources"],
+        definition=payload,
     )
     options = info["options"]
     sender = LogSender(channel, gate)
@@ -300,6 +305,8 @@ def _prepare(
     sys.stdout, sys.stderr = map(streams.make_stream, writers)
     faulthandler.enable(file=2)
     code = loader.load_code(definition, info["sources"], options)
+    if "" in code.entries:
+        context.container.function = code.entries[""].function
     if runs_many:
         from fanout_worker.runtime.child_concurrent import ConcurrentRunner
 
@@ -313,6 +320,20 @@ def _prepare(
     runner = kind(channel, memory, gate, code, options, info["blob_folder"])
     runner.add_streams(writers)
     return runner
+
+
+def _own_variables(info: dict[str, Any], definition: Definition) -> dict[str, str]:
+    """By which programs that user code starts, too, can tell where they run; with the names that
+    scripts for Modal look for."""
+    number = str(info["container_id"])
+    return {
+        "FANOUT_IS_REMOTE": "1",
+        "FANOUT_CONTAINER_ID": number,
+        "FANOUT_APP_NAME": definition.app_name,
+        "FANOUT_FUNCTION_NAME": definition.function_name,
+        "MODAL_IS_REMOTE": "1",
+        "MODAL_TASK_ID": f"ta-{number}",
+    }
 
 
 class LogSender:

@@ -25,7 +25,8 @@ from fanout import context
 from fanout.exceptions import InvalidError, SerializationError
 from fanout.protocol import frames
 from fanout.protocol.messages import Status
-from fanout.serialization import decode_args, encode_error, encode_value
+from fanout.remote_errors import encode_error
+from fanout.serialization import decode_args, encode_value
 from fanout_worker import channel as ch
 from fanout_worker import shared
 from fanout_worker.outcome import stopped_payload
@@ -401,11 +402,13 @@ class ConcurrentRunner(LoopRunner):
 
     def _failure(self, live: LiveInput, error: BaseException, value: Any) -> tuple[int, bytes]:
         if live.reason and is_stop(error):
-            return Status.FAILURE, stopped_payload(live.reason, self._timeout_s)
+            return self._stopped(live)[:2]
         return error_output(error, value)
 
     def _stopped(self, live: LiveInput) -> Output:
-        return Status.FAILURE, stopped_payload(live.reason, self._timeout_s), []
+        call_id = live.lease.call_id
+        payload = stopped_payload(live.reason, self._timeout_s, call_id, live.index)
+        return Status.FAILURE, payload, []
 
     def _end_all(self, execution: Execution, calls: list[Any], outputs: list[Output]) -> None:
         lives = [live for live, _ in calls]

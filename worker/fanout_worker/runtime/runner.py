@@ -19,7 +19,7 @@ from fanout.exceptions import InputCancellation, InvalidError, SerializationErro
 from fanout.protocol import frames
 from fanout.protocol.blobs import FileBlobStore, blob_id_of
 from fanout.protocol.messages import Status
-from fanout.serialization import encode_error
+from fanout.remote_errors import encode_error
 from fanout_worker import channel as ch
 from fanout_worker import shared
 from fanout_worker.outcome import stopped_payload
@@ -342,8 +342,9 @@ class Runner:
     def _failure_of(self, error: BaseException, value: object) -> tuple[int, bytes]:
         """Status and bytes of an input that raised."""
         if isinstance(error, InputCancellation) and self._gate.is_target():
+            running = context.current_input.get() or self._input
             return Status.FAILURE, stopped_payload(
-                self._words[shared.CANCEL_REASON], self._timeout_s
+                self._words[shared.CANCEL_REASON], self._timeout_s, running.call_id, running.index
             )
         return error_output(error, value)
 

@@ -24,6 +24,7 @@ import cloudpickle  # noqa: F401  imported here so that containers find it warm
 import msgpack
 
 import fanout  # noqa: F401
+import fanout.remote_errors  # noqa: F401
 import fanout.serialization  # noqa: F401
 from fanout_worker import channel, process
 from fanout_worker.runtime import child, child_async, child_concurrent  # noqa: F401
