@@ -1,0 +1,60 @@
+"""Several inputs at a time, and batches, as a user sees them: on one core, with nested calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests import concurrent_kit as kit
+from tests.conftest import TIMEOUT_FACTOR, Cluster
+from tests.engine_fixture import one_core as one_core
+from tests.engine_fixture import wait_until_no_call_is_open
+
+
+@pytest.fixture(autouse=True)
+def running(one_core: Cluster) -> Iterator[None]:
+    with kit.app.run():
+        yield
+    wait_until_no_call_is_open()
+
+
+def test_inputs_of_one_container_wait_together() -> None:
+    begin_s = time.monotonic()
+    assert list(kit.sleeps.map([0.4] * 20)) == [None] * 20
+    assert time.monotonic() - begin_s < 4 * TIMEOUT_FACTOR, "not eight seconds one after the other"
+
+
+@pytest.mark.parametrize(
+    "function", [kit.in_threads, kit.in_tasks, kit.in_threads_of_their_own], ids=lambda f: f.name
+)
+def test_a_container_whose_inputs_all_wait_for_calls_gives_its_core_to_them(function: Any) -> None:
+    factor = 4 if function is kit.in_threads_of_their_own else 2
+    assert list(function.map(range(10))) == [factor * x for x in range(10)]
+
+
+@pytest.mark.parametrize(
+    "function", [kit.waits_or_works_in_threads, kit.waits_or_works_in_tasks], ids=lambda f: f.name
+)
+def test_a_container_gives_its_core_when_the_last_input_that_runs_has_ended(function: Any) -> None:
+    # Both are in one container, as there is only one.
+    worked_at, called_at = function.map([True, False])
+    assert called_at > worked_at, "the call ran while its caller's container held the only core"
+
+
+@pytest.mark.parametrize("function", [kit.gives, kit.gives_async], ids=lambda f: f.name)
+def test_generators_of_one_container_stream_at_the_same_time(function: Any) -> None:
+    streams = [function.remote_gen(2000) for _ in range(3)]
+    rows = list(zip(*streams, strict=True))
+    assert rows == [(x, x, x) for x in range(2000)]
+
+
+def test_batches_are_gathered_from_calls_of_many_containers_inputs() -> None:
+    assert list(kit.doubled.map(range(10))) == [2 * x for x in range(10)]  # type: ignore[comparison-overlap]
+    assert list(kit.by_batches.map(range(10))) == [2 * x for x in range(10)]
+
+
+def test_a_batch_may_make_calls_of_its_own() -> None:
+    assert list(kit.batch_of_calls.map(range(7))) == [2 * x for x in range(7)]  # type: ignore[comparison-overlap]
