@@ -417,6 +417,37 @@ async def test_a_worker_that_leaves_gives_back_what_comes_too_late(tmp_path: Pat
         assert await worker.process.wait() == 0
 
 
+async def test_a_worker_that_leaves_lets_exit_hooks_take_longer_than_code_that_runs(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import pathlib, time\nfrom fanout.partial import exit, method\nclass f:\n"
+        "  @method()\n  def g(self): print('runs'); time.sleep(1000)\n"
+        "  @exit()\n  def leave(self):\n    time.sleep(1)\n"
+        f"    pathlib.Path({str(tmp_path / 'left')!r}).touch()\n"
+    )
+    methods = {"g": {"is_generator": False, "is_async": False}}
+    source = definition(tmp_path, code, methods=methods)
+    async with daemon(tmp_path / "home", FANOUT_KILL_GRACE="0.3") as (scheduler, worker):
+        source.payload = pack_definition(
+            Definition(
+                Environment(sys.executable, "", [], "", {}),
+                Target("user_code", "f", relative_file=str(tmp_path / "user_code.py"), file="x"),
+            )
+        )
+        await ready(scheduler, source)
+        scheduler.say(m.StartContainer(3, FUNCTION))
+        await scheduler.hears(m.ContainerStarted, 2)
+        scheduler.say(lease_of([()], container_id=3, method="g"))
+        await scheduler.hears(m.ContainerLog)
+        worker.process.terminate()
+        assert (await scheduler.hears(m.ContainerExited)).container_id == 3, "what runs is killed"
+        assert not (tmp_path / "left").exists()
+        assert (await scheduler.hears(m.ContainerExited, 2)).details["exit_code"] == 0
+        assert (tmp_path / "left").exists()
+        assert await worker.process.wait() == 0
+
+
 async def test_containers_get_the_limit_of_open_files_that_the_worker_was_started_with(
     tmp_path: Path,
 ) -> None:

@@ -308,6 +308,30 @@ def test_a_report_is_sent_when_its_blob_is_delivered_and_what_follows_it_behind_
     assert [one.start for one in sent[:2]] == [0, 1]
 
 
+def test_a_report_that_waits_for_its_blob_delays_no_other_lease_and_the_exit_comes_last() -> None:
+    kit = Kit()
+    kit.lease(1, 2)
+    kit.lease(2, 1)
+    kit.state.take_commands()
+    kit.outputs(1, 0, 1, blobs=[(0, [BLOB])])
+    kit.outputs(2, 0, 1)
+    assert [(one.lease_id, one.start) for one in kit.sent(m.LeaseOutputs)] == [(2, 0)]
+    kit.state.container_exited(7, "crash", [], {})
+    assert kit.sent() == []
+    kit.state.blob_delivered(BLOB)
+    assert [type(one) for one in kit.sent()] == [m.LeaseOutputs, m.ContainerExited]
+
+
+def test_a_lease_ends_with_its_last_output_in_whatever_order_they_come() -> None:
+    kit = Kit()
+    kit.lease(1, 4)
+    for index in (2, 0, 3):
+        kit.outputs(1, index, 1)
+        assert 1 in kit.state.leases
+    kit.outputs(1, 1, 1)
+    assert not kit.state.leases
+
+
 def test_a_blob_of_an_output_is_removed_when_its_report_is_safe() -> None:
     kit = Kit()
     kit.lease(1, 1)

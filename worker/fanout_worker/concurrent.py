@@ -12,6 +12,7 @@ their output, the others go back to the scheduler uncharged.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import deque
@@ -346,12 +347,14 @@ class ConcurrentWay:
     # --- the end ---
 
     def running(self) -> list[tuple[int, int]]:
-        return [
+        running = (
             (running.lease_id, running.index)
             for given in self._leases.values()
             for running in given.inputs.values()
             if running.since_ns
-        ]
+        )
+        # More than a message can name go back as if they had not begun.
+        return list(itertools.islice(running, m.LIST_LENGTH_MAX))
 
     def end_killed(self) -> None:
         now_ns = time.perf_counter_ns()

@@ -425,13 +425,18 @@ class Daemon:
         self._leave.set()
 
     async def _end_containers(self) -> None:
-        """Let what runs come to its end for a while, then kill it."""
+        """Let what runs come to its end for a while, then kill it. Exit hooks may take longer."""
         deadline = self._loop.time() + self._host.settings.kill_grace_s
         is_hurried = self._transport is None or self._options.is_embedded
         for container in list(self._containers.values()):
             container.stop(kill=is_hurried)
         if self._tasks and not is_hurried:
             await asyncio.wait(list(self._tasks), timeout=deadline - self._loop.time())
+            for container in list(self._containers.values()):
+                if container.is_active:
+                    container.stop(kill=True)
+            if self._tasks:
+                await asyncio.wait(list(self._tasks), timeout=self._host.settings.exit_grace_s)
         for container in list(self._containers.values()):
             container.stop(kill=True)
         if self._tasks:

@@ -103,6 +103,8 @@ class _Report:
     is_numbered: bool
     #: Reports of one lease keep their order, and an exit comes behind those of its container.
     container_id: int
+    #: -1 for an exit.
+    lease_id: int
 
 
 class WorkerState:
@@ -525,7 +527,8 @@ class WorkerState:
             blob_ids = tuple(blob_id for _, ids in blobs for blob_id in ids)
             self._held.update(blob_ids)
         size_bytes = len(message.payload) + _REPORT_SIZE_BYTES
-        report = _Report(0, message, size_bytes, blob_ids, is_numbered, container_id)
+        lease_id = message.lease_id if not isinstance(message, m.ContainerExited) else -1
+        report = _Report(0, message, size_bytes, blob_ids, is_numbered, container_id, lease_id)
         self._unacknowledged_bytes += size_bytes
         self._numbered_count += is_numbered
         if self.is_connected:
@@ -544,9 +547,11 @@ class WorkerState:
     def _must_wait(self, report: _Report) -> bool:
         if report.blobs and any(blob_id not in self._delivered for blob_id in report.blobs):
             return True
-        return bool(self._held_back) and any(
-            held.container_id == report.container_id for held in self._held_back
-        )
+        if not self._held_back:
+            return False
+        if report.lease_id < 0:
+            return any(held.container_id == report.container_id for held in self._held_back)
+        return any(held.lease_id == report.lease_id for held in self._held_back)
 
     def _send_held_back(self) -> None:
         waiting, self._held_back = self._held_back, []

@@ -253,6 +253,9 @@ class ConcurrentRunner(LoopRunner):
         """The code of an execution has come to its end; in the loop's thread."""
         self._execution_count -= 1
         self._waits.input_ended(execution.place)
+        # They know each other, and what they hold should not wait for the garbage collector.
+        for live in execution.inputs:
+            live.execution = None
         if self._batcher is not None:
             self._batcher.ended()
         self._go_on()
