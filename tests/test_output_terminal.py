@@ -10,21 +10,28 @@ import re
 import socket
 import subprocess
 import sys
+import termios
 import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyte
 import pytest
+from rich.console import Console
 
-from fanout.output.screen import LocalStream, Screen
+from fanout.output.screen import Screen, console_on
+from fanout.output.streams import LocalStream
 from fanout.output.watcher import PENDING_BYTES_MAX, Watcher
 from fanout.protocol import messages as m
 from tests.conftest import Cluster, poll_until
 from tests.terminal_kit import INTERRUPT, Terminal, fanout_run
 
 BAR = ("━", "─")
+COLOURS = re.compile(rb"\x1b\[([0-9;]*)m")
+#: What is no colour: a reset, bold, dim.
+STYLES = {b"", b"0", b"1", b"2"}
 
 SCRIPT = """
     import asyncio, json, pathlib, sys, time
@@ -189,6 +196,23 @@ SCRIPT = """
             print("result", work.remote(7))
 """
 
+#: Says which modules that draw were loaded.
+REDIRECTED = """
+    import sys
+    import fanout
+
+    app = fanout.App("redirected")
+
+    @app.function()
+    def say():
+        print("said")
+
+    if __name__ == "__main__":
+        with fanout.enable_output(), app.run():
+            say.remote()
+        print("none:", [name for name in sys.modules if name.partition(".")[0] == "rich"])
+"""
+
 Run = Callable[..., Terminal]
 
 
@@ -291,7 +315,7 @@ def test_a_process_that_the_script_forks_prints_and_logs(cluster: Cluster, scrip
 
 def test_a_forked_child_waits_for_no_lock_of_its_parent() -> None:
     stream = io.TextIOWrapper(io.BytesIO())
-    screen = Screen(stream, has_colours=False, before_local=lambda: "")
+    screen = Screen(stream, console_on(stream), before_local=lambda: "")
     local = LocalStream(screen, stream, clock=lambda: 0.0)
     held, over = threading.Event(), threading.Event()
 
@@ -347,9 +371,10 @@ def test_no_color_means_no_colours(cluster: Cluster, script: Path) -> None:
     with run(cluster, script, "many", variables={"NO_COLOR": "1"}) as terminal:
         terminal.sees("work", "0/4")
         terminal.sees("work[3] !", "warning 3")
+        terminal.sees("work  ────")
         go(script)
         assert terminal.ends() == 0
-    assert not re.search(rb"\x1b\[[0-9;]*m", terminal.raw)
+    assert {c for text in COLOURS.findall(terminal.raw) for c in text.split(b";")} <= STYLES
 
 
 def test_colours_tell_stdout_from_stderr(cluster: Cluster, script: Path) -> None:
@@ -367,6 +392,44 @@ def test_a_dumb_terminal_gets_labelled_lines_and_no_escapes(cluster: Cluster, sc
     assert b"\x1b" not in terminal.raw
     assert any("work[2] |" in line for line in terminal.lines)
     assert any("work[2] ! warning 2" in line for line in terminal.lines)
+
+
+def test_a_window_made_narrow_keeps_nothing_of_what_was_drawn_wider() -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as stream, os.fdopen(ours, "rb", buffering=0) as drawn:
+        console = Console(file=stream, force_terminal=True, color_system=None)
+        screen = Screen(stream, console, before_local=lambda: "")
+        # What the terminal shows when it has wrapped the wide line again.
+        narrow = pyte.Screen(40, 10)
+        shown = pyte.ByteStream(narrow)
+        termios.tcsetwinsize(theirs, (10, 80))
+        screen.draw("", [[("f", "bold"), ("x" * 75, "")], [("g" * 60, "")]], 0)
+        shown.feed(drawn.read(1 << 16))
+        assert "".join(narrow.display).count("x") == 75
+        termios.tcsetwinsize(theirs, (10, 40))
+        screen.draw("printed\n", [[("h", "")]], 0)
+        shown.feed(drawn.read(1 << 16))
+    assert [line.rstrip() for line in narrow.display if line.strip()] == ["printed", "h"]
+
+
+def test_the_width_is_that_of_the_window_whatever_the_environment_says(
+    cluster: Cluster, script: Path
+) -> None:
+    with run(cluster, script, "many", columns=40, variables={"COLUMNS": "200"}) as terminal:
+        terminal.sees("work", "0/4")
+        go(script)
+        assert terminal.ends() == 0
+    assert "0/4" not in "".join(terminal.all_lines), "nothing of the bar is left"
+
+
+def test_a_terminal_that_says_it_cannot_be_redrawn_gets_lines(
+    cluster: Cluster, script: Path
+) -> None:
+    go(script)
+    with run(cluster, script, "many", variables={"TTY_INTERACTIVE": "0"}) as terminal:
+        assert terminal.ends() == 0
+    assert any("work[2] | " in line for line in terminal.lines)
+    assert set(re.findall(rb"\x1b\[[0-9;]*(.)", terminal.raw)) == {b"m"}, "nothing but colours"
 
 
 def test_a_terminal_without_unicode_gets_plain_characters(cluster: Cluster, script: Path) -> None:
@@ -499,6 +562,7 @@ def test_second_ctrl_c_is_out_at_once(cluster: Cluster, script: Path) -> None:
         appears(script, "finally")
         terminal.type(INTERRUPT)
         assert terminal.ends() == 130
+    assert b"\x1b[?25l" not in terminal.raw, "no hidden cursor is left behind"
     assert "fanout: left at once: the calls of app 'shown' are cancelled within" in str(terminal)
     assert "Traceback" not in str(terminal)
 
@@ -532,6 +596,19 @@ def test_a_redirected_stdout_holds_what_was_printed_and_nothing_else(
     assert sorted(json.loads(line)["x"] for line in joined.splitlines()) == [0, 1, 2, 3]
     assert result.endswith("results [0, ValueError('one'), 2, 3]")
     assert '{"x"' not in str(terminal)
+
+
+@pytest.mark.parametrize("how", [{}, {"FORCE_COLOR": "1"}], ids=["plain", "force-color"])
+def test_redirected_output_has_no_colours_and_loads_nothing_that_draws(
+    cluster: Cluster, tmp_path: Path, how: dict[str, str]
+) -> None:
+    path = tmp_path / "redirected.py"
+    path.write_text(textwrap.dedent(REDIRECTED))
+    done = subprocess.run(
+        [sys.executable, path], env={**cluster.variables, **how}, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert done.stdout == "said\nnone: []\n"
 
 
 def test_a_redirected_stderr_holds_lines_and_no_bars(
