@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
-import termios
 import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pyte
 import pytest
-from rich.console import Console
 
-from fanout.output.screen import Screen, console_on
-from fanout.output.streams import LocalStream
 from fanout.output.watcher import PENDING_BYTES_MAX, Watcher
 from fanout.protocol import messages as m
 from tests.conftest import Cluster, poll_until
@@ -196,23 +189,6 @@ SCRIPT = """
             print("result", work.remote(7))
 """
 
-#: Says which modules that draw were loaded.
-REDIRECTED = """
-    import sys
-    import fanout
-
-    app = fanout.App("redirected")
-
-    @app.function()
-    def say():
-        print("said")
-
-    if __name__ == "__main__":
-        with fanout.enable_output(), app.run():
-            say.remote()
-        print("none:", [name for name in sys.modules if name.partition(".")[0] == "rich"])
-"""
-
 Run = Callable[..., Terminal]
 
 
@@ -313,32 +289,6 @@ def test_a_process_that_the_script_forks_prints_and_logs(cluster: Cluster, scrip
     assert terminal.lines[-1] == "forked [0, 2, 3]"
 
 
-def test_a_forked_child_waits_for_no_lock_of_its_parent() -> None:
-    stream = io.TextIOWrapper(io.BytesIO())
-    screen = Screen(stream, console_on(stream), before_local=lambda: "")
-    local = LocalStream(screen, stream, clock=lambda: 0.0)
-    held, over = threading.Event(), threading.Event()
-
-    def hold(lock: Any) -> None:
-        with lock:
-            held.set()
-            over.wait()
-
-    holder = threading.Thread(target=hold, args=(screen.lock,))
-    holder.start()
-    held.wait()
-    # As in the child, where the thread that draws is not: the lock is never released.
-    screen.abandon()
-    writer = threading.Thread(target=local.write, args=("child\n",))
-    writer.start()
-    writer.join(10)
-    is_waiting = writer.is_alive()
-    over.set()
-    holder.join()
-    writer.join()
-    assert not is_waiting
-
-
 def test_a_terminal_of_few_rows_is_not_overrun(cluster: Cluster, script: Path) -> None:
     with run(cluster, script, "three_bars", rows=3) as terminal:
         terminal.sees("train", "0/3", "3 running")
@@ -394,24 +344,6 @@ def test_a_dumb_terminal_gets_labelled_lines_and_no_escapes(cluster: Cluster, sc
     assert any("work[2] ! warning 2" in line for line in terminal.lines)
 
 
-def test_a_window_made_narrow_keeps_nothing_of_what_was_drawn_wider() -> None:
-    ours, theirs = os.openpty()
-    with os.fdopen(theirs, "w") as stream, os.fdopen(ours, "rb", buffering=0) as drawn:
-        console = Console(file=stream, force_terminal=True, color_system=None)
-        screen = Screen(stream, console, before_local=lambda: "")
-        # What the terminal shows when it has wrapped the wide line again.
-        narrow = pyte.Screen(40, 10)
-        shown = pyte.ByteStream(narrow)
-        termios.tcsetwinsize(theirs, (10, 80))
-        screen.draw("", [[("f", "bold"), ("x" * 75, "")], [("g" * 60, "")]], 0)
-        shown.feed(drawn.read(1 << 16))
-        assert "".join(narrow.display).count("x") == 75
-        termios.tcsetwinsize(theirs, (10, 40))
-        screen.draw("printed\n", [[("h", "")]], 0)
-        shown.feed(drawn.read(1 << 16))
-    assert [line.rstrip() for line in narrow.display if line.strip()] == ["printed", "h"]
-
-
 def test_the_width_is_that_of_the_window_whatever_the_environment_says(
     cluster: Cluster, script: Path
 ) -> None:
@@ -420,16 +352,6 @@ def test_the_width_is_that_of_the_window_whatever_the_environment_says(
         go(script)
         assert terminal.ends() == 0
     assert "0/4" not in "".join(terminal.all_lines), "nothing of the bar is left"
-
-
-def test_a_terminal_that_says_it_cannot_be_redrawn_gets_lines(
-    cluster: Cluster, script: Path
-) -> None:
-    go(script)
-    with run(cluster, script, "many", variables={"TTY_INTERACTIVE": "0"}) as terminal:
-        assert terminal.ends() == 0
-    assert any("work[2] | " in line for line in terminal.lines)
-    assert set(re.findall(rb"\x1b\[[0-9;]*(.)", terminal.raw)) == {b"m"}, "nothing but colours"
 
 
 def test_a_terminal_without_unicode_gets_plain_characters(cluster: Cluster, script: Path) -> None:
@@ -596,19 +518,6 @@ def test_a_redirected_stdout_holds_what_was_printed_and_nothing_else(
     assert sorted(json.loads(line)["x"] for line in joined.splitlines()) == [0, 1, 2, 3]
     assert result.endswith("results [0, ValueError('one'), 2, 3]")
     assert '{"x"' not in str(terminal)
-
-
-@pytest.mark.parametrize("how", [{}, {"FORCE_COLOR": "1"}], ids=["plain", "force-color"])
-def test_redirected_output_has_no_colours_and_loads_nothing_that_draws(
-    cluster: Cluster, tmp_path: Path, how: dict[str, str]
-) -> None:
-    path = tmp_path / "redirected.py"
-    path.write_text(textwrap.dedent(REDIRECTED))
-    done = subprocess.run(
-        [sys.executable, path], env={**cluster.variables, **how}, capture_output=True, text=True
-    )
-    assert done.stderr == ""
-    assert done.stdout == "said\nnone: []\n"
 
 
 def test_a_redirected_stderr_holds_lines_and_no_bars(
