@@ -64,6 +64,15 @@ def test_a_forked_child_waits_for_no_lock_of_its_parent() -> None:
     assert not is_waiting
 
 
+def test_a_character_that_cannot_be_encoded_takes_no_more_columns() -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="ascii", errors="backslashreplace")
+    console = Console(file=stream, force_terminal=True, color_system=None)
+    screen = Screen(stream, console, before_local=lambda: "")
+    screen.draw("", [[("é" * 70, "")]], 0)
+    assert written.getvalue() == b"?" * 70
+
+
 def test_a_window_made_narrow_keeps_nothing_of_what_was_drawn_wider() -> None:
     ours, theirs = os.openpty()
     with os.fdopen(theirs, "w") as stream, os.fdopen(ours, "rb", buffering=0) as drawn:

@@ -186,8 +186,14 @@ class Screen:
             return True
 
     def _fitted(self, text: str) -> str:
-        # Rich cuts with an ellipsis in every encoding.
-        return text if self.is_unicode else text.replace("…", "~").replace("│", "|")
+        """What can be written of a drawn text, in as many columns at most."""
+        if self.is_unicode:
+            return text
+        # Rich cuts with an ellipsis in every encoding. And stderr writes `\xe9` for what it cannot
+        # encode: the row would be wrapped, and not be found again.
+        text = text.replace("…", "~").replace("│", "|")
+        encoding = self._console.encoding
+        return text.encode(encoding, "replace").decode(encoding)
 
     def _write(self, stream: TextIO, text: str) -> None:
         for start in range(0, len(text), _WRITE_MAX):
