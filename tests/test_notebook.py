@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,14 @@ with fanout.enable_output(), app.run():
     assert "work[1] │ out 1\n" in text_of(messages, "stdout")
     assert "work[1] ! err 1\n" in text_of(messages, "stderr")
     displays = [
-        content["data"]["text/plain"]
+        content["data"]
         for kind, content in messages
         if kind in ("display_data", "update_display_data")
     ]
-    assert any("0/3" in display for display in displays)
-    assert displays[-1] == ""
+    assert any("0/3" in display["text/plain"] for display in displays)
+    assert any("0/3" in display["text/html"] for display in displays)
+    assert displays[-1]["text/plain"] == ""
+    assert not re.sub("<[^>]*>", "", displays[-1]["text/html"]).strip()
 
 
 def test_text_goes_to_the_cell_that_made_the_call(cluster: Cluster, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from fanout.output.board import (
     Glyphs,
     duration,
 )
-from fanout.output.style import rendered, width_of
+from fanout.output.style import plain, width_of
 from fanout.protocol import messages as m
 
 SECOND = 1.0
@@ -30,7 +30,7 @@ def shown(board: Board, now: float, width: int = 100, height: int = 24) -> list[
     lines = board.lines(now, width, height)
     assert all(width_of(line) <= width for line in lines)
     assert len(lines) <= height
-    return [rendered(line, has_colours=False) for line in lines]
+    return [plain(line) for line in lines]
 
 
 def board_with_map(total: int | None = 100, name: str = "f") -> Board:
@@ -88,7 +88,7 @@ def test_a_map_that_took_a_while_leaves_a_line() -> None:
     board.count(call_id(1), 100, 100, 3, True, 10)
     line = board.close_call(call_id(1), 10)
     assert line is not None
-    assert rendered(line, False) == "✗ f  100 inputs  3 failed  in 10 s, 10/s"
+    assert plain(line) == "✗ f  100 inputs  3 failed  in 10 s, 10/s"
     assert shown(board, 10) == []
 
 
@@ -97,7 +97,7 @@ def test_a_map_that_is_left_early_says_so() -> None:
     board.count(call_id(1), 70, 40, 0, False, 10)
     line = board.close_call(call_id(1), 10)
     assert line is not None
-    assert "■ f  stopped after 40 of 100" in rendered(line, False)
+    assert "■ f  stopped after 40 of 100" in plain(line)
 
 
 def test_many_maps_of_one_function_are_one_line() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -14,17 +13,18 @@ import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fanout.output.screen import LocalStream, Screen
 from fanout.output.watcher import PENDING_BYTES_MAX, Watcher
 from fanout.protocol import messages as m
 from tests.conftest import Cluster, poll_until
 from tests.terminal_kit import INTERRUPT, Terminal, fanout_run
 
 BAR = ("━", "─")
+COLOURS = re.compile(rb"\x1b\[([0-9;]*)m")
+#: What is no colour: a reset, bold, dim.
+STYLES = {b"", b"0", b"1", b"2"}
 
 SCRIPT = """
     import asyncio, json, pathlib, sys, time
@@ -289,32 +289,6 @@ def test_a_process_that_the_script_forks_prints_and_logs(cluster: Cluster, scrip
     assert terminal.lines[-1] == "forked [0, 2, 3]"
 
 
-def test_a_forked_child_waits_for_no_lock_of_its_parent() -> None:
-    stream = io.TextIOWrapper(io.BytesIO())
-    screen = Screen(stream, has_colours=False, before_local=lambda: "")
-    local = LocalStream(screen, stream, clock=lambda: 0.0)
-    held, over = threading.Event(), threading.Event()
-
-    def hold(lock: Any) -> None:
-        with lock:
-            held.set()
-            over.wait()
-
-    holder = threading.Thread(target=hold, args=(screen.lock,))
-    holder.start()
-    held.wait()
-    # As in the child, where the thread that draws is not: the lock is never released.
-    screen.abandon()
-    writer = threading.Thread(target=local.write, args=("child\n",))
-    writer.start()
-    writer.join(10)
-    is_waiting = writer.is_alive()
-    over.set()
-    holder.join()
-    writer.join()
-    assert not is_waiting
-
-
 def test_a_terminal_of_few_rows_is_not_overrun(cluster: Cluster, script: Path) -> None:
     with run(cluster, script, "three_bars", rows=3) as terminal:
         terminal.sees("train", "0/3", "3 running")
@@ -347,9 +321,10 @@ def test_no_color_means_no_colours(cluster: Cluster, script: Path) -> None:
     with run(cluster, script, "many", variables={"NO_COLOR": "1"}) as terminal:
         terminal.sees("work", "0/4")
         terminal.sees("work[3] !", "warning 3")
+        terminal.sees("work  ────")
         go(script)
         assert terminal.ends() == 0
-    assert not re.search(rb"\x1b\[[0-9;]*m", terminal.raw)
+    assert {c for text in COLOURS.findall(terminal.raw) for c in text.split(b";")} <= STYLES
 
 
 def test_colours_tell_stdout_from_stderr(cluster: Cluster, script: Path) -> None:
@@ -367,6 +342,16 @@ def test_a_dumb_terminal_gets_labelled_lines_and_no_escapes(cluster: Cluster, sc
     assert b"\x1b" not in terminal.raw
     assert any("work[2] |" in line for line in terminal.lines)
     assert any("work[2] ! warning 2" in line for line in terminal.lines)
+
+
+def test_the_width_is_that_of_the_window_whatever_the_environment_says(
+    cluster: Cluster, script: Path
+) -> None:
+    with run(cluster, script, "many", columns=40, variables={"COLUMNS": "200"}) as terminal:
+        terminal.sees("work", "0/4")
+        go(script)
+        assert terminal.ends() == 0
+    assert "0/4" not in "".join(terminal.all_lines), "nothing of the bar is left"
 
 
 def test_a_terminal_without_unicode_gets_plain_characters(cluster: Cluster, script: Path) -> None:
@@ -499,6 +484,7 @@ def test_second_ctrl_c_is_out_at_once(cluster: Cluster, script: Path) -> None:
         appears(script, "finally")
         terminal.type(INTERRUPT)
         assert terminal.ends() == 130
+    assert b"\x1b[?25l" not in terminal.raw, "no hidden cursor is left behind"
     assert "fanout: left at once: the calls of app 'shown' are cancelled within" in str(terminal)
     assert "Traceback" not in str(terminal)
 

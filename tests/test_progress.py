@@ -124,6 +124,45 @@ def test_a_nested_call_is_named_before_its_first_text() -> None:
     assert call_rows(bench) == [], "its own calls a client knows"
 
 
+def test_a_container_that_runs_several_inputs_counts_for_each() -> None:
+    bench, worker, client = watching(f={"max_inputs": 4, "max_containers": 1})
+    bench.open(client, call=1, count=3)
+    lease = bench.started_lease(worker)
+    bench.open(client, call=2, count=5)
+    bench.later(progress.INTERVAL_S)
+    assert {row.call_id[0]: row.running for row in call_rows(bench)} == {1: 3, 2: 1}
+    (function,) = bench.take_all(m.FunctionProgress)
+    assert function.running == 4
+    bench.finish(worker, lease, count=2)
+    bench.later(progress.INTERVAL_S)
+    assert {row.call_id[0]: row.running for row in call_rows(bench)} == {1: 1, 2: 3}
+
+
+def test_a_container_that_runs_one_input_after_the_other_counts_as_one() -> None:
+    bench, worker, client = watching(f={"max_containers": 1})
+    bench.open(client, count=1000)
+    first = bench.started_lease(worker)
+    bench.finish(worker, first, input_s=0.001)
+    leases = bench.take_all(m.Lease, worker)
+    assert sum(len(lease.payload) for lease in leases) > 1, "it has many"
+    bench.later(progress.INTERVAL_S)
+    (row,) = call_rows(bench)
+    assert row.running == 1
+    (function,) = bench.take_all(m.FunctionProgress)
+    assert function.running == 1
+
+
+def test_inputs_that_wait_for_nested_calls_do_not_run() -> None:
+    bench, worker, client = watching(f={"max_inputs": 2, "max_containers": 1}, g={})
+    bench.open(client, count=2)
+    outer = bench.started_lease(worker)
+    nested = bench.connect("nested", worker=worker, container_id=outer.container_id)
+    bench.open(nested, "g", call=2, count=1, parent=(outer.lease_id, 0))
+    bench.frame(nested, m.SessionWaits(0))
+    bench.later(progress.INTERVAL_S)
+    assert {row.name: row.running for row in call_rows(bench)} == {"f": 0, "g": 0}
+
+
 def test_a_spawned_call_is_told_as_long_as_it_runs() -> None:
     bench, worker, client = watching(f={"max_containers": 1})
     bench.open(client, count=2, is_durable=True)

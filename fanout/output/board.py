@@ -38,7 +38,8 @@ ENDED_LABELS_MAX = 1024
 
 
 class Glyphs(NamedTuple):
-    """What bars are made of; a terminal without Unicode gets the plain ones."""
+    """What bars are made of; a terminal without Unicode gets the plain ones. Rich's own bar shows
+    nothing of what is still to do where there are no colours."""
 
     full: str = "━"
     empty: str = "─"

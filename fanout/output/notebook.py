@@ -2,6 +2,8 @@
 
 A kernel sends what is written to the cell whose code runs in the same context. Our threads have
 another one; so what they write is written in the context in which output was enabled.
+
+Rich's texts know how a notebook displays them. Its `Live` would need `ipywidgets` to replace one.
 """
 
 from __future__ import annotations
@@ -9,10 +11,13 @@ from __future__ import annotations
 import contextvars
 import importlib
 import sys
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from fanout.output.screen import write_text
-from fanout.output.style import Line, rendered
+from fanout.output.streams import write_text
+from fanout.output.style import Line, as_text
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 def is_notebook() -> bool:
@@ -27,7 +32,7 @@ class Cell:
     def __init__(self) -> None:
         self._context = contextvars.copy_context()
         self._handle: Any = None
-        self._shown = ""
+        self._shown: Text | None = None
 
     def write(self, stream: TextIO | None, text: str) -> None:
         """Write to the cell's stdout or stderr. Several threads may: each in a copy."""
@@ -35,15 +40,14 @@ class Cell:
 
     def draw(self, lines: list[Line]) -> None:
         """Replace the display by these lines."""
-        text = "\n".join(rendered(line, has_colours=False) for line in lines)
-        if text != self._shown:
+        text = as_text(lines)
+        if text != self._shown and (lines or self._handle is not None):
             self._shown = text
             self._context.copy().run(self._display, text)
 
-    def _display(self, text: str) -> None:
-        display: Any = importlib.import_module("IPython.display").display
-        content = {"text/plain": text}
+    def _display(self, text: Text) -> None:
         if self._handle is None:
-            self._handle = display(content, raw=True, display_id=True)
+            display: Any = importlib.import_module("IPython.display").display
+            self._handle = display(text, display_id=True)
         else:
-            self._handle.update(content, raw=True)
+            self._handle.update(text)

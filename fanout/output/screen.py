@@ -3,19 +3,27 @@
 What the script itself prints goes through here, too: it comes above the redrawn lines, which step
 aside for it and are back at the next drawing. While nothing is to be redrawn, it passes through
 untouched, prompts without a newline included.
+
+Rich says what the terminal can do, and renders text and what moves the cursor. Its `Live` is not
+used. It draws again with each print, and hides the cursor, which stays hidden where a process ends
+at once; it knows the rows that it drew, and not those that they became in a window that was made
+narrow; and it writes to the terminal of a shell that has put us into the background.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import sys
 import threading
-from collections.abc import Callable, Iterable
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import TextIO
+
+from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType
 
 from fanout.output.log_lines import LineBuffer
-from fanout.output.style import Line, cells, clean, cut, rendered, width_of
+from fanout.output.streams import write_text
+from fanout.output.style import Line, as_text, cells, clean, cut, width_of
 
 _SIZE_DEFAULT = (80, 24)
 #: Rows of the script's own that are redrawn: its last line, as long as it has no end.
@@ -25,20 +33,37 @@ _TAIL_MAX = 4096
 _WRITE_MAX = 8192
 
 
+def console_on(stream: TextIO) -> Console:
+    """What rich knows of a terminal: whether it can be redrawn, its colours, its encoding.
+
+    Args:
+        stream: the terminal.
+    """
+    # A kernel of a notebook has a display of its own.
+    return Console(file=stream, force_jupyter=False)
+
+
+def rendered(console: Console, *lines: Line) -> str:
+    """The lines with the colours that the terminal has, with no newline behind the last."""
+    with console.capture() as capture:
+        console.print(as_text(lines), end="", soft_wrap=True)
+    return capture.get()
+
+
 class Screen:
     """One terminal.
 
     Args:
         stream: where it is drawn; a terminal.
-        has_colours: whether it may be coloured.
+        console: what rich knows of it.
         before_local: called before the script's own text is written, so that what containers have
             written until then comes first. Gives text.
     """
 
-    def __init__(self, stream: TextIO, has_colours: bool, before_local: Callable[[], str]) -> None:
+    def __init__(self, stream: TextIO, console: Console, before_local: Callable[[], str]) -> None:
         self.stream = stream
-        self.has_colours = has_colours
-        self.is_unicode = _can_encode(stream, "━⠋│…")
+        self.is_unicode = not console.options.ascii_only
+        self._console = console
         #: Held while the terminal is written to. Reentrant: a signal handler may print.
         self.lock = threading.RLock()
         #: Grows while the terminal takes what is written to it.
@@ -53,7 +78,8 @@ class Screen:
         self._tail = ""
 
     def size(self) -> tuple[int, int]:
-        """Columns and rows."""
+        """Columns and rows. Rich would let `COLUMNS` say them, which a window that is made smaller
+        does not change; lines that are too long would be wrapped and not be found again."""
         try:
             width, height = os.get_terminal_size(self.stream.fileno())
         except (OSError, ValueError):
@@ -80,7 +106,7 @@ class Screen:
                 # What has left the screen at its top cannot be erased.
                 drawn = drawn[-max(1, height - 1) :]
             self._drawn = [width_of(line) for line in drawn]
-            text = "\n".join(rendered(line, self.has_colours) for line in drawn)
+            text = rendered(self._console, *drawn) if drawn else ""
             if erased or above or text:
                 self._write(self.stream, erased + above + self._fitted(text))
 
@@ -128,7 +154,7 @@ class Screen:
         if cells(_shown(tail)) >= width:
             return "\n"
         self._local.feed(tail.encode(errors="surrogateescape"), now)
-        return "\r\x1b[J"
+        return _erased(1)
 
     def _end(self) -> str:
         """The script's unfinished line becomes its own again."""
@@ -142,7 +168,7 @@ class Screen:
         if not above or not self._tail:
             return above
         if cells(_shown(self._tail)) < width:
-            return "\r\x1b[J" + above + self._tail
+            return _erased(1) + above + self._tail
         self._tail = ""
         return "\n" + above
 
@@ -150,8 +176,7 @@ class Screen:
         """What removes the drawn lines. They may have been wrapped since, by a narrower window."""
         if not self._drawn:
             return ""
-        rows = sum(max(1, -(-columns // width)) for columns in self._drawn)
-        return "\r" + (f"\x1b[{rows - 1}A" if rows > 1 else "") + "\x1b[J"
+        return _erased(sum(max(1, -(-columns // width)) for columns in self._drawn))
 
     def _is_foreground(self) -> bool:
         """Whether the terminal is ours to draw on: not while we run behind a shell's prompt."""
@@ -161,7 +186,14 @@ class Screen:
             return True
 
     def _fitted(self, text: str) -> str:
-        return text if self.is_unicode else text.replace("…", "~").replace("│", "|")
+        """What can be written of a drawn text, in as many columns at most."""
+        if self.is_unicode:
+            return text
+        # Rich cuts with an ellipsis in every encoding. And stderr writes `\xe9` for what it cannot
+        # encode: the row would be wrapped, and not be found again.
+        text = text.replace("…", "~").replace("│", "|")
+        encoding = self._console.encoding
+        return text.encode(encoding, "replace").decode(encoding)
 
     def _write(self, stream: TextIO, text: str) -> None:
         for start in range(0, len(text), _WRITE_MAX):
@@ -169,104 +201,11 @@ class Screen:
             self.written += 1
 
 
-class LocalStream(io.TextIOBase):
-    """Stands for `sys.stdout` or `sys.stderr` while a screen is drawn."""
-
-    def __init__(self, screen: Screen, stream: TextIO, clock: Callable[[], float]) -> None:
-        self.inner = stream
-        self._screen = screen
-        self._clock = clock
-
-    def write(self, text: str) -> int:
-        if not isinstance(text, str):
-            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
-        self._screen.write_local(self.inner, text, self._clock())
-        return len(text)
-
-    def writelines(self, lines: Iterable[Any]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def flush(self) -> None:
-        self.inner.flush()
-
-    def fileno(self) -> int:
-        return self.inner.fileno()
-
-    def isatty(self) -> bool:
-        return self.inner.isatty()
-
-    def writable(self) -> bool:
-        return True
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self.inner.encoding
-
-    @property
-    def errors(self) -> str | None:  # type: ignore[override]
-        return self.inner.errors
-
-    @property
-    def buffer(self) -> Any:
-        return self.inner.buffer
-
-    def close(self) -> None:
-        """It is only lent; closing it would close the interpreter's own."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-
-def write_text(stream: TextIO | None, text: str) -> None:
-    """Write and flush, whatever has become of the stream."""
-    if stream is None or stream.closed:
-        return
-    try:
-        try:
-            stream.write(text)
-        except UnicodeEncodeError:
-            encoding = stream.encoding or "ascii"
-            stream.write(text.encode(encoding, "replace").decode(encoding))
-        stream.flush()
-    except (OSError, ValueError):
-        # Nobody reads it any more; the calls are none the worse for it.
-        return
-
-
-def replace_streams(screen: Screen, clock: Callable[[], float]) -> Callable[[], None]:
-    """Have what the script prints to the terminal go through the screen; gives what ends that."""
-    replaced: list[tuple[str, LocalStream]] = []
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if is_terminal(stream):
-            local = LocalStream(screen, stream, clock)
-            setattr(sys, name, local)
-            replaced.append((name, local))
-
-    def restore() -> None:
-        for name, local in replaced:
-            # Somebody may have put a stream of his own there meanwhile; it stays.
-            if getattr(sys, name) is local:
-                setattr(sys, name, local.inner)
-
-    return restore
-
-
-def is_terminal(stream: Any) -> bool:
-    """Whether a person sees what is written there."""
-    try:
-        return stream is not None and bool(stream.isatty())
-    except ValueError:
-        return False
-
-
-def _can_encode(stream: TextIO, text: str) -> bool:
-    try:
-        text.encode(stream.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
+def _erased(rows: int) -> str:
+    """What removes the cursor's row and those above it, `rows` in all."""
+    wiped = (ControlType.ERASE_IN_LINE, 2)
+    above = ((ControlType.CURSOR_UP, 1), wiped) * (rows - 1)
+    return str(Control(ControlType.CARRIAGE_RETURN, wiped, *above))
 
 
 def _text(data: bytes) -> str:

@@ -1,20 +1,25 @@
-"""Text for a terminal: spans with a style, how many columns they take, cutting them to fit.
+"""Text for a terminal: spans with a style of rich, how many columns they take, cutting them to fit.
 
-Sans-IO.
+Rich is loaded by what measures and draws, and so not where output is redirected. Sans-IO.
 """
 
 from __future__ import annotations
 
 import re
-from unicodedata import combining, east_asian_width
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-#: A piece of text and the name of its style, "" for none.
+if TYPE_CHECKING:
+    from rich.text import Text
+
+#: A piece of text and its style as rich writes it ("bold", "red"), "" for none.
 Span = tuple[str, str]
 Line = list[Span]
 
-_CODES = {"dim": "2", "bold": "1", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 _RESET = "\x1b[0m"
 
+# Rich's decoder of what programs write (`Text.from_ansi`) drops most of what moves the cursor, but
+# lets titles, the clipboard and one-byte controls through; it is for text that is trusted.
 #: Colours. All else that a terminal obeys would move the cursor or change the window, and goes.
 _COLOUR = r"\x1b\[[0-9;:]*m"
 _ESCAPE = re.compile(
@@ -46,30 +51,20 @@ def clean(text: str, has_colours: bool) -> str:
 
 def cells(text: str) -> int:
     """How many columns a text takes."""
-    if text.isascii():
-        return len(text)
-    return sum(map(_cells_of, text))
+    from rich.cells import cell_len
 
-
-def _cells_of(character: str) -> int:
-    if combining(character) or character in "\u200b\u200d\ufe0e\ufe0f":
-        return 0
-    return 2 if east_asian_width(character) in "WF" else 1
+    return cell_len(text)
 
 
 def cut(text: str, width: int) -> str:
     """The text in at most `width` columns; an ellipsis stands for the rest."""
-    if cells(text) <= width:
-        return text
+    from rich.text import Text
+
     if width <= 0:
         return ""
-    taken, column = [], 0
-    for character in text:
-        column += _cells_of(character)
-        if column > width - 1:
-            break
-        taken.append(character)
-    return "".join(taken) + "…"
+    shown = Text(text)
+    shown.truncate(width, overflow="ellipsis")
+    return shown.plain
 
 
 def width_of(line: Line) -> int:
@@ -88,10 +83,14 @@ def cut_line(line: Line, width: int) -> Line:
     return kept
 
 
-def rendered(line: Line, has_colours: bool) -> str:
-    """The line with its colours, or as plain text."""
-    if not has_colours:
-        return "".join(text for text, _ in line)
-    return "".join(
-        f"\x1b[{_CODES[style]}m{text}{_RESET}" if style else text for text, style in line
-    )
+def plain(line: Line) -> str:
+    """The line as bare text."""
+    return "".join(text for text, _ in line)
+
+
+def as_text(lines: Iterable[Line]) -> Text:
+    """The lines as rich draws them, none of them wrapped, with no newline behind the last."""
+    from rich.text import Text
+
+    newline = Text("\n", no_wrap=True, overflow="ignore", end="")
+    return newline.join(Text.assemble(*line) for line in lines)

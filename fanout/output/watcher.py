@@ -13,17 +13,21 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from fanout.output.board import PLAIN_GLYPHS, Board, Glyphs
 from fanout.output.log_lines import Entry, LogBook, Origin
 from fanout.output.notebook import Cell, is_notebook
-from fanout.output.screen import Screen, is_terminal, replace_streams, write_text
-from fanout.output.style import Line, clean, cut_line, rendered, width_of
+from fanout.output.streams import is_terminal, replace_streams, write_text
+from fanout.output.style import Line, clean, cut_line, plain, width_of
 from fanout.protocol import messages as m
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fanout.client.calls import LiveCall
+    from fanout.output.screen import Screen
 
 DRAW_INTERVAL_S = 0.1
 #: Text that waits to be drawn; beyond that a slow terminal loses some, and is told how much.
@@ -62,8 +66,14 @@ class Watcher:
         self._show_progress = show_progress
         self._clock = time.monotonic
         self._cell = Cell() if is_notebook() else None
-        self._screen = self._find_screen()
-        self._has_colours = self._screen is not None and self._screen.has_colours
+        self._console: Console | None = None
+        self._screen: Screen | None = None
+        if self._cell is None:
+            self._find_terminal()
+        console = self._console
+        self._has_colours = (
+            console is not None and console.color_system is not None and not console.no_color
+        )
         self._channels: dict[int, _Channel] = {
             m.Source.STDOUT: self._channel(sys.stdout, is_stdout=True),
             m.Source.STDERR: self._channel(sys.stderr, is_stdout=False),
@@ -71,6 +81,11 @@ class Watcher:
         self._is_unicode = self._cell is not None or (
             self._screen is not None and self._screen.is_unicode
         )
+        #: What stands before and behind the name in each source's labels: drawn once for all lines.
+        self._affixes: dict[int, list[str]] = {
+            source: self._rendered(self._label_of("@", source)).split("@")
+            for source in (m.Source.STDOUT, m.Source.STDERR)
+        }
         #: Guards the board and the calls; held for moments. Reentrant: a signal handler may print.
         self._facts = threading.RLock()
         self._board = Board(Glyphs() if self._is_unicode else PLAIN_GLYPHS)
@@ -91,19 +106,23 @@ class Watcher:
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._restore = (
-            replace_streams(self._screen, self._clock) if self._screen is not None else lambda: None
-        )
+        self._restore: Callable[[], None] = lambda: None
+        if self._screen is not None:
+            self._restore = replace_streams(self._screen, self._clock)
 
     # --- where to --------------------------------------------------------------------------------
 
-    def _find_screen(self) -> Screen | None:
-        if self._cell is not None or os.environ.get("TERM", "") in ("", "dumb"):
-            return None
-        for stream in (sys.stderr, sys.stdout):
-            if is_terminal(stream):
-                return Screen(stream, not os.environ.get("NO_COLOR"), self._before_local)
-        return None
+    def _find_terminal(self) -> None:
+        """Whether somebody looks, and what his terminal can do; rich is loaded only if so."""
+        stream = next(filter(is_terminal, (sys.stderr, sys.stdout)), None)
+        if stream is None:
+            return
+        from fanout.output.screen import Screen, console_on
+
+        console = self._console = console_on(stream)
+        # Rich takes a terminal without a name for one that can do everything.
+        if console.is_interactive and os.environ.get("TERM"):
+            self._screen = Screen(stream, console, self._before_local)
 
     @property
     def _can_redraw(self) -> bool:
@@ -291,7 +310,7 @@ class Watcher:
             return ""
         width, _ = self._size()
         line = line[:-1] if width_of(line) >= width else line
-        return rendered(line, self._has_colours) + "\n"
+        return self._rendered(line) + "\n"
 
     def _live_lines(self, width: int) -> list[Line]:
         """The last state of progress bars in containers."""
@@ -301,7 +320,8 @@ class Watcher:
         for origin, row in rows:
             if self._channel_of(origin.source).is_labelled:
                 text = clean(row.decode(errors="replace"), has_colours=False).expandtabs()
-                lines.append(cut_line([*self._label(origin), (text, "")], width))
+                label = self._label_of(self._name(origin), origin.source)
+                lines.append(cut_line([*label, (text, "")], width))
         return lines[:LIVE_ROWS_MAX]
 
     # --- text ------------------------------------------------------------------------------------
@@ -326,17 +346,28 @@ class Watcher:
             write_text(stream, text)
 
     def _labelled(self, origin: Origin, data: bytes) -> str:
-        label = rendered(self._label(origin), self._has_colours)
+        # A source that a later version adds is shown as stderr is.
+        before, behind = self._affixes.get(origin.source, self._affixes[m.Source.STDERR])
+        label = before + self._name(origin) + behind
         text = data.decode(errors="replace")
         lines = text.split("\n")[:-1]
         return "".join([f"{label}{clean(line, self._has_colours)}\n" for line in lines])
 
-    def _label(self, origin: Origin) -> Line:
+    def _name(self, origin: Origin) -> str:
         with self._facts:
-            label = self._board.label(origin.call_id, origin.input_index)
-        if origin.source == m.Source.STDOUT:
-            return [(label, "cyan"), (" │ " if self._is_unicode else " | ", "dim")]
-        return [(label, "red"), (" ! ", "red")]
+            return self._board.label(origin.call_id, origin.input_index)
+
+    def _label_of(self, name: str, source: int) -> Line:
+        if source == m.Source.STDOUT:
+            return [(name, "cyan"), (" │ " if self._is_unicode else " | ", "dim")]
+        return [(name, "red"), (" ! ", "red")]
+
+    def _rendered(self, line: Line) -> str:
+        if self._console is None:
+            return plain(line)
+        from fanout.output.screen import rendered
+
+        return rendered(self._console, line)
 
     # --- the end ---------------------------------------------------------------------------------
 

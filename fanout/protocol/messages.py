@@ -1023,8 +1023,8 @@ class WatchProgress(Message):
 class CallProgress(Message):
     """How one call gets on, with the calls that its containers make: to a client that watches, when
     something has changed and a few times a second at most. Before the first text of a nested call,
-    too, whose name the client would not know. `running`, `starting`: containers that have an input
-    of it, and that are not ready yet. `waits_for` is for people."""
+    too, whose name the client would not know. `running` counts inputs, `starting` containers that
+    are not ready yet. `waits_for` is for people."""
 
     call_id: CallId
     name: Text
@@ -1041,7 +1041,7 @@ class CallProgress(Message):
 
 @_message(142)
 class FunctionProgress(Message):
-    """Containers of one function that run inputs, and that are being started."""
+    """Inputs of one function that run, and containers of it that are being started."""
 
     function_id: FunctionId
     name: Text

@@ -85,7 +85,7 @@ def _function_seen(function: Function) -> m.FunctionProgress:
         if container.state == "starting":
             starting += 1
         elif container.leases and not container.is_waiting:
-            running += 1
+            running += container.open_count if function.slots > 1 else 1
     return m.FunctionProgress(function.function_id, function.definition.name, running, starting)
 
 
@@ -103,14 +103,18 @@ def _tell_call(state: State, watch: Watch, call: Call) -> None:
 
 
 def _call_seen(call: Call) -> m.CallProgress:
-    running: set[int] = set()
+    running = 0
     starting: set[int] = set()
     for lease in call.leases.values():
         container = lease.container
         if container.state == "starting":
             starting.add(container.container_id)
-        elif next(iter(container.leases)) == lease.lease_id and not container.is_waiting:
-            running.add(container.container_id)
+        elif container.is_waiting:
+            continue
+        elif call.function.slots > 1:
+            running += lease.open.count
+        else:
+            running += next(iter(container.leases)) == lease.lease_id
     return m.CallProgress(
         call_id=call.call_id,
         name=call.function.definition.name,
@@ -120,7 +124,7 @@ def _call_seen(call: Call) -> m.CallProgress:
         is_over=False,
         input_count=call.received.count if call.sealed_count is None else call.sealed_count,
         finished_count=call.finished.count,
-        running=len(running),
+        running=running,
         starting=len(starting),
         waits_for=call.waits_for[:WAITS_FOR_MAX],
     )
