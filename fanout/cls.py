@@ -207,7 +207,14 @@ class Cls:
             name: {"is_generator": partial.is_generator, "is_async": partial.is_async}
             for name, partial in self._lifecycle.methods.items()
         }
-        return {"methods": methods}
+        shape: dict[str, Any] = {"methods": methods}
+        life = self._lifecycle
+        hooks = [inspect.getattr_static(self._user_class, n) for n in (*life.enters, *life.exits)]
+        are_async = {partial.is_async for partial in life.methods.values()}
+        if False in are_async and (True in are_async or any(hook.is_async for hook in hooks)):
+            # Its sync methods must not hold up the event loop, so they run beside it.
+            shape["is_mixed"] = True
+        return shape
 
     def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
         values: dict[str, Any] = {}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fanout.client.app_run import AppRun
     from fanout.protocol import messages as m
 
-_SHAPE = ("is_generator", "is_async", "methods")
+_SHAPE = ("is_generator", "is_async", "methods", "is_mixed")
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class C:
         if x: print("running")
         end = time.monotonic() + 60 * x
         while time.monotonic() < end: pass
-        return asyncio.get_running_loop() is self.loop
+        return asyncio._get_running_loop() is None and self.loop.is_running()
     @method()
     def numbers(self, n):
         try:
@@ -168,9 +168,9 @@ MIXED_SHAPES = shapes(
 )
 
 
-async def test_sync_and_async_methods_of_one_class_share_the_loop_of_its_hooks() -> None:
+async def test_sync_methods_run_beside_the_loop_that_async_ones_and_hooks_share() -> None:
     async with containers() as kit:
-        container = await kit.start(MIXED, "C", methods=MIXED_SHAPES)
+        container = await kit.start(MIXED, "C", methods=MIXED_SHAPES, is_mixed=True)
         container.give(lease_of([()], method="is_same_loop"))
         container.give(lease_of([(0,)], lease_id=2, start=1, method="sync"))
         container.give(lease_of([(9,)], lease_id=3, start=2, method="numbers", credit=99))
@@ -185,7 +185,7 @@ async def test_sync_and_async_methods_of_one_class_share_the_loop_of_its_hooks()
 
 async def test_a_sync_method_beside_a_loop_can_be_stopped() -> None:
     async with containers() as kit:
-        container = await kit.start(MIXED, "C", methods=MIXED_SHAPES)
+        container = await kit.start(MIXED, "C", methods=MIXED_SHAPES, is_mixed=True)
         container.give(lease_of([(1,)], lease_id=3, method="sync"))
         await kit.until(lambda: "running" in kit.events.text(), "it runs")
         container.lower_limit(3, 0, True)
@@ -198,7 +198,7 @@ async def test_a_sync_method_beside_a_loop_can_be_stopped() -> None:
 
 async def test_a_sync_generator_beside_a_loop_waits_for_credit_and_can_be_stopped() -> None:
     async with containers() as kit:
-        container = await kit.start(MIXED, "C", methods=MIXED_SHAPES)
+        container = await kit.start(MIXED, "C", methods=MIXED_SHAPES, is_mixed=True)
         container.give(lease_of([(9,)], lease_id=3, method="numbers", credit=2))
         await kit.until(lambda: kit.events.waits, "it waits")
         container.give_credit(3, 5)
@@ -212,7 +212,7 @@ async def test_a_sync_generator_beside_a_loop_waits_for_credit_and_can_be_stoppe
 
 async def test_a_sync_generator_beside_a_loop_that_never_waits_can_be_stopped() -> None:
     async with containers() as kit:
-        container = await kit.start(MIXED, "C", methods=MIXED_SHAPES)
+        container = await kit.start(MIXED, "C", methods=MIXED_SHAPES, is_mixed=True)
         container.give(lease_of([(1 << 40,)], lease_id=3, method="numbers", credit=1 << 40))
         await kit.until(lambda: "at three" in kit.events.text(), "it runs")
         container.lower_limit(3, 0, True)

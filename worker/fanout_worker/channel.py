@@ -114,9 +114,11 @@ def parse_checked(header: bytes) -> list[Any]:
 
 
 def runs_many(options: dict[str, Any]) -> bool:
-    """Whether containers of a definition with these options run several inputs at a time."""
+    """Whether containers of a definition with these options run several inputs at a time; or
+    could: of a class with sync and async methods the former need a thread beside the loop."""
     max_inputs: int | None = options.get("max_inputs")
-    return (max_inputs or 1) > 1 or options.get("batch") is not None
+    is_mixed = bool(options.get("is_mixed"))
+    return (max_inputs or 1) > 1 or options.get("batch") is not None or is_mixed
 
 
 def check_ranges(ranges: list[Any]) -> list[tuple[int, int, int]]:

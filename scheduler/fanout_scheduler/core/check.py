@@ -70,11 +70,14 @@ def _check_worker(worker: Worker) -> None:
         # 6. A core is held by containers that have a lease and do not wait, and by no other.
         runs = bool(container.leases) and not container.is_waiting
         assert container.holds_core == runs, f"6: container {container.container_id}"
-        slots = container.function.slots
-        assert len(container.leases) <= max(2, slots), f"6: container {container.container_id}"
+        slots, is_concurrent = container.function.slots, container.function.is_concurrent
+        limit = slots if is_concurrent else 2
+        assert len(container.leases) <= limit, f"6: container {container.container_id}"
         count = sum(lease.open.count for lease in container.leases.values())
         assert container.open_count == count, f"6: inputs of {container.container_id}"
-        assert slots == 1 or count <= slots, f"6: {container.container_id} has too many inputs"
+        assert not is_concurrent or count <= slots, (
+            f"6: {container.container_id} has too many inputs"
+        )
         assert not container.deferred or container.is_waiting, "6: frames kept for nobody"
 
 

@@ -270,7 +270,7 @@ def reclaim(state: State, lease: Lease, keep: int) -> None:
     call = lease.call
     if lease.is_reclaiming or lease.is_cancelled or call.method.is_generator:
         return
-    if call.function.slots > 1:
+    if call.function.is_concurrent:
         # All of it has begun.
         return
     is_first = next(iter(lease.container.leases)) == lease.lease_id

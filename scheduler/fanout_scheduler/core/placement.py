@@ -197,7 +197,7 @@ def _with_room(state: State, function: Function, limit: int) -> Container | None
             not _has_core(container.worker, function) or _is_reserved(state, container.worker)
         ):
             continue
-        if function.slots == 1:
+        if not function.is_concurrent:
             return container
         is_better = best is None or (container.open_count > best.open_count) == function.is_batched
         if is_better and (best is None or container.open_count != best.open_count):
@@ -310,7 +310,7 @@ def _lease_size(call: Call, container: Container) -> int:
     function, method = call.function, call.method
     if method.is_generator or function.is_single_use:
         return 1
-    if function.slots > 1:
+    if function.is_concurrent:
         limit = function.target if container.open_count < function.target else function.slots
         part = -(-call.queued.count // max(1, len(function.containers)))
         room = limit - container.open_count
@@ -326,7 +326,7 @@ def _lease_size(call: Call, container: Container) -> int:
 
 def _prefetch(state: State, function: Function) -> None:
     """Second leases for containers whose inputs are quick, so that none waits for a round trip."""
-    if function.slots > 1 or function.is_single_use:
+    if function.is_concurrent or function.is_single_use:
         return
     for container in function.containers.values():
         _drop_stale(state, function)
@@ -461,7 +461,7 @@ def _reclaim_tails(state: State) -> None:
             continue
         if lease.is_cancelled or lease.call.method.is_generator or lease.container.is_waiting:
             continue
-        if function.slots > 1:
+        if function.is_concurrent:
             continue
         is_first = next(iter(lease.container.leases)) == lease.lease_id
         if (is_first and lease.open.count < 2) or state.now < lease.reclaim_after:

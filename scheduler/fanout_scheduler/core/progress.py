@@ -85,7 +85,7 @@ def _function_seen(function: Function) -> m.FunctionProgress:
         if container.state == "starting":
             starting += 1
         elif container.leases and not container.is_waiting:
-            running += container.open_count if function.slots > 1 else 1
+            running += container.open_count if function.is_concurrent else 1
     return m.FunctionProgress(function.function_id, function.definition.name, running, starting)
 
 
@@ -111,7 +111,7 @@ def _call_seen(call: Call) -> m.CallProgress:
             starting.add(container.container_id)
         elif container.is_waiting:
             continue
-        elif call.function.slots > 1:
+        elif call.function.is_concurrent:
             running += lease.open.count
         else:
             running += next(iter(container.leases)) == lease.lease_id

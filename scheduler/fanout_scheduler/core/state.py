@@ -71,6 +71,8 @@ class Function:
     #: Inputs that a container may have at a time, and how many it should have before another
     #: container is started. Both are 1 unless the function is concurrent or batched.
     slots: int
+    #: Every input that a container has is begun at once, so it gets no more than it may run.
+    is_concurrent: bool
     target: int
     is_batched: bool
     #: Each container runs one input and leaves.
@@ -115,6 +117,7 @@ def make_function(definition: m.DefineFunction, app: App, number: int) -> Functi
         timeout_s=float(options.get("timeout") or TIMEOUT_S),
         methods=_methods_of(options),
         slots=max_inputs * batch_size,
+        is_concurrent=max_inputs > 1 or batch is not None or bool(options.get("is_mixed")),
         target=target_inputs * batch_size,
         is_batched=batch is not None,
         is_single_use=bool(options.get("single_use")),

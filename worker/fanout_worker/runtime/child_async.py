@@ -14,7 +14,6 @@ import inspect
 import signal
 import time
 from collections.abc import AsyncIterator, Coroutine
-from types import FrameType
 from typing import Any
 
 import msgpack
@@ -83,8 +82,6 @@ class AsyncRunner(LoopRunner):
         self._is_cancelled = False
         loop.add_reader(self._channel.fileno(), self._on_readable)
         loop.add_signal_handler(signal.SIGUSR1, self._on_cancel)
-        if self._code.is_mixed:
-            self._raise_in_sync_code()
         try:
             while True:
                 while not self._channel.leases:
@@ -96,18 +93,6 @@ class AsyncRunner(LoopRunner):
                 await self._run_lease(lease)
         finally:
             loop.remove_reader(self._channel.fileno())
-
-    def _raise_in_sync_code(self) -> None:
-        """The loop's handler gets no turn while a sync method runs; what Python calls at once
-        does, and raises if the gate is open."""
-        of_loop = signal.getsignal(signal.SIGUSR1)
-
-        def on_signal(signum: int, frame: FrameType | None) -> None:
-            if callable(of_loop):
-                of_loop(signum, frame)
-            self._gate.on_signal(signum, frame)
-
-        signal.signal(signal.SIGUSR1, on_signal)
 
     def _on_readable(self) -> None:
         self._channel.read()

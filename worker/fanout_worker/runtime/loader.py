@@ -49,11 +49,6 @@ class UserCode:
         hooks = [*self.enters, *self.exits]
         return any(entry.is_async for entry in self.entries.values()) or any(map(_is_async, hooks))
 
-    @property
-    def is_mixed(self) -> bool:
-        """Whether some of what leases run is sync and an event loop is needed all the same."""
-        return self.needs_loop and not all(entry.is_async for entry in self.entries.values())
-
     def find(self, method: str) -> Entry:
         """What a lease for this method runs; something that raises if there is no such method, as
         the caller may have another version of the class."""
