@@ -44,8 +44,9 @@ class Librarian:
     def build_index(self) -> None:
         counts = {name: Counter(words_of(documentation_of(name))) for name in MODULES[self.field]}
         spread = Counter(word for count in counts.values() for word in count)
+        total = len(counts)
         self.weights = {
-            name: {w: n / sum(count.values()) / math.log(1 + spread[w]) for w, n in count.items()}
+            name: {w: (1 + math.log(n)) * math.log(total / spread[w]) for w, n in count.items()}
             for name, count in counts.items()
         }
         self.pid = os.getpid()
@@ -71,7 +72,10 @@ class Librarian:
 
 @app.local_entrypoint()
 def main(text: str = "") -> None:
-    questions = ["read rows of a spreadsheet file with a dialect", "run a query in a database"]
+    questions = [
+        "read rows of a spreadsheet file with a dialect",
+        "execute a query of a database connection",
+    ]
     data = Librarian()
     pids = set()
     for question, (module, pid) in zip(questions * 50, data.find.map(questions * 50), strict=True):

@@ -82,3 +82,48 @@ def test_background_call_is_collected_by_another_process(cluster: Cluster) -> No
     # Twice: collecting takes nothing away.
     for _ in range(2):
         assert expected in output_of(cluster, EXAMPLES / "background.py", call_id)
+
+
+# --- in Modal's style -----------------------------------------------------------------------------
+
+
+def shown_by(cluster: Cluster, name: str, *flags: str) -> str:
+    result = cluster.fanout("run", "-q", EXAMPLES / f"{name}.py", *flags)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_classes_load_their_model_once_for_each_container(cluster: Cluster) -> None:
+    text = shown_by(cluster, "classes", "--text", "open a socket to a server")
+    assert "'execute a query of a database connection': sqlite3" in text
+    assert "100 questions, answered by at most 2 containers: True" in text
+    assert "about time: calendar" in text
+    assert "\nnet: socket\n" in text
+
+
+def test_batching_gathers_the_inputs_of_many_callers(cluster: Cluster) -> None:
+    text = shown_by(cluster, "batching")
+    for line in ("asincio -> asyncio", "dattetime -> datetime", "statistic -> statistics"):
+        assert line in text
+    match = re.search(r"100 calls of one input each ran in batches of up to (\d+)", text)
+    assert match is not None
+    assert 1 < int(match[1]) <= 64
+
+
+def test_retries_run_what_failed_again_and_give_up_at_last(cluster: Cluster) -> None:
+    lines = shown_by(cluster, "retries").splitlines()
+    assert lines[:4] == [f"page {n} after {n} attempts" for n in range(1, 5)]
+    assert lines[4:6] == [f"page {n} given up: page {n}: attempt 4 failed" for n in (5, 6)]
+    assert lines[6] == "18 attempts in all"
+
+
+def test_queue_and_dict_share_a_crawl_between_containers(cluster: Cluster) -> None:
+    text = shown_by(cluster, "queue_and_dict", "--start", "json", "--crawlers", "2")
+    assert re.search(r"^\d+ modules visited, each once: True$", text, re.MULTILINE)
+
+
+def test_nested_map_counts_packages_and_their_files(cluster: Cluster) -> None:
+    lines = shown_by(cluster, "nested_map").splitlines()
+    counted = [int(line.split()[3]) for line in lines[:-1]]
+    assert len(counted) == 8
+    assert lines[-1] == f"8 packages, {sum(counted)} lines in all"
