@@ -84,7 +84,7 @@ def main(text: str = "") -> None:
     print(answer)
     print(f"100 questions, answered by at most 2 containers: {len(pids) <= 2}")
     time = Librarian(field="time")
-    print(f"about time: {time.find.remote('days and weeks of a month')[0]}")
+    print(f"about time: {time.find.remote('a calendar with the name of each weekday')[0]}")
     print(f"words known: {sum(time.vocabulary.remote())}")
     if text:
         for field in MODULES:
