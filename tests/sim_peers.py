@@ -346,12 +346,20 @@ class SimWorker:
             for command in commands:
                 self._carry_out(command)
 
+    def _start(self, container_id: int, function_id: bytes) -> None:
+        # The other kind is derived from the one in this file.
+        from tests.sim_concurrent import SimConcurrentContainer
+
+        is_concurrent = "max_inputs" in self.plans[function_id].options
+        kind = SimConcurrentContainer if is_concurrent else SimContainer
+        kind(self, container_id, function_id)
+
     def _carry_out(self, command: w.Command) -> None:
         if isinstance(command, w.Send):
             self._send_behind_clients(command.message)
             return
         if isinstance(command, w.Start):
-            SimContainer(self, command.container_id, command.definition.function_id)
+            self._start(command.container_id, command.definition.function_id)
             return
         container = self.containers.get(
             command.lease.container_id if isinstance(command, w.GiveLease) else command.container_id  # type: ignore[union-attr]
@@ -379,6 +387,8 @@ class SimContainer:
         self.queue: deque[m.Lease] = deque()
         self.stops: dict[int, int] = {}
         self.running: tuple[m.Lease, int] | None = None
+        #: What runs in a container for several inputs at a time; see sim_concurrent.py.
+        self.live: dict[tuple[int, int], m.Lease] = {}
         self.is_stopping = self.is_ready = self.is_gone = False
         self.is_cancelling = False
         self.upto = 0

@@ -326,10 +326,18 @@ def make_plans(world: World) -> list[Plan]:
     )
     crashy = Plan("crashy", b"c" * 16, {}, input_s=0.02, may_crash=True)
     stream = Plan("stream", b"g" * 16, {"is_generator": True}, input_s=0.001, item_count=40)
+    most = random.randint(2, 8)
+    many = Plan(
+        "many",
+        b"n" * 16,
+        {"max_inputs": most, "target_inputs": random.randint(1, most), "max_containers": 3},
+        input_s=0.05,
+    )
+    poisoned = Plan("poisoned", b"p" * 16, {"max_inputs": 3}, input_s=0.02, may_crash=True)
     inner = Plan("inner", b"i" * 16, {}, input_s=0.005)
     middle = Plan("middle", b"m" * 16, {}, input_s=0.002, nested=inner, nested_count=3)
     outer = Plan("outer", b"o" * 16, {}, input_s=0.002, nested=middle, nested_count=2)
-    return [quick, slow, flaky, crashy, stream, inner, middle, outer]
+    return [quick, slow, flaky, crashy, stream, many, poisoned, inner, middle, outer]
 
 
 def run_seed(seed: int) -> tuple[int, Counter[str], str]:
