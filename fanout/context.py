@@ -53,11 +53,13 @@ class Waits:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # A wait may end when its coroutine is collected, which may be while this thread is in here.
+        self._lock = threading.RLock()
         #: Inputs that run, by the identity of their `InputContext`; None: one at a time.
         self._running: set[int] | None = None
-        #: How many things each input waits for. The object is kept, so its identity is its own.
-        self._waiting: dict[int, tuple[InputContext, int]] = {}
+        #: How many things each input waits for, and the object, whose identity must stay its own.
+        self._waiting: dict[int, int] = {}
+        self._waiters: dict[int, InputContext] = {}
         #: How many keys of `_waiting` are in `_running`.
         self._waiting_count = 0
         #: Waits of threads that have no context. Whose they are cannot be told; each counts as if
@@ -108,9 +110,10 @@ class Waits:
             if running is None:
                 self._anonymous_count += 1
             else:
-                count = self._waiting.get(id(running), (running, 0))[1]
-                self._waiting[id(running)] = (running, count + 1)
-                if count == 0:
+                key = id(running)
+                self._waiters[key] = running
+                self._waiting[key] = self._waiting.get(key, 0) + 1
+                if self._waiting[key] == 1:
                     self._waiting_count += self._counts(running)
         self._tell(watcher)
         return running
@@ -121,11 +124,10 @@ class Waits:
             if running is None:
                 self._anonymous_count -= 1
             else:
-                count = self._waiting[id(running)][1]
-                if count > 1:
-                    self._waiting[id(running)] = (running, count - 1)
-                else:
-                    del self._waiting[id(running)]
+                key = id(running)
+                self._waiting[key] -= 1
+                if self._waiting[key] == 0:
+                    del self._waiting[key], self._waiters[key]
                     self._waiting_count -= self._counts(running)
         self._tell(watcher)
 

@@ -90,7 +90,8 @@ class ConcurrentLogWriter(LogWriter):
     def __init__(self, source: Source, send: SendLog) -> None:
         super().__init__(source, send)
         self._lines: dict[int, bytes] = {}
-        self._lock = threading.Lock()
+        # An object that prints when it is collected may be collected in here.
+        self._lock = threading.RLock()
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
