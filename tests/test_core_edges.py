@@ -6,7 +6,7 @@ from __future__ import annotations
 from fanout.protocol import messages as m
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import BlobCompleted, ForgetCall, Store, Stored, StoreFailed
-from tests.core_kit import Bench, inputs, table
+from tests.core_kit import APP, Bench, inputs, table
 
 
 def stores(bench: Bench) -> list[Store]:
@@ -314,3 +314,18 @@ def test_a_wait_that_comes_before_the_output_of_the_input_before_it_is_a_wait() 
     bench.finish(worker, first, input_s=0.0005)
     called = bench.take_all(m.Lease)[-1]
     assert called.call_id == bytes([2]) * 16, "the core is free for what it waits for"
+
+
+def test_an_app_ends_with_the_last_of_those_who_opened_it() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    first = bench.client(f={})
+    second = bench.client()
+    bench.open(first, count=1)
+    lease = bench.started_lease(worker)
+    bench.frame(second, m.CloseApp(APP))
+    assert bench.take_all(m.CancelLease) == [], "it is the first one's run as well"
+    bench.finish(worker, lease)
+    bench.take(m.Outputs, first)
+    bench.frame(first, m.CloseApp(APP))
+    assert bench.take(m.StopContainer).container_id == lease.container_id

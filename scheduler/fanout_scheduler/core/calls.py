@@ -82,7 +82,7 @@ def end_session(state: State, session: Session) -> None:
         if not (call.is_durable and call.sealed_count is not None):
             cancel_call(state, call)
     for app in list(session.apps.values()):
-        close_app(state, app)
+        _leave_app(state, app, session)
     objects.on_session_ended(state, session.session_id)
 
 
@@ -93,25 +93,24 @@ def on_open_app(state: State, peer: Peer, message: m.OpenApp) -> None:
     assert peer.session is not None
     app = state.apps.get(message.app_id)
     if app is None:
-        app = state.apps[message.app_id] = App(message.app_id, message.name, None)
+        app = state.apps[message.app_id] = App(message.app_id, message.name)
     app.is_closing = False
-    if app.session is not None and app.session is not peer.session:
-        app.session.apps.pop(app.app_id, None)
-    app.session = peer.session
+    app.openers[peer.session.session_id] = peer.session
     peer.session.apps[app.app_id] = app
 
 
 def on_close_app(state: State, peer: Peer, message: m.CloseApp) -> None:
     app = state.apps.get(message.app_id)
-    if app is not None and app.session is peer.session:
-        close_app(state, app)
+    if app is not None and peer.session is not None:
+        _leave_app(state, app, peer.session)
 
 
-def close_app(state: State, app: App) -> None:
-    """The run is over: attached calls end, spawned calls go on, then the app goes."""
-    if app.session is not None:
-        app.session.apps.pop(app.app_id, None)
-        app.session = None
+def _leave_app(state: State, app: App, session: Session) -> None:
+    """One who opened the app has closed it, or is gone. With the last one the run is over:
+    attached calls end, spawned calls go on, then the app goes."""
+    session.apps.pop(app.app_id, None)
+    if app.openers.pop(session.session_id, None) is None or app.openers:
+        return
     app.is_closing = True
     for call in list(app.calls.values()):
         if not call.is_durable:

@@ -44,7 +44,7 @@ def _restore_record(state: State, record: Record) -> bool:
     if isinstance(record, m.OpenApp):
         # Calls that were spawned at once each brought their app and function along.
         if record.app_id not in state.apps:
-            state.apps[record.app_id] = App(record.app_id, record.name, None, is_stored=True)
+            state.apps[record.app_id] = App(record.app_id, record.name, is_stored=True)
     elif isinstance(record, m.DefineFunction):
         owner = state.apps.get(record.app_id)
         if owner is not None and record.function_id not in state.functions:

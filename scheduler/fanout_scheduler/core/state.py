@@ -28,8 +28,8 @@ BlobRef = tuple[int, list[bytes]]
 class App:
     app_id: bytes
     name: str
-    #: The client session whose run this is; None once that is gone.
-    session: Session | None
+    #: The client sessions whose run this is, by id. It ends with the last of them.
+    openers: dict[bytes, Session] = field(default_factory=dict)
     functions: dict[bytes, Function] = field(default_factory=dict)
     calls: dict[bytes, Call] = field(default_factory=dict)
     #: The run is over; the app goes when its spawned calls have ended.
