@@ -214,21 +214,20 @@ def exit(misplaced: Any = None) -> Callable[[F], F]:
     return decorate
 
 
-def batched(misplaced: Any = None, *, max_batch_size: int, wait_ms: int) -> Callable[[F], F]:
+def batched(*, max_batch_size: int, wait_ms: int) -> Callable[[Any], Any]:
     """Decorator: callers give single inputs, the function gets them in lists.
 
     It has one list for each parameter and returns one list of as many results. A batch begins with
-    its first input and runs when it is full or `wait_ms` have passed.
+    its first input and runs when it is full or `wait_ms` have passed. To type checkers the function
+    is anything: its callers see other types than it does.
 
     Args:
-        misplaced: nothing; catches `@batched` without parentheses.
         max_batch_size: from 1 to 1000.
         wait_ms: milliseconds, from 0 to 600,000.
 
     Raises:
         InvalidError: out of range, or on a generator, or a parameter has a default.
     """
-    _forbid_bare(misplaced, "batched")
     batching = make_batching(max_batch_size, wait_ms)
 
     def decorate(f: Any) -> Any:
@@ -240,21 +239,17 @@ def batched(misplaced: Any = None, *, max_batch_size: int, wait_ms: int) -> Call
     return decorate
 
 
-def concurrent(
-    misplaced: Any = None, *, max_inputs: int, target_inputs: int | None = None
-) -> Callable[[F], F]:
+def concurrent(*, max_inputs: int, target_inputs: int | None = None) -> Callable[[F], F]:
     """Decorator: each container runs several inputs at a time: async functions as tasks of one
     event loop, others in threads. On a class, below `@app.cls()`, it holds for all its methods.
 
     Args:
-        misplaced: nothing; catches `@concurrent` without parentheses.
         max_inputs: at most so many in one container, from 1 to 1000.
         target_inputs: another container is started when all have so many; `max_inputs` if None.
 
     Raises:
         InvalidError: out of range, or on a method.
     """
-    _forbid_bare(misplaced, "concurrent")
     concurrency = make_concurrency(max_inputs, target_inputs)
 
     def decorate(f: Any) -> Any:

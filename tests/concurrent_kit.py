@@ -83,7 +83,7 @@ def doubled(xs: list[int]) -> list[int]:
 @app.function(cpu=1)
 @fanout.concurrent(max_inputs=4)
 def by_batches(x: int) -> int:
-    return doubled.remote(x)  # type: ignore[arg-type, return-value]
+    return doubled.remote(x)
 
 
 @app.function(cpu=1)

@@ -329,3 +329,17 @@ def test_an_app_ends_with_the_last_of_those_who_opened_it() -> None:
     bench.take(m.Outputs, first)
     bench.frame(first, m.CloseApp(APP))
     assert bench.take(m.StopContainer).container_id == lease.container_id
+
+
+def test_a_spawn_of_which_a_part_was_not_written_is_never_acknowledged() -> None:
+    bench = Bench()
+    bench.worker()
+    client = bench.client(f={})
+    call_id = bench.open(client, count=2, is_durable=True)
+    stores = [order for order in bench.orders if isinstance(order, Store)]
+    bench.orders = [order for order in bench.orders if not isinstance(order, Store)]
+    bench.tell(StoreFailed(stores[0].sequence, "disk full"))
+    assert bench.take(m.CallFailed).call_id == call_id
+    for store in stores[1:]:
+        bench.tell(Stored(store.sequence))
+    assert bench.take_all(m.InputsStored) == []

@@ -252,6 +252,9 @@ def queue_inputs(state: State, call: Call, message: m.Inputs) -> None:
 
 def tell_stored(state: State, call: Call, stored: list[tuple[int, int]]) -> None:
     session = call.session
+    if call.failure is not None:
+        # A part of it could not be written, so nothing of it is there for anybody.
+        return
     if session is not None and session.peer_id is not None:
         is_sealed = call.sealed_count is not None
         state.send(session.peer_id, m.InputsStored(call.call_id, stored, is_sealed))
