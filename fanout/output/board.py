@@ -233,6 +233,9 @@ class Board:
 
     def label(self, call_id: bytes, index: int) -> str:
         """Which input wrote something: `f`, `f#2` for a second call, `f[7]` for one of many."""
+        if not any(call_id):
+            # Of no input: a hook that runs behind the last one.
+            return "exit"
         label = self._labels.get(call_id) or self._ended_labels.get(call_id)
         if label is None:
             return f"call {call_id.hex()[:8]}[{index}]"

@@ -511,22 +511,29 @@ def on_ask_shutdown(state: State, peer: Peer, message: m.AskShutdown) -> None:
 
 
 def container_log(state: State, message: m.ContainerLog) -> None:
-    """Pass text on to the client at the root of the call; one that does not read loses it."""
+    """Pass text on to the client at the root of the call; one that does not read loses it. What
+    belongs to no call, as of a hook that runs behind the last one, goes to whose run it is."""
     container = state.containers.get(message.container_id)
     call = state.calls.get(message.call_id)
     if call is None and container is not None and container.leases:
         call = next(iter(container.leases.values())).call
-    if call is None:
-        return
-    session: Session | None = call.session
-    if call.ancestors:
-        root = call.ancestors[-1]
-        session = next(iter(root.leases.values())).call.session if root.leases else None
+    session: Session | None = None
+    if call is not None:
+        session = call.session
+        if call.ancestors:
+            root = call.ancestors[-1]
+            session = next(iter(root.leases.values())).call.session if root.leases else None
+    elif container is not None:
+        session = next(iter(container.function.app.openers.values()), None)
     peer = state.peers.get(session.peer_id) if session is not None and session.peer_id else None
     if peer is None or not peer.is_writable:
         state.note("log text that nobody read")
         return
-    if peer.watch is not None:
+    if peer.watch is not None and call is not None:
         progress.name_call(state, peer.watch, call)
-    log = m.Log(call.call_id, message.index, message.container_id, message.source, message.payload)
+    call_id = message.call_id if call is None else call.call_id
+    log = m.Log(
+        call_id.rjust(16, b"\0"), message.index, message.container_id, message.source,
+        message.payload,
+    )  # fmt: skip
     state.send(peer.peer_id, log)
