@@ -368,3 +368,49 @@ def test_current_numbers_tell_what_waits_and_runs() -> None:
     info = info_of(bench, client)
     numbers = [info[name] for name in ("backlog", "containers", "running", "headroom")]
     assert numbers == [3, 1, 2, 0]
+
+
+def test_changing_settings_again_and_again_leaves_one_deadline() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=2)
+    client = bench.client(f={"min_containers": 1})
+    bench.start(worker, bench.take(m.StartContainer).container_id)
+    for _ in range(20):
+        info_of(bench, client, {"buffer_containers": 0})
+        bench.later(0.2)
+    for _ in range(8):
+        bench.later(10)
+        bench.frame(worker, m.Heartbeat(1))
+    kinds = [kind for _, _, kind, _ in bench.core.state.deadlines]
+    assert kinds.count("idle") == 1, "those that were moved are not planned again"
+
+
+def test_a_call_that_fits_into_a_waiting_container_is_no_deadlock() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={"max_inputs": 2, "max_containers": 1}, g={})
+    bench.open(client, call=1, count=1)
+    outer = bench.started_lease(worker)
+    bench.open(client, "g", call=2, count=1)
+    nested = bench.connect("nested", worker=worker, container_id=outer.container_id)
+    with bench.one_turn():
+        bench.frame(nested, m.SessionWaits(0))
+    busy = bench.started_lease(worker)
+    assert busy.call_id == bytes([2]) * 16
+    bench.open(nested, call=3, count=1, parent=(outer.lease_id, 0))
+    assert bench.take_all(m.CallFailed) == [], "it waits for the core alone"
+    bench.finish(worker, busy)
+    assert bench.take(m.Lease).call_id == bytes([3]) * 16
+
+
+def test_a_container_that_leaves_patiently_can_still_be_killed() -> None:
+    bench = Bench()
+    bench.worker(cpu=2)
+    client = bench.client(f={})
+    call_id = bench.open(client, count=2)
+    bench.forget(m.StartContainer, m.Lease)
+    info_of(bench, client, {"max_containers": 1})
+    patient = bench.take(m.StopContainer)
+    bench.frame(client, m.TerminateCall(call_id))
+    killed = {stop.container_id for stop in bench.take_all(m.StopContainer) if stop.kill}
+    assert patient.container_id in killed

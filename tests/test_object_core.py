@@ -10,6 +10,7 @@ from fanout.config import (
 )
 from fanout.protocol import messages as m
 from fanout_scheduler.core import objects
+from fanout_scheduler.core.events import ForgetRecord, Store, StoreFailed
 from fanout_scheduler.core.object_requests import split
 from tests.object_kit import OBJECT, ObjectBench, bench_with_dict, bench_with_queue
 
@@ -219,11 +220,30 @@ def test_an_entry_that_nobody_uses_expires() -> None:
     bench.look(peer, b"used")
     bench.answer(peer)
     bench.later(DICT_ENTRY_RETENTION_S / 2 + 3600)
+    bench.write()
     assert bench.length(peer) == 1
     bench.look(peer, b"used")
     assert bench.answer(peer).number == 1
     bench.write()
     assert len(bench.disk) == 2
+
+
+def test_an_entry_that_expires_on_a_full_disk_takes_no_later_one_with_it() -> None:
+    bench, peer = bench_with_dict()
+    bench.set(peer, b"key", b"old")
+    bench.write()
+    bench.forget(m.ObjectAnswer)
+    bench.frame(peer, m.RequestsDone([(0, 100)]))
+    bench.write()
+    bench.later(DICT_ENTRY_RETENTION_S + 3600)
+    (removal,) = [order for order in bench.orders if isinstance(order, Store)]
+    bench.orders.remove(removal)
+    bench.set(peer, b"key", b"new")
+    bench.tell(StoreFailed(removal.sequence, "disk full"))
+    bench.later(10)
+    records = [r for order in bench.orders if isinstance(order, Store) for r in order.records]
+    assert any(isinstance(record, m.DictEntry) for record in records)
+    assert not any(isinstance(record, ForgetRecord) for record in records)
 
 
 def test_a_request_of_the_other_type_is_refused() -> None:

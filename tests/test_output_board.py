@@ -216,7 +216,7 @@ def test_labels_of_ended_calls_are_bounded() -> None:
         board.open_call(call_id(number), "f", 0, 1, is_durable=False)
         board.close_call(call_id(number), 0)
     assert board.label(call_id(4999), 0) == "f#5000"
-    assert board.label(call_id(0), 0).startswith("call ")
+    assert board.label(call_id(1), 0).startswith("call ")
 
 
 def test_where_only_lines_can_be_written_there_is_one_now_and_then() -> None:

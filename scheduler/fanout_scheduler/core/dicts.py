@@ -281,12 +281,32 @@ def on_sweep(state: State, of: StoredObject) -> None:
             for entry in of.entries.values()
             if entry.used_at + DICT_ENTRY_RETENTION_S <= state.now and entry.key not in of.busy
         ]
-        records: list[Record] = [ForgetRecord(of.object_id, entry_key(key)) for key in expired]
-        for key in expired:
-            remove(state, of, key)
-        if not of.is_ephemeral:
-            durable.forget_records(state, records)
+        if of.is_ephemeral:
+            for key in expired:
+                remove(state, of, key)
+        elif expired:
+            _expire(state, of, expired)
     sweep_later(state, of)
+
+
+def _expire(state: State, of: StoredObject, keys: list[bytes]) -> None:
+    """Remove entries from the disk and then from here. Until that is done nobody changes them, or
+    else a write that is tried again could remove what came after it."""
+    of.busy |= set(keys)
+
+    def stored() -> None:
+        of.busy -= set(keys)
+        for key in keys:
+            remove(state, of, key)
+        advance(state, of)
+
+    def failed(text: str) -> None:
+        # They expire at the next look.
+        of.busy -= set(keys)
+        advance(state, of)
+
+    records: list[Record] = [ForgetRecord(of.object_id, entry_key(key)) for key in keys]
+    durable.store_objects(state, records, stored, failed)
 
 
 # --- ends ----------------------------------------------------------------------------------------

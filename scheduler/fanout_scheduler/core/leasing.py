@@ -162,22 +162,27 @@ def end_lease(state: State, lease: Lease) -> None:
     container.idle_since = state.now
     if container.function.is_single_use:
         stop_container(state, container)
-    elif container.state != "stopping" and not container.has_idle_deadline:
+    elif container.state != "stopping":
         watch_idle(state, container)
 
 
-def watch_idle(state: State, container: Container) -> None:
-    """Have it leave when it is idle for its scaledown window."""
-    container.has_idle_deadline = True
-    due_at = container.idle_since + container.function.scaledown_window_s
-    state.at(max(state.now, due_at), "idle", container)
+def watch_idle(state: State, container: Container, due_at: float | None = None) -> None:
+    """Look whether it may leave when it is idle for its scaledown window, or at another time. A
+    look that comes earlier stays; it plans the next one."""
+    if due_at is None:
+        due_at = container.idle_since + container.function.scaledown_window_s
+    due_at = max(state.now, due_at)
+    if container.idle_due_at is None or due_at < container.idle_due_at:
+        container.idle_due_at = due_at
+        state.at(due_at, "idle", container)
 
 
 def stop_container(state: State, container: Container, is_patient: bool = False) -> None:
     """Have it leave: at once, or if `is_patient` when what it runs has ended."""
-    if container.state != "stopping":
+    kill = bool(container.leases) and not is_patient
+    if container.state != "stopping" or (kill and not container.is_killed):
         container.state = "stopping"
-        kill = bool(container.leases) and not is_patient
+        container.is_killed = kill
         state.send(container.worker.peer_id, m.StopContainer(container.container_id, kill))
 
 

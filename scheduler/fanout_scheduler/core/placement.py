@@ -181,6 +181,10 @@ def _place_call(state: State, call: Call) -> str:
         elif not is_alone and function.slots > function.target:
             container = _with_room(state, function, function.slots)
     if container is None:
+        limit = 1 if is_alone else function.slots
+        if reason != NO_FIT and any(c.has_room(limit) for c in function.containers.values()):
+            # One of its own has room, and runs it as soon as it has its core.
+            reason = NO_CORE
         return _final_reason(state, call, reason)
     _lease(state, container, call)
     return ""
@@ -443,6 +447,8 @@ def _gets_further(call: Call, moving: set[int]) -> bool:
         return not call.leases
     limit = function.max_containers
     if limit is None or len(function.containers) < limit:
+        return True
+    if any(container.has_room(function.slots) for container in function.containers.values()):
         return True
     return any(container_id in moving for container_id in function.containers)
 

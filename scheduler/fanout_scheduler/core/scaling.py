@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from fanout.protocol import messages as m
-from fanout_scheduler.core.leasing import stop_container
+from fanout_scheduler.core.leasing import stop_container, watch_idle
 from fanout_scheduler.core.state import Container, Function, Peer, State
 
 SETTINGS = ("min_containers", "max_containers", "buffer_containers", "scaledown_window")
@@ -88,7 +88,7 @@ def _change(state: State, function: Function, changes: dict[str, Any]) -> None:
         return
     for container in living(function):
         if container.is_idle:
-            state.at(state.now, "idle", container)
+            watch_idle(state, container, state.now)
     limit = function.max_containers
     if limit is not None:
         # Those that are idle go first; the others end what they have.

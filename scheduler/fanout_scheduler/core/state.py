@@ -344,6 +344,8 @@ class Container:
     is_exclusive: bool = False
     #: It has had a lease.
     is_used: bool = False
+    #: It was told to leave at once.
+    is_killed: bool = False
     holds_core: bool = False
     #: Its inputs wait: for nested calls, or for credit.
     is_waiting: bool = False
@@ -352,7 +354,8 @@ class Container:
     #: Frames that end the wait, kept until the core is there.
     deferred: list[Send] = field(default_factory=list)
     idle_since: float = 0.0
-    has_idle_deadline: bool = False
+    #: When it is looked at next whether it has been idle for long enough.
+    idle_due_at: float | None = None
     nested_peers: dict[PeerId, Peer] = field(default_factory=dict)
 
     @property

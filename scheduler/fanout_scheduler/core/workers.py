@@ -229,8 +229,10 @@ def _on_start_failure(state: State, function: Function, message: m.ContainerExit
 
 def on_idle_deadline(state: State, container: Container) -> None:
     """A container that has been idle for its scaledown window leaves, unless it is one of those
-    that are kept in any case. It has one deadline at a time, which moves on when it is early."""
-    container.has_idle_deadline = False
+    that are kept in any case. One deadline counts at a time; others were moved since."""
+    if container.idle_due_at is None or state.now < container.idle_due_at:
+        return
+    container.idle_due_at = None
     if state.containers.get(container.container_id) is not container or not container.is_idle:
         return
     function = container.function
@@ -239,8 +241,7 @@ def on_idle_deadline(state: State, container: Container) -> None:
     elif scaling.is_spare(function):
         stop_container(state, container)
     else:
-        container.has_idle_deadline = True
-        state.at(state.now + max(1.0, function.scaledown_window_s), "idle", container)
+        watch_idle(state, container, state.now + max(1.0, function.scaledown_window_s))
 
 
 def acknowledge(state: State) -> None:
