@@ -267,6 +267,7 @@ class Storm(World):
         state = self.scheduler.core.state
         state_of_queue = state.objects.by_name[1, "sim"]
         assert not state_of_queue.partitions, "something is left in the queue"
+        assert not state.objects.ending, "receipts of what was abandoned are left"
         alive = {user.session_id for user in users}
         assert not alive & state.objects.clients.keys(), "requests left of clients that live"
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fanout.config import (
     CLIENT_GRACE_S,
     OBJECTS_SIZE_BYTES_MAX,
     QUEUE_PARTITION_ITEMS_MAX,
 )
 from fanout.protocol import messages as m
+from fanout_scheduler.core.durable import STORE_RETRY_S
 from fanout_scheduler.core.events import (
     FrameReceived,
     PeerId,
@@ -270,12 +273,113 @@ def test_an_abandoned_get_gives_its_item_back_at_any_moment() -> None:
     bench.write()
     assert bench.values(peer) == [b"a"]
     bench.frame(peer, m.CancelRequest(bench.next(), request.request_id, True))
+    bench.write()
     bench.answer(peer)
     assert bench.length(peer) == 1
     bench = bench.restarted()
     other = bench.connect(session=b"x" * 16)
     bench.later(2 * CLIENT_GRACE_S)
     assert bench.length(other) == 1
+
+
+@pytest.mark.parametrize("is_stored", [False, True], ids=["storing", "answered"])
+def test_an_abandonment_is_confirmed_only_when_a_restart_keeps_it(is_stored: bool) -> None:
+    bench, peer = bench_with_queue()
+    bench.put_stored(peer, b"a")
+    get = bench.get(peer)
+    cancel = m.CancelRequest(bench.next(), get.request_id, True)
+    if is_stored:
+        bench.write()
+        bench.answer(peer)
+        bench.frame(peer, cancel)
+    else:
+        bench.frame(peer, cancel)
+        for record in [record for store in bench.store() for record in store.records]:
+            bench.apply(record)
+    assert not bench.take_all(m.ObjectAnswer, peer), "its receipt is on disk, and tells otherwise"
+    bench = bench.restarted()
+    peer = bench.connect(session=peer.to_bytes(16, "big"))
+    bench.frame(peer, cancel, m.RequestsRepeated(1))
+    bench.write()
+    assert bench.answer(peer).number == 1
+    bench = bench.restarted()
+    peer = bench.connect(session=peer.to_bytes(16, "big"))
+    bench.frame(peer, m.RequestsRepeated(0))
+    assert bench.length(peer) == 1
+
+
+def test_an_abandonment_that_a_full_disk_delays_is_confirmed_once_to_who_asks_again() -> None:
+    bench, peer = bench_with_queue()
+    session = peer.to_bytes(16, "big")
+    bench.put_stored(peer, b"a")
+    get = bench.get(peer)
+    bench.write()
+    bench.answer(peer)
+    cancel = m.CancelRequest(bench.next(), get.request_id, True)
+    bench.frame(peer, cancel)
+    bench.refuse_writes()
+    bench.lose(peer)
+    peer = bench.connect(session=session)
+    bench.frame(peer, cancel, m.RequestsRepeated(1))
+    assert not bench.take_all(m.ObjectAnswer)
+    bench.later(2 * STORE_RETRY_S)
+    bench.write()
+    assert bench.answer(peer).number == 1
+    assert bench.length(peer) == 1
+    assert not bench.core.state.objects.ending
+
+
+def test_an_abandoned_get_that_cannot_be_written_is_confirmed() -> None:
+    bench, peer = bench_with_queue()
+    bench.put_stored(peer, b"a")
+    get = bench.get(peer)
+    cancel = m.CancelRequest(bench.next(), get.request_id, True)
+    bench.frame(peer, cancel)
+    bench.refuse_writes()
+    codes = {answer.request_id: answer.code for answer in bench.take_all(m.ObjectAnswer, peer)}
+    assert codes == {get.request_id: "store", cancel.request_id: "ok"}
+    assert bench.length(peer) == 1
+
+
+def test_a_get_that_was_given_up_is_done_anew_when_its_receipt_is_gone() -> None:
+    bench, peer = bench_with_queue()
+    session = peer.to_bytes(16, "big")
+    bench.put_stored(peer, b"a")
+    get = bench.get(peer)
+    bench.write()
+    bench.answer(peer)
+    bench.lose(peer)
+    bench.later(2 * CLIENT_GRACE_S)
+    bench.refuse_writes()  # the receipt stays
+    peer = bench.connect(session=session)
+    bench.frame(peer, get, m.RequestsRepeated(1))
+    assert not bench.store(), "its new receipt would be taken for the old one, and removed"
+    bench.later(2 * STORE_RETRY_S)
+    bench.write()
+    assert bench.values(peer) == [b"a"]
+    bench = bench.restarted()
+    peer = bench.connect(session=session)
+    bench.frame(peer, get, m.RequestsRepeated(1))
+    assert bench.values(peer) == [b"a"]
+    bench.confirm(peer, get)
+    bench.clean()
+
+
+def test_a_repeat_that_waits_for_the_disk_is_forgotten_with_its_connection() -> None:
+    bench, peer = bench_with_queue()
+    bench.put_stored(peer, b"a")
+    get = bench.get(peer)
+    bench.write()
+    bench.answer(peer)
+    bench.lose(peer)
+    bench.later(2 * CLIENT_GRACE_S)
+    again = bench.connect(session=peer.to_bytes(16, "big"))
+    bench.frame(again, get, m.RequestsRepeated(1))
+    bench.lose(again)
+    bench.write()
+    other = bench.connect()
+    assert bench.length(other) == 1
+    assert not bench.core.state.objects.clients
 
 
 def test_an_item_that_was_given_back_belongs_to_its_next_taker_after_a_restart() -> None:
@@ -285,11 +389,11 @@ def test_an_item_that_was_given_back_belongs_to_its_next_taker_after_a_restart()
     bench.write()
     bench.forget(m.ObjectAnswer)
     bench.frame(peer, m.CancelRequest(bench.next(), first.request_id, True))
-    bench.answer(peer)
     other = bench.connect()
     second = bench.get(other)
     stores = [order for order in bench.orders if isinstance(order, Store)]
     bench.write()
+    bench.answer(peer)
     assert bench.values(other) == [b"a"]
     # The receipt of the first get is still there, as if a full disk had kept it.
     for record in [record for store in stores for record in store.records]:

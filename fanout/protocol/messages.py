@@ -1211,7 +1211,7 @@ class ObjectAction(Message):
 class CancelRequest(Message):
     """End a request that waits: the answer's `number` is 1 if nothing came of it, 0 if it was done
     already. With `is_abandoned` nobody will take its answer: what it took out of a queue goes back
-    to its place."""
+    to its place, and the answer to this says that it will be there after a restart too."""
 
     request_id: RequestId
     target: RequestId

@@ -45,11 +45,15 @@ class PendingStore:
 
 
 def _store(
-    state: State, call: Call | None, records: list[Record], first_sequence: int | None = None
+    state: State,
+    call: Call | None,
+    records: list[Record],
+    first_sequence: int | None = None,
+    stored: Callable[[], None] | None = None,
 ) -> int:
     state.store_sequence += 1
     first = state.store_sequence if first_sequence is None else first_sequence
-    state.pending_stores[state.store_sequence] = PendingStore(records, call, first)
+    state.pending_stores[state.store_sequence] = PendingStore(records, call, first, stored)
     state.unsafe_stores.add(first)
     state.commands.append(Store(state.store_sequence, records))
     return first
@@ -62,15 +66,16 @@ def store_objects(
     failed: Callable[[str], None],
 ) -> None:
     """Write down a change of a queue or dict, and do one or the other afterwards."""
-    first = _store(state, None, records)
-    pending = state.pending_stores[first]
-    pending.stored, pending.failed = stored, failed
+    sequence = _store(state, None, records, stored=stored)
+    state.pending_stores[sequence].failed = failed
 
 
-def forget_records(state: State, records: list[Record]) -> None:
-    """Remove records that nobody needs; a full disk only delays it."""
+def forget_records(
+    state: State, records: list[Record], stored: Callable[[], None] | None = None
+) -> None:
+    """Remove records that nobody needs, and say when they are gone; a full disk only delays it."""
     if records:
-        _store(state, None, records)
+        _store(state, None, records, stored=stored)
 
 
 def store_open(state: State, call: Call, message: m.OpenCall) -> None:
@@ -217,7 +222,7 @@ def on_store_failed(state: State, sequence: int, text: str) -> None:
 
 
 def on_store_retry(state: State, pending: PendingStore) -> None:
-    _store(state, pending.call, pending.records, pending.first_sequence)
+    _store(state, pending.call, pending.records, pending.first_sequence, pending.stored)
 
 
 def is_safe(state: State, store_sequence: int) -> bool:

@@ -18,6 +18,10 @@ the scheduler, gets the same answer and changes nothing. The receipt is settled
   lost for `CLIENT_GRACE_S`: what was taken goes back to its place in the queue. A put that was done
   stays done; its receipt is kept for `RECEIPT_RETENTION_S`, in case the client does come back.
 
+An abandonment is promised to nobody before the receipt is gone from the disk: who was told forgets
+the request, and after a restart its silence about a receipt would mean that it took what was given
+back. Until then the answer to the `CancelRequest` waits, and so does a repeat of the request.
+
 A request that found nothing to change (empty, full, missing) leaves no receipt: a repeat asks anew.
 """
 
@@ -25,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 from fanout.config import OBJECTS_SIZE_BYTES_MAX
 from fanout.protocol import messages as m
@@ -37,7 +42,7 @@ from fanout_scheduler.core.object_state import (
     item_key,
     receipt_key,
 )
-from fanout_scheduler.core.state import State
+from fanout_scheduler.core.state import Peer, State
 
 #: What a client may have under way; each costs the scheduler some memory.
 REQUESTS_MAX = 100_000
@@ -118,6 +123,7 @@ def finish(state: State, request: Request, answer: m.ObjectAnswer) -> None:
     """Answer a request that has changed nothing."""
     forget(state, request)
     send(state, request.client.session_id, answer)
+    ended(state, request)
 
 
 def refuse(state: State, request: Request, code: str, text: str) -> None:
@@ -126,6 +132,35 @@ def refuse(state: State, request: Request, code: str, text: str) -> None:
 
 def refuse_missing(state: State, request: Request) -> None:
     refuse(state, request, "missing", f"{request.of!r} has been deleted")
+
+
+def wait_for_end(
+    state: State,
+    peer: Peer,
+    number: int,
+    handler: Callable[[State, Peer, Any], None],
+    message: Any,
+) -> bool:
+    """Have a message about request `number` of this client handled when no receipt of that is on
+    disk any more; False if it has not been abandoned, or there is none already."""
+    client = state.objects.clients.get(peer.session_id)
+    request = client.requests.get(number) if client is not None else None
+    if request is None or not request.verdict:
+        ending = state.objects.ending
+        request = ending.get(receipt_key(peer.session_id, number)) if ending else None
+    if request is None:
+        return False
+    request.behind[message.request_id] = peer, handler, message
+    return True
+
+
+def ended(state: State, request: Request) -> None:
+    """Nothing on disk tells of the request any more: go on with what waited for that."""
+    behind, request.behind = request.behind, {}
+    for peer, handler, message in behind.values():
+        # A client that has lost its connection asks again.
+        if state.peers.get(peer.peer_id) is peer:
+            handler(state, peer, message)
 
 
 # --- changes -------------------------------------------------------------------------------------
@@ -204,10 +239,18 @@ def settle(state: State, request: Request, verdict: str) -> None:
         else:
             charge(state, -sum(item.size_bytes for item in items))
             records += [ForgetRecord(object_id, item_key(item.number)) for item in items]
-    if not request.of.is_ephemeral:
-        key = receipt_key(request.client.session_id, request.request_id)
-        # Before the items: whoever gets them next has them by a later receipt.
-        durable.forget_records(state, [ForgetRecord(object_id, key), *records])
+    if request.of.is_ephemeral:
+        return
+    key = receipt_key(request.client.session_id, request.request_id)
+    if verdict == "abandoned":
+        state.objects.ending[key] = request
+
+    def gone() -> None:
+        state.objects.ending.pop(key, None)
+        ended(state, request)
+
+    # Before the items: whoever gets them next has them by a later receipt.
+    durable.forget_records(state, [ForgetRecord(object_id, key), *records], gone)
 
 
 def client_of(state: State, session_id: bytes) -> ObjectClient:

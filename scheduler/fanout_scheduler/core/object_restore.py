@@ -109,7 +109,7 @@ class Restorer:
             request.answer = queues.answer_of_get(request)
         else:
             # Its items are gone, or somebody else's: a repeat of it is a new request.
-            settle(self._state, request, "taken")
+            settle(self._state, request, "abandoned")
 
 
 def check(state: State) -> None:

@@ -6,6 +6,7 @@ Plain data, as `state.py`; the rules are in `objects.py`, `queues.py` and `dicts
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fanout.protocol import messages as m
 
 if TYPE_CHECKING:
-    from fanout_scheduler.core.state import Container
+    from fanout_scheduler.core.state import Container, Peer, State
 
 #: What an item, an entry, or an object costs beyond its bytes; measured, and rounded up.
 OVERHEAD_BYTES = 512
@@ -153,6 +154,10 @@ class Request:
     is_claimed: bool = True
     #: Said while it was on its way to disk: "taken" or "abandoned".
     verdict: str = ""
+    #: What is asked about it after that, by request number: who, how it is handled, the message.
+    behind: dict[int, tuple[Peer, Callable[[State, Peer, Any], None], Any]] = field(
+        default_factory=dict
+    )
 
     @property
     def request_id(self) -> int:
@@ -180,5 +185,7 @@ class Objects:
     #: Ids of ephemeral ones by session.
     ephemeral: dict[bytes, set[bytes]] = field(default_factory=dict)
     clients: dict[bytes, ObjectClient] = field(default_factory=dict)
+    #: Abandoned requests whose receipt may still be on disk, by the key of it.
+    ending: dict[bytes, Request] = field(default_factory=dict)
     #: Bytes held: items, entries, requests, with their overhead.
     size_bytes: int = 0

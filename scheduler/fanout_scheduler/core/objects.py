@@ -34,6 +34,7 @@ from fanout_scheduler.core.object_requests import (
     refuse,
     send,
     settle,
+    wait_for_end,
 )
 from fanout_scheduler.core.object_state import (
     OVERHEAD_BYTES,
@@ -67,6 +68,8 @@ _DICT_REQUESTS: dict[type[m.Message], _Handler] = {
 def on_request(state: State, peer: Peer, message: Any) -> None:
     """A request about what is in a queue or dict."""
     assert peer.session is not None
+    if wait_for_end(state, peer, message.request_id, on_request, message):
+        return
     client = client_of(state, peer.session_id)
     known = client.requests.get(message.request_id)
     if known is not None:
@@ -129,6 +132,8 @@ def _wrong_type(of: StoredObject, message: Any) -> m.ObjectAnswer:
 
 def on_cancel_request(state: State, peer: Peer, message: m.CancelRequest) -> None:
     """The time of a request is up, or nobody waits for it any more."""
+    if wait_for_end(state, peer, message.target, on_cancel_request, message):
+        return
     client = state.objects.clients.get(peer.session_id)
     request = client.requests.get(message.target) if client is not None else None
     is_undone = True
@@ -136,6 +141,8 @@ def on_cancel_request(state: State, peer: Peer, message: m.CancelRequest) -> Non
         _stop_waiting(state, request)
     elif request is not None and message.is_abandoned:
         settle(state, request, "abandoned")
+        if wait_for_end(state, peer, message.target, on_cancel_request, message):
+            return
     elif request is not None:
         is_undone = False
     state.send(peer.peer_id, answer_of(message.request_id, number=int(is_undone)))
