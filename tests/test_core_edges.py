@@ -3,9 +3,19 @@ work that would starve somebody."""
 
 from __future__ import annotations
 
+import math
+
 from fanout.protocol import messages as m
 from fanout_scheduler.core.core import Scheduler
-from fanout_scheduler.core.events import BlobCompleted, ForgetCall, Store, Stored, StoreFailed
+from fanout_scheduler.core.events import (
+    BlobCompleted,
+    ForgetCall,
+    Store,
+    Stored,
+    StoreFailed,
+    TimePassed,
+)
+from fanout_scheduler.core.placement import STUCK_S
 from tests.core_kit import APP, Bench, inputs, table
 
 
@@ -343,3 +353,35 @@ def test_a_spawn_of_which_a_part_was_not_written_is_never_acknowledged() -> None
     for store in stores[1:]:
         bench.tell(Stored(store.sequence))
     assert bench.take_all(m.InputsStored) == []
+
+
+def test_a_tail_is_looked_at_again_also_when_something_happened_just_before() -> None:
+    """Tails are not looked at twice within two milliseconds. The look that was planned may fall
+    into these; it must not have been the last."""
+    bench = Bench()
+    worker = bench.worker(cpu=2)
+    client = bench.client(f={})
+    bench.open(client, call=1, count=2)
+    for start in bench.take_all(m.StartContainer):
+        bench.start(worker, start.container_id)
+    for lease in bench.take_all(m.Lease):
+        bench.finish(worker, lease, input_s=0.0001)
+    bench.open(client, call=2, count=64)
+    leases = bench.take_all(m.Lease)
+    slow = leases[0]
+    while mine := [lease for lease in leases if lease.container_id != slow.container_id]:
+        for lease in mine:
+            bench.finish(worker, lease, input_s=0.0001)
+        leases = bench.take_all(m.Lease)
+    look_at = bench.core.next_deadline()
+    assert look_at is not None
+    bench.later(look_at - bench.now - 0.0005)
+    bench.finish(worker, slow, count=1, input_s=0.0001)
+    stuck_at = bench.now + STUCK_S
+    assert bench.take_all(m.Reclaim) == []
+    while not (reclaims := bench.take_all(m.Reclaim)):
+        deadline = bench.core.next_deadline() or math.inf
+        assert deadline < stuck_at + STUCK_S, "nobody looked again"
+        bench.now = deadline
+        bench.tell(TimePassed())
+    assert [reclaim.keep for reclaim in reclaims] == [0]

@@ -16,6 +16,7 @@ containers of many functions share a core, and a quick call waits for one lease 
 
 from __future__ import annotations
 
+import math
 from heapq import heappop
 
 from fanout.protocol import messages as m
@@ -76,6 +77,9 @@ def place(state: State) -> None:
             _resume(state)
     if state.leases and state.now >= state.reclaim_after:
         _reclaim_tails(state)
+    elif state.leases:
+        # What happened now may be what a tail waited for.
+        state.look(state.reclaim_after)
 
 
 def _has_core(worker: Worker, function: Function) -> bool:
@@ -460,7 +464,7 @@ def _reclaim_tails(state: State) -> None:
     """Where a function has idle capacity and nothing queued, halve its longest lease; take all of
     one that is stuck."""
     candidates: dict[bytes, tuple[float, Lease]] = {}
-    is_stuck_possible = False
+    look_at = math.inf
     for lease in state.leases.values():
         function = lease.call.function
         if function.function_id in state.ready_functions or lease.is_reclaiming:
@@ -470,11 +474,13 @@ def _reclaim_tails(state: State) -> None:
         if function.is_concurrent:
             continue
         is_first = next(iter(lease.container.leases)) == lease.lease_id
-        if (is_first and lease.open.count < 2) or state.now < lease.reclaim_after:
+        if is_first and lease.open.count < 2:
             continue
         if not _has_capacity(state, function):
             continue
-        is_stuck_possible = True
+        look_at = min(look_at, max(state.now + STUCK_S / 2, lease.reclaim_after))
+        if state.now < lease.reclaim_after:
+            continue
         score = _tail_seconds(state, lease, is_first)
         best = candidates.get(function.function_id)
         if score > TAIL_MIN_S and (best is None or score > best[0]):
@@ -483,8 +489,8 @@ def _reclaim_tails(state: State) -> None:
         keep = 0 if _is_stuck(state, lease) else lease.open.count // 2
         reclaim(state, lease, keep)
     state.reclaim_after = state.now + RECLAIM_INTERVAL_S
-    if is_stuck_possible:
-        state.look(state.now + STUCK_S / 2)
+    if look_at < math.inf:
+        state.look(look_at)
 
 
 def _is_stuck(state: State, lease: Lease) -> bool:
