@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import fanout
 
@@ -90,6 +91,15 @@ def by_batches(x: int) -> int:
 @app.function(cpu=1)
 @fanout.batched(max_batch_size=3, wait_ms=50)
 def batch_of_calls(xs: list[int]) -> list[int]:
+    return [value for value, _ in leaf.map(xs)]
+
+
+@app.function(cpu=1)
+@fanout.batched(max_batch_size=2, wait_ms=60_000)
+def calls_when_told(xs: list[int], folders: list[str]) -> list[int]:
+    Path(folders[0], "begun").touch()
+    while not Path(folders[0], "go").exists():
+        time.sleep(0.001)
     return [value for value, _ in leaf.map(xs)]
 
 

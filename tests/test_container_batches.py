@@ -268,6 +268,25 @@ async def test_a_batch_that_runs_goes_on_without_the_input_that_was_cancelled(co
 
 
 @BOTH_GATED
+async def test_the_first_input_that_was_not_cancelled_becomes_the_present_one(code: str) -> None:
+    tell = (
+        "    now = context.current_input.get()\n    return [(now.lease_id, now.index)] * len(xs)\n"
+    )
+    async with containers() as kit:
+        container = await kit.start(code.replace("    return xs\n", tell), batch=[4, LONG_MS])
+        path = str(kit.folder / "go")
+        container.give(lease_of([(0, path), (1, path)], lease_id=1))
+        container.give(lease_of([(2, path)], lease_id=2, start=2, call_id=b"d" * 16))
+        container.give(lease_of([(3, path)], lease_id=3, start=3))
+        await begun(kit)
+        container.lower_limit(1, 0, True)
+        await kit.outputs(2)
+        make_file(kit.folder / "go")
+        await kit.outputs(4)
+        assert [kit.events.value(i) for i in (2, 3)] == [(2, 2)] * 2
+
+
+@BOTH_GATED
 async def test_a_batch_of_which_all_inputs_were_cancelled_is_stopped(code: str) -> None:
     async with containers() as kit:
         container = await kit.start(code, batch=[2, 0])

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -62,6 +63,7 @@ class ConcurrentRunner(LoopRunner):
         self._execution_count = 0
         self._threads = Threads()
         self._batcher = self._make_batcher()
+        self._lead_lock = threading.Lock()
         self._batch_timer: asyncio.TimerHandle | None = None
         self._signatures: dict[Callable[..., Any], inspect.Signature] = {}
         assert context.container is not None
@@ -159,7 +161,9 @@ class ConcurrentRunner(LoopRunner):
             self._batcher.drop(live.lease.method, live)
             self._end([(live, self._stopped(live))], 0)
         elif sum(other.key in self._inputs for other in execution.inputs) > 1:
-            # The batch goes on for the others.
+            # The batch goes on for the others. Its own calls are theirs from now on, before the
+            # scheduler hears that this input is over and refuses it any.
+            self._lead(execution)
             self._end([(live, self._stopped(live))], execution.duration_ns)
         else:
             execution.stop()
@@ -277,12 +281,20 @@ class ConcurrentRunner(LoopRunner):
                 calls.append((live, (args, kwargs)))
             except BaseException as error:
                 self._end([(live, (*self._failure(live, error, None), []))], execution.duration_ns)
-        if calls:
-            first = calls[0][0]
-            place = execution.place
-            place.call_id, place.index = first.lease.call_id, first.index
-            place.lease_id = first.lease.lease_id
+        if self._batcher is not None:
+            self._lead(execution)
         return calls
+
+    def _lead(self, execution: Execution) -> None:
+        """Let the first input of a batch that still wants an output be the present one."""
+        # A batch may look for it in its thread, while the loop stops one of its inputs.
+        with self._lead_lock:
+            for live in execution.inputs:
+                if live.key in self._inputs and not live.reason:
+                    place = execution.place
+                    place.call_id, place.index = live.lease.call_id, live.index
+                    place.lease_id = live.lease.lease_id
+                    return
 
     def _signature(self, live: LiveInput) -> inspect.Signature:
         function = live.entry.function
