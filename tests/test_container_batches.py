@@ -315,6 +315,26 @@ async def test_a_batch_that_does_not_stop_is_killed_though_most_of_its_inputs_ha
         assert [kit.events.failure(i) for i in range(3)] == ["cancelled"] * 3
 
 
+#: The first batch holds up the loop; it ends by itself when there is a file.
+BLOCKING = GATED.replace("def f", "async def f")
+
+
+async def test_a_cancelled_input_that_waits_behind_a_blocked_loop_costs_no_container() -> None:
+    async with containers(kill_grace_s=0.2) as kit:
+        container = await kit.start(BLOCKING, batch=[1, 0])
+        path = str(kit.folder / "go")
+        container.give(lease_of([(0, path)], lease_id=1))
+        await begun(kit)
+        container.give(lease_of([(1, path)], lease_id=2, start=1))
+        container.lower_limit(2, 0, True)
+        await let_pass(0.6)
+        make_file(kit.folder / "go")
+        await kit.outputs(2)
+        assert kit.events.value(0) == 0
+        assert kit.events.failure(1) == "cancelled"
+        assert not kit.events.exits
+
+
 @BOTH_GATED
 async def test_the_time_of_a_batch_counts_from_when_it_runs(code: str) -> None:
     async with containers() as kit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import signal
@@ -18,6 +19,7 @@ from fanout.protocol import messages as m
 from fanout.protocol.blobs import FileBlobStore, blob_id_of
 from fanout.serialization import decode_value, encode_args
 from fanout_worker.runtime.threads import StopGate
+from tests.conftest import poll_until
 from tests.worker_kit import CALL, Kit, containers, lease_of, lengths_of, let_pass, shapes
 
 HEAD = "import asyncio, os, threading, time\nfrom fanout import context\n"
@@ -461,6 +463,21 @@ async def test_what_is_cancelled_and_does_not_stop_ends_the_container_and_no_oth
         container.lower_limit(1, 0, True)
         assert await exited(kit) == ("cancelled", [])
         assert sorted(kit.events.outputs) == [0]
+        assert kit.events.failure(0) == "cancelled"
+
+
+async def test_an_input_cancelled_before_it_is_heard_to_run_has_its_grace_from_then() -> None:
+    async with containers(kill_grace_s=0.2) as kit:
+        code = "def f(path):\n  open(path, 'w').close()\n  return sum(range(10**11))\n"
+        container = await kit.start(code, max_inputs=4)
+        container.set_paused(True)
+        path = str(kit.folder / "begun")
+        container.give(lease_of([(path,)]))
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, poll_until, lambda: os.path.exists(path), "it runs")
+        container.lower_limit(1, 0, True)
+        container.set_paused(False)
+        assert await exited(kit) == ("cancelled", [])
         assert kit.events.failure(0) == "cancelled"
 
 

@@ -36,7 +36,7 @@ class _Input:
     index: int
     #: 0 until it has begun.
     since_ns: int = 0
-    #: Why it was asked to stop (`shared.REASON_...`), and until when it may go on.
+    #: Why it was asked to stop (`shared.REASON_...`), and until when it may go on once it runs.
     reason: int = 0
     timer: asyncio.TimerHandle | None = None
     #: Since when its generator waits for credit, and for items from which number on; 0: it runs.
@@ -184,15 +184,21 @@ class ConcurrentWay:
         if running.reason:
             return
         running.reason = reason
-        running.timer = self._host.loop.call_later(
-            self._host.settings.kill_grace_s, self._lose_patience, running
-        )
+        if running.since_ns:
+            self._arm(running)
         logger.info(
             "= %r: input %d is asked to stop (%s)",
             self._process, running.index, outcome.REASONS[reason],
         )  # fmt: skip
         frame = ch.prefix(ch.STOP_INPUT, running.lease_id, running.index, reason)
         self._process.wire.write([frame])
+
+    def _arm(self, running: _Input) -> None:
+        """Its code has so long to stop. What has not begun has none, and is not to cost the
+        others theirs: it waits for its batch, or behind code that holds up the loop."""
+        running.timer = self._host.loop.call_later(
+            self._host.settings.kill_grace_s, self._lose_patience, running
+        )
 
     def _lose_patience(self, running: _Input) -> None:
         """The input did not stop by itself."""
@@ -243,6 +249,8 @@ class ConcurrentWay:
             for index in range(start, start + count):
                 given, running = self._find(lease_id, index)
                 running.since_ns = since_ns
+                if running.reason:
+                    self._arm(running)
                 self.recent = (given.call_id, index)
 
     def _on_waits(self, lease_id: int, index: int, upto: int) -> None:
