@@ -288,6 +288,8 @@ class ConcurrentWay:
             value = payload[position:end]
             position = end
             if kind == shared.KIND_ITEM:
+                if status != m.Status.VALUE:
+                    raise ProtocolError(f"an item with status {status}")
                 self._host.events.lease_items(
                     lease_id, index, number, length.to_bytes(4, "little"),
                     [(0, blob_ids)] if blob_ids else [], value,

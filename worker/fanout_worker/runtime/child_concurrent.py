@@ -23,10 +23,8 @@ from typing import Any, NoReturn
 import msgpack
 
 from fanout import context
-from fanout.exceptions import InvalidError, SerializationError
-from fanout.protocol import frames
+from fanout.exceptions import InvalidError
 from fanout.protocol.messages import Status
-from fanout.remote_errors import encode_error
 from fanout.serialization import decode_args, encode_value
 from fanout_worker import channel as ch
 from fanout_worker import shared
@@ -377,8 +375,17 @@ class ConcurrentRunner(LoopRunner):
         self._channel.send_frame(ch.ITEM_WAITS, *live.key, number)
 
     def _send_item(self, live: LiveInput, number: int, value: Any) -> None:
+        """Hand over an item. An error is none, and so is raised.
+
+        Raises:
+            SerializationError: it cannot be pickled, or could not be written.
+        """
         data, buffers = encode_value(value)
-        self._send([(live, (Status.VALUE, data, buffers))], shared.KIND_ITEM, number, 0)
+        drafts = self._write_drafts(buffers)
+        lease_id, index = live.key
+        status = int(Status.VALUE)
+        entry = [lease_id, shared.KIND_ITEM, index, number, status, 0, len(data), drafts]
+        self._channel.send_frame(ch.OUTPUTS, [entry], payload=data)
 
     # --- outputs ---
 
@@ -436,44 +443,32 @@ class ConcurrentRunner(LoopRunner):
         claimed = [entry for entry in outputs if self._inputs.pop(entry[0].key, None) is not None]
         if not claimed:
             return
-        self._send(claimed, shared.KIND_OUTPUT, 0, duration_ns)
+        self._send(claimed, duration_ns)
 
-    def _send(
-        self, outputs: list[tuple[LiveInput, Output]], kind: int, number: int, duration_ns: int
-    ) -> None:
-        """Hand over values; many small ones in one frame."""
+    def _send(self, outputs: list[tuple[LiveInput, Output]], duration_ns: int) -> None:
+        """Hand over outputs; many small ones in one frame."""
         entries: list[list[Any]] = []
         parts: list[bytes] = []
         size = 0
         for live, output in outputs:
-            status, data, drafts = self._portable(output)
+            status, data, drafts = self._portable(*output)
             cost = len(data) + _ENTRY_SIZE_BYTES * (1 + len(drafts))
             if entries and size + cost > _FRAME_SIZE_BYTES:
                 self._channel.send_frame(ch.OUTPUTS, entries, payload=b"".join(parts))
                 entries, parts, size = [], [], 0
             lease_id, index = live.key
             entries.append(
-                [lease_id, kind, index, number, int(status), duration_ns, len(data), drafts]
+                [
+                    lease_id,
+                    shared.KIND_OUTPUT,
+                    index,
+                    0,
+                    int(status),
+                    duration_ns,
+                    len(data),
+                    drafts,
+                ]
             )
             parts.append(data)
             size += cost
         self._channel.send_frame(ch.OUTPUTS, entries, payload=b"".join(parts))
-
-    def _portable(self, output: Output) -> tuple[int, bytes, list[Any]]:
-        """The output with its large buffers written to files; an error where that is not
-        possible."""
-        status, data, buffers = output
-        try:
-            if len(data) > frames.PAYLOAD_SIZE_BYTES_MAX:
-                raise SerializationError(
-                    f"an output of {len(data)} bytes is too large: {frames.PAYLOAD_SIZE_BYTES_MAX} "
-                    "is the most. Write it to a file and return the path"
-                )
-            return status, data, [self._write_draft(buffer) for buffer in buffers]
-        except OSError as error:
-            failure = SerializationError(
-                f"the output could not be written to {self._store.folder}: {error}"
-            )
-        except SerializationError as error:
-            failure = error
-        return Status.ERROR, encode_error(failure), []
