@@ -14,7 +14,7 @@ import numpy
 import pytest
 
 from fanout import context
-from fanout.exceptions import DeserializationError, InputCancellation
+from fanout.exceptions import DeserializationError, ExecutionError, InputCancellation
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import FileBlobStore, blob_id_of
 from fanout.serialization import decode_value, encode_args
@@ -180,6 +180,41 @@ async def test_large_buffers_and_large_outputs_travel_as_ever() -> None:
             assert (result == array + 1).all(), "a change of one input was seen by another"
             assert len(text) == 900_000
         assert not list((kit.folder / "blobs").glob("*.part"))
+
+
+@pytest.mark.parametrize("batch", [None, [1, 0]])
+async def test_inputs_for_which_there_is_no_thread_end_and_later_ones_run(
+    batch: list[int] | None,
+) -> None:
+    # While the first input runs, threads are to have stacks that are larger than any memory.
+    code = """
+def f(paths):
+    threading.stack_size(1 << 46)
+    print("begun")
+    while not os.path.exists(paths[0] if isinstance(paths, list) else paths): time.sleep(0.001)
+    threading.stack_size(0)
+    return paths
+"""
+    async with containers() as kit:
+        container = await kit.start(HEAD + code, max_inputs=3, batch=batch)
+        paths = paths_of(kit, 4)
+        container.give(lease_of(paths[:1]))
+        await all_begun(kit, 1)
+        container.give(lease_of(paths[1:3], lease_id=2, start=1))
+        await kit.outputs(2)
+        for index in (1, 2):
+            error = kit.events.error(index)
+            assert isinstance(error, ExecutionError)
+            assert "no thread could be started" in str(error)
+        make_file(paths[0][0])
+        await kit.outputs(3)
+        assert kit.events.value(0) == paths[0][0]
+        container.give(lease_of(paths[3:], lease_id=3, start=3))
+        make_file(paths[3][0])
+        await kit.outputs(4)
+        assert kit.events.value(3) == paths[3][0]
+        container.stop(kill=False)
+        assert await exited(kit) == ("stopped", [])
 
 
 # --- logs -----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import msgpack
 
 from fanout import context
-from fanout.exceptions import InvalidError
+from fanout.exceptions import ExecutionError, InvalidError
 from fanout.protocol.messages import Status
 from fanout.serialization import decode_args, encode_value
 from fanout_worker import channel as ch
@@ -187,7 +187,16 @@ class ConcurrentRunner(LoopRunner):
             execution.task = self._loop.create_task(self._run_async(execution))
             execution.task.add_done_callback(partial(self._on_task_done, execution))
         else:
+            self._run_in_background(execution)
+
+    def _run_in_background(self, execution: Execution) -> None:
+        try:
             self._threads.run(partial(self._run_sync, execution))
+        except ExecutionError as error:
+            outputs = self._failed(error, None, execution.inputs)
+            self._end(list(zip(execution.inputs, outputs, strict=True)), execution.duration_ns)
+            # Later, as whoever began this one may be about to begin others.
+            self._loop.call_soon(self._on_ended, execution)
 
     async def _run_async(self, execution: Execution) -> None:
         # A task has a context of its own.
@@ -206,7 +215,7 @@ class ConcurrentRunner(LoopRunner):
                 outputs = self._encoded(value, len(calls))
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: let out of a task, they would end the loop.
-            outputs = self._failed(error, value, calls)
+            outputs = self._failed(error, value, [live for live, _ in calls])
         self._end_all(execution, calls, outputs)
 
     def _on_task_done(self, execution: Execution, task: asyncio.Task[None]) -> None:
@@ -248,7 +257,7 @@ class ConcurrentRunner(LoopRunner):
                     value = execution.gate.run(function)
                     outputs = self._encoded(value, len(calls))
             except BaseException as error:
-                outputs = self._failed(error, value, calls)
+                outputs = self._failed(error, value, [live for live, _ in calls])
             self._end_all(execution, calls, outputs)
 
     def _on_ended(self, execution: Execution) -> None:
@@ -418,9 +427,9 @@ class ConcurrentRunner(LoopRunner):
                 outputs.append((*error_output(error, one), []))
         return outputs
 
-    def _failed(self, error: BaseException, value: Any, calls: list[Any]) -> list[Output]:
+    def _failed(self, error: BaseException, value: Any, inputs: list[LiveInput]) -> list[Output]:
         """The outputs of code that raised."""
-        return [(*self._failure(live, error, value), []) for live, _ in calls]
+        return [(*self._failure(live, error, value), []) for live in inputs]
 
     def _failure(self, live: LiveInput, error: BaseException, value: Any) -> tuple[int, bytes]:
         if live.reason and is_stop(error):
