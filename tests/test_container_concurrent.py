@@ -410,6 +410,25 @@ async def test_only_the_input_that_runs_too_long_is_stopped(code: str) -> None:
         assert kit.events.value(1) == paths[1][0]
 
 
+async def test_a_pause_is_not_the_time_of_an_input_that_began_in_it() -> None:
+    async with containers() as kit:
+        code = SYNC.replace("    while", "    open(path + '.begun', 'w').close()\n    while")
+        container = await kit.start(code, max_inputs=4, timeout=1.0)
+        container.set_paused(True)
+        ((path,),) = paths_of(kit, 1)
+        container.give(lease_of([(path,)]))
+        loop = asyncio.get_running_loop()
+        has_begun = partial(os.path.exists, path + ".begun")
+        await loop.run_in_executor(None, poll_until, has_begun, "it runs")
+        await let_pass(1.2)
+        container.set_paused(False)
+        # So that the daemon looks at its clock meanwhile.
+        await let_pass(0.3)
+        make_file(path)
+        await kit.outputs(1)
+        assert kit.events.value(0) == path
+
+
 @BOTH
 async def test_a_timeout_that_code_swallows_is_a_timeout_all_the_same(code: str) -> None:
     swallowing = code.replace("    while", "    try:\n     while").replace(

@@ -78,6 +78,8 @@ class ConcurrentWay:
         self._leases: dict[int, _Given] = {}
         #: No input can be over its time before this.
         self._due_ns = 0
+        #: When the container was last read again after a pause.
+        self._resumed_ns = 0
         #: A generator has waited for credit.
         self._has_waits = False
 
@@ -175,6 +177,7 @@ class ConcurrentWay:
 
     def resumed(self, paused_ns: int) -> None:
         """The container could not hand over what it had: that is nobody's time."""
+        self._resumed_ns = time.perf_counter_ns()
         for given in self._leases.values():
             for running in given.inputs.values():
                 if running.since_ns and not running.waits_since_ns:
@@ -242,7 +245,8 @@ class ConcurrentWay:
         return given, running
 
     def _on_begun(self, since_ns: int, ranges: list[tuple[int, int, int]]) -> None:
-        since_ns = min(since_ns, time.perf_counter_ns())
+        # One that began in a pause is heard of only now.
+        since_ns = max(min(since_ns, time.perf_counter_ns()), self._resumed_ns)
         for lease_id, start, count in ranges:
             if count > m.CHUNK_INPUTS_MAX:
                 raise ProtocolError(f"{count} inputs began at once")
