@@ -216,30 +216,6 @@ def f(paths):
         assert await exited(kit) == ("stopped", [])
 
 
-# --- logs -----------------------------------------------------------------------------------------
-
-
-@BOTH
-async def test_text_of_many_inputs_at_a_time_keeps_its_lines_and_its_input(code: str) -> None:
-    pause = "await asyncio.sleep(0)" if code is ASYNC else "time.sleep(0)"
-    async with containers() as kit:
-        container = await kit.start(
-            code.split("def f")[0]
-            + f"def f(x):\n  for i in range(30):\n    print('input', x, end=' ')\n    {pause}\n"
-            + f"    print('line', i)\n    {pause}\n  print('last', x, end='')\n",
-            max_inputs=20,
-        )
-        container.give(lease_of([(i,) for i in range(20)]))
-        await kit.outputs(20)
-        for index in range(20):
-            own = b"".join(bytes(x.payload) for x in kit.events.logs if x.index == index)
-            lines = "".join(f"input {index} line {i}\n" for i in range(30))
-            assert own.decode() == f"{lines}last {index}"
-            order = kit.events.order
-            last = max(i for i, entry in enumerate(order) if entry == ("log", index))
-            assert last < order.index(("output", index)), "text came behind its output"
-
-
 # --- generators -----------------------------------------------------------------------------------
 
 GENERATOR = (

@@ -203,6 +203,7 @@ class ConcurrentRunner(LoopRunner):
         context.current_input.set(execution.place)
         calls = self._arguments(execution)
         if not calls:
+            self._end_all(execution, [], [])
             return
         value: Any = None
         try:
@@ -245,20 +246,22 @@ class ConcurrentRunner(LoopRunner):
     def _run_in_thread(self, execution: Execution) -> None:
         context.current_input.set(execution.place)
         calls = self._arguments(execution)
+        if not calls:
+            self._end_all(execution, [], [])
+            return
         value: Any = None
-        if calls:
-            try:
-                if execution.entry.is_generator:
-                    number = self._generate(execution, *calls[0][1])
-                    outputs: list[Output] = [(Status.DONE, msgpack.packb(number), [])]
-                else:
-                    args, kwargs = self._joined(execution, calls)
-                    function = partial(execution.entry.function, *args, **kwargs)
-                    value = execution.gate.run(function)
-                    outputs = self._encoded(value, len(calls))
-            except BaseException as error:
-                outputs = self._failed(error, value, [live for live, _ in calls])
-            self._end_all(execution, calls, outputs)
+        try:
+            if execution.entry.is_generator:
+                number = self._generate(execution, *calls[0][1])
+                outputs: list[Output] = [(Status.DONE, msgpack.packb(number), [])]
+            else:
+                args, kwargs = self._joined(execution, calls)
+                function = partial(execution.entry.function, *args, **kwargs)
+                value = execution.gate.run(function)
+                outputs = self._encoded(value, len(calls))
+        except BaseException as error:
+            outputs = self._failed(error, value, [live for live, _ in calls])
+        self._end_all(execution, calls, outputs)
 
     def _on_ended(self, execution: Execution) -> None:
         """The code of an execution has come to its end; in the loop's thread."""
@@ -443,6 +446,7 @@ class ConcurrentRunner(LoopRunner):
 
     def _end_all(self, execution: Execution, calls: list[Any], outputs: list[Output]) -> None:
         lives = [live for live, _ in calls]
+        execution.place.is_over = True
         for stream in self._streams:
             stream.flush_input(execution.place)
         self._end(list(zip(lives, outputs, strict=True)), execution.duration_ns)
