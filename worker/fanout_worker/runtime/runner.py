@@ -197,7 +197,6 @@ class Runner:
         #: What the present lease runs.
         self._function: Callable[..., Any] = print
         self._is_generator = False
-        self._is_async = False
         self._options = options
         self._timeout_s = options.get("timeout")
         self._store = FileBlobStore(blob_folder)
@@ -252,7 +251,7 @@ class Runner:
         """Prepare for what the lease is to run."""
         entry = self._code.find(lease.method)
         self._function = entry.function
-        self._is_generator, self._is_async = entry.is_generator, entry.is_async
+        self._is_generator = entry.is_generator
 
     def _begin_lease(self, lease: LeaseOrder) -> None:
         running = self._input
