@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -107,3 +108,12 @@ def calls_when_told(xs: list[int], folders: list[str]) -> list[int]:
 @fanout.concurrent(max_inputs=20)
 async def sleeps(seconds: float) -> None:
     await asyncio.sleep(seconds)
+
+
+@app.function(cpu=0.1, buffer_containers=1)
+@fanout.concurrent(max_inputs=3)
+def waits_in(x: int, folder: str) -> None:
+    """Makes a file that is named after its container, and waits for another."""
+    Path(folder, f"{os.getpid()}-{x}").touch()
+    while not Path(folder, "go").exists():
+        time.sleep(0.001)

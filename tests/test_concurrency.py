@@ -71,3 +71,18 @@ def test_a_batch_makes_calls_after_its_first_input_was_cancelled(tmp_path: Path)
         first.get(timeout=10 * TIMEOUT_FACTOR)
     (tmp_path / "go").touch()
     assert second.get(timeout=10 * TIMEOUT_FACTOR) == 4
+
+
+def test_a_buffer_is_a_container_more_than_those_that_run_something(tmp_path: Path) -> None:
+    calls = [kit.waits_in.spawn(x, str(tmp_path)) for x in range(3)]
+    try:
+        poll_until(lambda: len(list(tmp_path.iterdir())) == 3, "all run")
+        busy = {path.name.partition("-")[0] for path in tmp_path.iterdir()}
+        poll_until(
+            lambda: kit.waits_in.get_current_stats().num_total_runners == len(busy) + 1,
+            lambda: f"one beside {busy}: {kit.waits_in.get_current_stats()}",
+        )
+    finally:
+        (tmp_path / "go").touch()
+    for call in calls:
+        call.get(timeout=10 * TIMEOUT_FACTOR)
