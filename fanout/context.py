@@ -35,6 +35,9 @@ class InputContext:
     call_id: bytes
     index: int
     lease_id: int
+    #: It has ended, and what runs in its name was left behind by it. Known only where several
+    #: inputs run at a time.
+    is_over: bool = False
 
 
 class Watcher(Protocol):
@@ -168,11 +171,6 @@ class ContainerContext:
     definition: bytes = b""
     function: Callable[..., Any] | None = None
     waits: Waits = field(default_factory=Waits)
-
-    @property
-    def running_count(self) -> int:
-        """How many inputs run; 1 where it is never more."""
-        return self.waits.running_count
 
 
 #: Set once, by the runtime of a container.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import fanout
 
@@ -94,6 +96,24 @@ def batch_of_calls(xs: list[int]) -> list[int]:
 
 
 @app.function(cpu=1)
+@fanout.batched(max_batch_size=2, wait_ms=60_000)
+def calls_when_told(xs: list[int], folders: list[str]) -> list[int]:
+    Path(folders[0], "begun").touch()
+    while not Path(folders[0], "go").exists():
+        time.sleep(0.001)
+    return [value for value, _ in leaf.map(xs)]
+
+
+@app.function(cpu=1)
 @fanout.concurrent(max_inputs=20)
 async def sleeps(seconds: float) -> None:
     await asyncio.sleep(seconds)
+
+
+@app.function(cpu=0.1, buffer_containers=1)
+@fanout.concurrent(max_inputs=3)
+def waits_in(x: int, folder: str) -> None:
+    """Makes a file that is named after its container, and waits for another."""
+    Path(folder, f"{os.getpid()}-{x}").touch()
+    while not Path(folder, "go").exists():
+        time.sleep(0.001)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fanout.exceptions import InputCancelledError
 from tests import concurrent_kit as kit
-from tests.conftest import TIMEOUT_FACTOR, Cluster
+from tests.conftest import TIMEOUT_FACTOR, Cluster, poll_until
 from tests.engine_fixture import one_core as one_core
 from tests.engine_fixture import wait_until_no_call_is_open
 
@@ -58,3 +60,29 @@ def test_batches_are_gathered_from_calls_of_many_containers_inputs() -> None:
 
 def test_a_batch_may_make_calls_of_its_own() -> None:
     assert list(kit.batch_of_calls.map(range(7))) == [2 * x for x in range(7)]
+
+
+def test_a_batch_makes_calls_after_its_first_input_was_cancelled(tmp_path: Path) -> None:
+    first = kit.calls_when_told.spawn(1, str(tmp_path))
+    second = kit.calls_when_told.spawn(2, str(tmp_path))
+    poll_until((tmp_path / "begun").exists, "the batch runs")
+    first.cancel()
+    with pytest.raises(InputCancelledError):
+        first.get(timeout=10 * TIMEOUT_FACTOR)
+    (tmp_path / "go").touch()
+    assert second.get(timeout=10 * TIMEOUT_FACTOR) == 4
+
+
+def test_a_buffer_is_a_container_more_than_those_that_run_something(tmp_path: Path) -> None:
+    calls = [kit.waits_in.spawn(x, str(tmp_path)) for x in range(3)]
+    try:
+        poll_until(lambda: len(list(tmp_path.iterdir())) == 3, "all run")
+        busy = {path.name.partition("-")[0] for path in tmp_path.iterdir()}
+        poll_until(
+            lambda: kit.waits_in.get_current_stats().num_total_runners == len(busy) + 1,
+            lambda: f"one beside {busy}: {kit.waits_in.get_current_stats()}",
+        )
+    finally:
+        (tmp_path / "go").touch()
+    for call in calls:
+        call.get(timeout=10 * TIMEOUT_FACTOR)

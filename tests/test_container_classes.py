@@ -62,9 +62,14 @@ async def test_methods_share_one_instance_and_are_found_by_the_leases_name() -> 
         assert kit.events.items[2] == [(0, 0), (1, 1), (2, 2)]
 
 
-async def test_a_method_that_is_not_there_is_an_error_of_its_inputs_alone() -> None:
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("max_inputs", [1, 2])
+async def test_a_method_that_is_not_there_is_an_error_of_its_inputs_alone(
+    kind: str, max_inputs: int
+) -> None:
     async with containers() as kit:
-        container = await kit.start(COUNTER, "C", methods=COUNTER_SHAPES)
+        code = COUNTER if kind == "sync" else COUNTER.replace("def add", "async def add")
+        container = await kit.start(code, "C", methods=shapes(add=kind), max_inputs=max_inputs)
         container.give(lease_of([(1,), (1,)], method="subtract"))
         container.give(lease_of([(1,)], lease_id=2, start=2, method="add"))
         await kit.outputs(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import signal
@@ -12,12 +13,12 @@ from pathlib import Path
 import numpy
 import pytest
 
-from fanout import context
-from fanout.exceptions import DeserializationError, InputCancellation
+from fanout.exceptions import DeserializationError, ExecutionError, InputCancellation
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import FileBlobStore, blob_id_of
 from fanout.serialization import decode_value, encode_args
 from fanout_worker.runtime.threads import StopGate
+from tests.conftest import poll_until
 from tests.worker_kit import CALL, Kit, containers, lease_of, lengths_of, let_pass, shapes
 
 HEAD = "import asyncio, os, threading, time\nfrom fanout import context\n"
@@ -180,28 +181,39 @@ async def test_large_buffers_and_large_outputs_travel_as_ever() -> None:
         assert not list((kit.folder / "blobs").glob("*.part"))
 
 
-# --- logs -----------------------------------------------------------------------------------------
-
-
-@BOTH
-async def test_text_of_many_inputs_at_a_time_keeps_its_lines_and_its_input(code: str) -> None:
-    pause = "await asyncio.sleep(0)" if code is ASYNC else "time.sleep(0)"
+@pytest.mark.parametrize("batch", [None, [1, 0]])
+async def test_inputs_for_which_there_is_no_thread_end_and_later_ones_run(
+    batch: list[int] | None,
+) -> None:
+    # While the first input runs, threads are to have stacks that are larger than any memory.
+    code = """
+def f(paths):
+    threading.stack_size(1 << 46)
+    print("begun")
+    while not os.path.exists(paths[0] if isinstance(paths, list) else paths): time.sleep(0.001)
+    threading.stack_size(0)
+    return paths
+"""
     async with containers() as kit:
-        container = await kit.start(
-            code.split("def f")[0]
-            + f"def f(x):\n  for i in range(30):\n    print('input', x, end=' ')\n    {pause}\n"
-            + f"    print('line', i)\n    {pause}\n  print('last', x, end='')\n",
-            max_inputs=20,
-        )
-        container.give(lease_of([(i,) for i in range(20)]))
-        await kit.outputs(20)
-        for index in range(20):
-            own = b"".join(bytes(x.payload) for x in kit.events.logs if x.index == index)
-            lines = "".join(f"input {index} line {i}\n" for i in range(30))
-            assert own.decode() == f"{lines}last {index}"
-            order = kit.events.order
-            last = max(i for i, entry in enumerate(order) if entry == ("log", index))
-            assert last < order.index(("output", index)), "text came behind its output"
+        container = await kit.start(HEAD + code, max_inputs=3, batch=batch)
+        paths = paths_of(kit, 4)
+        container.give(lease_of(paths[:1]))
+        await all_begun(kit, 1)
+        container.give(lease_of(paths[1:3], lease_id=2, start=1))
+        await kit.outputs(2)
+        for index in (1, 2):
+            error = kit.events.error(index)
+            assert isinstance(error, ExecutionError)
+            assert "no thread could be started" in str(error)
+        make_file(paths[0][0])
+        await kit.outputs(3)
+        assert kit.events.value(0) == paths[0][0]
+        container.give(lease_of(paths[3:], lease_id=3, start=3))
+        make_file(paths[3][0])
+        await kit.outputs(4)
+        assert kit.events.value(3) == paths[3][0]
+        container.stop(kill=False)
+        assert await exited(kit) == ("stopped", [])
 
 
 # --- generators -----------------------------------------------------------------------------------
@@ -374,6 +386,25 @@ async def test_only_the_input_that_runs_too_long_is_stopped(code: str) -> None:
         assert kit.events.value(1) == paths[1][0]
 
 
+async def test_a_pause_is_not_the_time_of_an_input_that_began_in_it() -> None:
+    async with containers() as kit:
+        code = SYNC.replace("    while", "    open(path + '.begun', 'w').close()\n    while")
+        container = await kit.start(code, max_inputs=4, timeout=1.0)
+        container.set_paused(True)
+        ((path,),) = paths_of(kit, 1)
+        container.give(lease_of([(path,)]))
+        loop = asyncio.get_running_loop()
+        has_begun = partial(os.path.exists, path + ".begun")
+        await loop.run_in_executor(None, poll_until, has_begun, "it runs")
+        await let_pass(1.2)
+        container.set_paused(False)
+        # So that the daemon looks at its clock meanwhile.
+        await let_pass(0.3)
+        make_file(path)
+        await kit.outputs(1)
+        assert kit.events.value(0) == path
+
+
 @BOTH
 async def test_a_timeout_that_code_swallows_is_a_timeout_all_the_same(code: str) -> None:
     swallowing = code.replace("    while", "    try:\n     while").replace(
@@ -461,6 +492,21 @@ async def test_what_is_cancelled_and_does_not_stop_ends_the_container_and_no_oth
         container.lower_limit(1, 0, True)
         assert await exited(kit) == ("cancelled", [])
         assert sorted(kit.events.outputs) == [0]
+        assert kit.events.failure(0) == "cancelled"
+
+
+async def test_an_input_cancelled_before_it_is_heard_to_run_has_its_grace_from_then() -> None:
+    async with containers(kill_grace_s=0.2) as kit:
+        code = "def f(path):\n  open(path, 'w').close()\n  return sum(range(10**11))\n"
+        container = await kit.start(code, max_inputs=4)
+        container.set_paused(True)
+        path = str(kit.folder / "begun")
+        container.give(lease_of([(path,)]))
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, poll_until, lambda: os.path.exists(path), "it runs")
+        container.lower_limit(1, 0, True)
+        container.set_paused(False)
+        assert await exited(kit) == ("cancelled", [])
         assert kit.events.failure(0) == "cancelled"
 
 
@@ -558,74 +604,3 @@ class C:
         assert sorted(kit.events.outputs) == [0, 1, 2]
         assert kit.events.text().endswith("left\n")
         assert kit.events.logs[-1].call_id == b""
-
-
-# --- who waits ------------------------------------------------------------------------------------
-
-
-class Watcher:
-    def __init__(self) -> None:
-        self.count = 0
-
-    def waits_changed(self) -> None:
-        self.count += 1
-
-
-def test_a_container_waits_when_all_its_inputs_do_however_many_things_each_waits_for() -> None:
-    waits, watcher = context.Waits(), Watcher()
-    waits.watch(watcher)
-    waits.run_many()
-    one, two = context.InputContext(b"", 1, 1), context.InputContext(b"", 2, 1)
-    waits.input_began(one)
-    waits.input_began(two)
-    assert waits.running_count == 2
-    token = context.current_input.set(one)
-    begun = [waits.begin(), waits.begin()]
-    assert begun == [one, one]
-    assert not waits.are_all
-    context.current_input.set(two)
-    second = waits.begin()
-    assert waits.are_all
-    assert watcher.count == 1
-    context.current_input.reset(token)
-    waits.end(one)
-    assert waits.are_all, "one of two things that the input waits for is over"
-    waits.end(one)
-    assert not waits.are_all
-    waits.input_ended(one)
-    assert waits.are_all, "what is left waits"
-    waits.input_ended(two)
-    assert not waits.are_all, "nothing runs, and what was left behind is nobody's wait"
-    waits.end(second)
-    assert watcher.count == 4
-
-
-def test_with_one_input_at_a_time_any_wait_is_the_containers() -> None:
-    waits = context.Waits()
-    assert not waits.are_all
-    waits.end(waits.begin())
-    assert not waits.are_all
-    begun = waits.begin()
-    assert waits.are_all
-    waits.end(begun)
-
-
-def test_waits_are_counted_in_all_threads_at_once() -> None:
-    waits = context.Waits()
-    waits.run_many()
-
-    def work() -> None:
-        for number in range(2000):
-            place = context.InputContext(b"", number, 1)
-            context.current_input.set(place)
-            waits.input_began(place)
-            waits.end(waits.begin())
-            waits.input_ended(place)
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert waits.running_count == 0
-    assert not waits.are_all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fanout.exceptions import SerializationError
 from fanout.protocol import messages as m
 from tests.worker_kit import containers, lease_of, let_pass
 
@@ -83,6 +84,69 @@ async def test_an_error_in_a_generator_comes_after_its_items() -> None:
         await kit.outputs(1)
         assert kit.events.items[0] == [(0, 1)]
         assert isinstance(kit.events.error(0), ValueError)
+
+
+#: Its third item is large and can be written nowhere, if it gives so many.
+UNWRITABLE = """
+import numpy, os
+from fanout import context
+
+def f(n):
+    folder = context.container.blob_folder
+    try:
+        for i in range(n):
+            if i == 2: os.rename(folder, folder + ".away")
+            yield i if i < 2 else numpy.zeros(3_000_000)
+    finally:
+        if n > 2: os.rename(folder + ".away", folder)
+        print("closed")
+"""
+
+
+@pytest.mark.parametrize("max_inputs", [1, 2])
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+async def test_an_item_that_cannot_leave_is_the_error_of_its_generator(
+    is_async: bool, max_inputs: int
+) -> None:
+    code = UNWRITABLE.replace("def f", "async def f") if is_async else UNWRITABLE
+    async with containers() as kit:
+        container = await kit.start(
+            code, is_generator=True, is_async=is_async, max_inputs=max_inputs
+        )
+        container.give(lease_of([(4,)], credit=10))
+        await kit.outputs(1)
+        error = kit.events.error(0)
+        assert isinstance(error, SerializationError)
+        assert "could not be written" in str(error)
+        assert kit.events.items[0] == [(0, 0), (1, 1)]
+        assert kit.events.text() == "closed\n"
+        container.give(lease_of([(2,)], credit=10, lease_id=2, start=1))
+        await kit.outputs(2)
+        assert kit.events.items[1] == [(0, 0), (1, 1)]
+        assert not kit.events.exits
+
+
+@pytest.mark.parametrize(
+    ("max_inputs", "frame"),
+    [(1, "ch.OUTPUT, 0, 0, 1, 0, 0, 1, 0, []"), (2, "ch.OUTPUTS, [[1, 1, 0, 0, 1, 0, 0, []]]")],
+)
+async def test_a_container_that_gives_an_error_as_an_item_is_not_believed(
+    max_inputs: int, frame: str
+) -> None:
+    async with containers() as kit:
+        container = await kit.start(
+            "import gc, time\nfrom fanout_worker.runtime.runner import Channel\n"
+            "from fanout_worker import channel as ch\n"
+            "def f(x):\n  c = [o for o in gc.get_objects() if isinstance(o, Channel)][0]\n"
+            f"  c.send_frame({frame})\n  time.sleep(60)\n  yield 1\n",
+            is_generator=True,
+            max_inputs=max_inputs,
+        )
+        container.give(lease_of([(0,)], credit=1))
+        await kit.until(lambda: kit.events.exits, "the container is gone")
+        assert kit.events.exits[1][:2] == ("crash", [(1, 0)])
+        assert "nonsense" in kit.events.exits[1][2]["text"]
+        assert not kit.events.items
 
 
 # --- async functions ------------------------------------------------------------------------------

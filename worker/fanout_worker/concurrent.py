@@ -36,7 +36,7 @@ class _Input:
     index: int
     #: 0 until it has begun.
     since_ns: int = 0
-    #: Why it was asked to stop (`shared.REASON_...`), and until when it may go on.
+    #: Why it was asked to stop (`shared.REASON_...`), and until when it may go on once it runs.
     reason: int = 0
     timer: asyncio.TimerHandle | None = None
     #: Since when its generator waits for credit, and for items from which number on; 0: it runs.
@@ -78,6 +78,8 @@ class ConcurrentWay:
         self._leases: dict[int, _Given] = {}
         #: No input can be over its time before this.
         self._due_ns = 0
+        #: When the container was last read again after a pause.
+        self._resumed_ns = 0
         #: A generator has waited for credit.
         self._has_waits = False
 
@@ -175,6 +177,7 @@ class ConcurrentWay:
 
     def resumed(self, paused_ns: int) -> None:
         """The container could not hand over what it had: that is nobody's time."""
+        self._resumed_ns = time.perf_counter_ns()
         for given in self._leases.values():
             for running in given.inputs.values():
                 if running.since_ns and not running.waits_since_ns:
@@ -184,15 +187,21 @@ class ConcurrentWay:
         if running.reason:
             return
         running.reason = reason
-        running.timer = self._host.loop.call_later(
-            self._host.settings.kill_grace_s, self._lose_patience, running
-        )
+        if running.since_ns:
+            self._arm(running)
         logger.info(
             "= %r: input %d is asked to stop (%s)",
             self._process, running.index, outcome.REASONS[reason],
         )  # fmt: skip
         frame = ch.prefix(ch.STOP_INPUT, running.lease_id, running.index, reason)
         self._process.wire.write([frame])
+
+    def _arm(self, running: _Input) -> None:
+        """Its code has so long to stop. What has not begun has none, and is not to cost the
+        others theirs: it waits for its batch, or behind code that holds up the loop."""
+        running.timer = self._host.loop.call_later(
+            self._host.settings.kill_grace_s, self._lose_patience, running
+        )
 
     def _lose_patience(self, running: _Input) -> None:
         """The input did not stop by itself."""
@@ -236,13 +245,16 @@ class ConcurrentWay:
         return given, running
 
     def _on_begun(self, since_ns: int, ranges: list[tuple[int, int, int]]) -> None:
-        since_ns = min(since_ns, time.perf_counter_ns())
+        # One that began in a pause is heard of only now.
+        since_ns = max(min(since_ns, time.perf_counter_ns()), self._resumed_ns)
         for lease_id, start, count in ranges:
             if count > m.CHUNK_INPUTS_MAX:
                 raise ProtocolError(f"{count} inputs began at once")
             for index in range(start, start + count):
                 given, running = self._find(lease_id, index)
                 running.since_ns = since_ns
+                if running.reason:
+                    self._arm(running)
                 self.recent = (given.call_id, index)
 
     def _on_waits(self, lease_id: int, index: int, upto: int) -> None:
@@ -280,6 +292,8 @@ class ConcurrentWay:
             value = payload[position:end]
             position = end
             if kind == shared.KIND_ITEM:
+                if status != m.Status.VALUE:
+                    raise ProtocolError(f"an item with status {status}")
                 self._host.events.lease_items(
                     lease_id, index, number, length.to_bytes(4, "little"),
                     [(0, blob_ids)] if blob_ids else [], value,

@@ -212,6 +212,8 @@ class SerialWay:
         if segment.kind == shared.KIND_ITEM:
             if segment.index != given.start + given.done or segment.number > m.INDEX_MAX:
                 raise ProtocolError(f"items of input {segment.index}, which does not run")
+            if max(segment.statuses) > m.Status.VALUE:
+                raise ProtocolError(f"an item with status {max(segment.statuses)}")
             self._host.events.lease_items(
                 given.lease_id, segment.index, segment.number, segment.lengths, blobs,
                 segment.payload,

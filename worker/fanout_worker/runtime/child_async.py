@@ -2,8 +2,7 @@
 
 Between inputs the loop goes on, so that what earlier inputs left running (connection pools,
 background tasks) lives, and what hooks made that ran first. The cancel signal cancels the input's
-task. Sync methods of a class that has async ones run here too, on the loop's thread; the signal
-raises inside them.
+task. A class that has sync methods beside async ones runs in `child_concurrent.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import contextlib
 import inspect
 import signal
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 import msgpack
@@ -163,14 +162,10 @@ class AsyncRunner(LoopRunner):
             buffers = self._buffers(lease, offset) if lease.blobs else []
             args, kwargs = decode_args(data, buffers)
             if self._is_generator:
-                stream = self._call(args, kwargs)
-                if not self._is_async:
-                    stream = self._each(stream)
+                stream = self._function(*args, **kwargs)
                 number = await self._generate(lease, offset, stream, skip)
                 return Status.DONE, msgpack.packb(number), []
-            value = self._call(args, kwargs)
-            if self._is_async:
-                value = await settled(value)
+            value = await settled(self._function(*args, **kwargs))
             encoded, out_buffers = encode_value(value)
             return Status.VALUE, encoded, out_buffers
         except BaseException as error:
@@ -178,40 +173,6 @@ class AsyncRunner(LoopRunner):
                 error = InputCancellation("the input was asked to stop")
             status, payload = self._failure_of(error, value)
             return status, payload, []
-
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._is_async:
-            return self._function(*args, **kwargs)
-        self._gate.is_open[0] = 1
-        try:
-            return self._function(*args, **kwargs)
-        finally:
-            self._gate.is_open[0] = 0
-
-    async def _each(self, stream: Any) -> AsyncIterator[Any]:
-        """The items of a sync generator."""
-        is_open = self._gate.is_open
-        end = object()
-        iterator = iter(stream)
-        try:
-            while True:
-                is_open[0] = 1
-                if self._gate.is_target():
-                    # The signal came while the gate was shut.
-                    is_open[0] = 0
-                    raise InputCancellation("the input was asked to stop")
-                try:
-                    value = next(iterator, end)
-                finally:
-                    is_open[0] = 0
-                if value is end:
-                    return
-                yield value
-        finally:
-            if hasattr(stream, "close"):
-                # It may refuse to end, or fail at it; the first error is the one to tell.
-                with contextlib.suppress(BaseException):
-                    stream.close()
 
     async def _generate(self, lease: LeaseOrder, offset: int, stream: Any, skip: int) -> int:
         index, credit = lease.start + offset, shared.CREDIT + lease.slot

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -22,10 +23,8 @@ from typing import Any, NoReturn
 import msgpack
 
 from fanout import context
-from fanout.exceptions import InvalidError, SerializationError
-from fanout.protocol import frames
+from fanout.exceptions import ExecutionError, InvalidError
 from fanout.protocol.messages import Status
-from fanout.remote_errors import encode_error
 from fanout.serialization import decode_args, encode_value
 from fanout_worker import channel as ch
 from fanout_worker import shared
@@ -62,6 +61,7 @@ class ConcurrentRunner(LoopRunner):
         self._execution_count = 0
         self._threads = Threads()
         self._batcher = self._make_batcher()
+        self._lead_lock = threading.Lock()
         self._batch_timer: asyncio.TimerHandle | None = None
         self._signatures: dict[Callable[..., Any], inspect.Signature] = {}
         assert context.container is not None
@@ -159,7 +159,9 @@ class ConcurrentRunner(LoopRunner):
             self._batcher.drop(live.lease.method, live)
             self._end([(live, self._stopped(live))], 0)
         elif sum(other.key in self._inputs for other in execution.inputs) > 1:
-            # The batch goes on for the others.
+            # The batch goes on for the others. Its own calls are theirs from now on, before the
+            # scheduler hears that this input is over and refuses it any.
+            self._lead(execution)
             self._end([(live, self._stopped(live))], execution.duration_ns)
         else:
             execution.stop()
@@ -185,13 +187,23 @@ class ConcurrentRunner(LoopRunner):
             execution.task = self._loop.create_task(self._run_async(execution))
             execution.task.add_done_callback(partial(self._on_task_done, execution))
         else:
+            self._run_in_background(execution)
+
+    def _run_in_background(self, execution: Execution) -> None:
+        try:
             self._threads.run(partial(self._run_sync, execution))
+        except ExecutionError as error:
+            outputs = self._failed(error, None, execution.inputs)
+            self._end(list(zip(execution.inputs, outputs, strict=True)), execution.duration_ns)
+            # Later, as whoever began this one may be about to begin others.
+            self._loop.call_soon(self._on_ended, execution)
 
     async def _run_async(self, execution: Execution) -> None:
         # A task has a context of its own.
         context.current_input.set(execution.place)
         calls = self._arguments(execution)
         if not calls:
+            self._end_all(execution, [], [])
             return
         value: Any = None
         try:
@@ -204,7 +216,7 @@ class ConcurrentRunner(LoopRunner):
                 outputs = self._encoded(value, len(calls))
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: let out of a task, they would end the loop.
-            outputs = self._failed(error, value, calls)
+            outputs = self._failed(error, value, [live for live, _ in calls])
         self._end_all(execution, calls, outputs)
 
     def _on_task_done(self, execution: Execution, task: asyncio.Task[None]) -> None:
@@ -234,20 +246,22 @@ class ConcurrentRunner(LoopRunner):
     def _run_in_thread(self, execution: Execution) -> None:
         context.current_input.set(execution.place)
         calls = self._arguments(execution)
+        if not calls:
+            self._end_all(execution, [], [])
+            return
         value: Any = None
-        if calls:
-            try:
-                if execution.entry.is_generator:
-                    number = self._generate(execution, *calls[0][1])
-                    outputs: list[Output] = [(Status.DONE, msgpack.packb(number), [])]
-                else:
-                    args, kwargs = self._joined(execution, calls)
-                    function = partial(execution.entry.function, *args, **kwargs)
-                    value = execution.gate.run(function)
-                    outputs = self._encoded(value, len(calls))
-            except BaseException as error:
-                outputs = self._failed(error, value, calls)
-            self._end_all(execution, calls, outputs)
+        try:
+            if execution.entry.is_generator:
+                number = self._generate(execution, *calls[0][1])
+                outputs: list[Output] = [(Status.DONE, msgpack.packb(number), [])]
+            else:
+                args, kwargs = self._joined(execution, calls)
+                function = partial(execution.entry.function, *args, **kwargs)
+                value = execution.gate.run(function)
+                outputs = self._encoded(value, len(calls))
+        except BaseException as error:
+            outputs = self._failed(error, value, [live for live, _ in calls])
+        self._end_all(execution, calls, outputs)
 
     def _on_ended(self, execution: Execution) -> None:
         """The code of an execution has come to its end; in the loop's thread."""
@@ -277,12 +291,20 @@ class ConcurrentRunner(LoopRunner):
                 calls.append((live, (args, kwargs)))
             except BaseException as error:
                 self._end([(live, (*self._failure(live, error, None), []))], execution.duration_ns)
-        if calls:
-            first = calls[0][0]
-            place = execution.place
-            place.call_id, place.index = first.lease.call_id, first.index
-            place.lease_id = first.lease.lease_id
+        if self._batcher is not None:
+            self._lead(execution)
         return calls
+
+    def _lead(self, execution: Execution) -> None:
+        """Let the first input of a batch that still wants an output be the present one."""
+        # A batch may look for it in its thread, while the loop stops one of its inputs.
+        with self._lead_lock:
+            for live in execution.inputs:
+                if live.key in self._inputs and not live.reason:
+                    place = execution.place
+                    place.call_id, place.index = live.lease.call_id, live.index
+                    place.lease_id = live.lease.lease_id
+                    return
 
     def _signature(self, live: LiveInput) -> inspect.Signature:
         function = live.entry.function
@@ -365,8 +387,17 @@ class ConcurrentRunner(LoopRunner):
         self._channel.send_frame(ch.ITEM_WAITS, *live.key, number)
 
     def _send_item(self, live: LiveInput, number: int, value: Any) -> None:
+        """Hand over an item. An error is none, and so is raised.
+
+        Raises:
+            SerializationError: it cannot be pickled, or could not be written.
+        """
         data, buffers = encode_value(value)
-        self._send([(live, (Status.VALUE, data, buffers))], shared.KIND_ITEM, number, 0)
+        drafts = self._write_drafts(buffers)
+        lease_id, index = live.key
+        status = int(Status.VALUE)
+        entry = [lease_id, shared.KIND_ITEM, index, number, status, 0, len(data), drafts]
+        self._channel.send_frame(ch.OUTPUTS, [entry], payload=data)
 
     # --- outputs ---
 
@@ -399,9 +430,9 @@ class ConcurrentRunner(LoopRunner):
                 outputs.append((*error_output(error, one), []))
         return outputs
 
-    def _failed(self, error: BaseException, value: Any, calls: list[Any]) -> list[Output]:
+    def _failed(self, error: BaseException, value: Any, inputs: list[LiveInput]) -> list[Output]:
         """The outputs of code that raised."""
-        return [(*self._failure(live, error, value), []) for live, _ in calls]
+        return [(*self._failure(live, error, value), []) for live in inputs]
 
     def _failure(self, live: LiveInput, error: BaseException, value: Any) -> tuple[int, bytes]:
         if live.reason and is_stop(error):
@@ -415,6 +446,7 @@ class ConcurrentRunner(LoopRunner):
 
     def _end_all(self, execution: Execution, calls: list[Any], outputs: list[Output]) -> None:
         lives = [live for live, _ in calls]
+        execution.place.is_over = True
         for stream in self._streams:
             stream.flush_input(execution.place)
         self._end(list(zip(lives, outputs, strict=True)), execution.duration_ns)
@@ -424,44 +456,32 @@ class ConcurrentRunner(LoopRunner):
         claimed = [entry for entry in outputs if self._inputs.pop(entry[0].key, None) is not None]
         if not claimed:
             return
-        self._send(claimed, shared.KIND_OUTPUT, 0, duration_ns)
+        self._send(claimed, duration_ns)
 
-    def _send(
-        self, outputs: list[tuple[LiveInput, Output]], kind: int, number: int, duration_ns: int
-    ) -> None:
-        """Hand over values; many small ones in one frame."""
+    def _send(self, outputs: list[tuple[LiveInput, Output]], duration_ns: int) -> None:
+        """Hand over outputs; many small ones in one frame."""
         entries: list[list[Any]] = []
         parts: list[bytes] = []
         size = 0
         for live, output in outputs:
-            status, data, drafts = self._portable(output)
+            status, data, drafts = self._portable(*output)
             cost = len(data) + _ENTRY_SIZE_BYTES * (1 + len(drafts))
             if entries and size + cost > _FRAME_SIZE_BYTES:
                 self._channel.send_frame(ch.OUTPUTS, entries, payload=b"".join(parts))
                 entries, parts, size = [], [], 0
             lease_id, index = live.key
             entries.append(
-                [lease_id, kind, index, number, int(status), duration_ns, len(data), drafts]
+                [
+                    lease_id,
+                    shared.KIND_OUTPUT,
+                    index,
+                    0,
+                    int(status),
+                    duration_ns,
+                    len(data),
+                    drafts,
+                ]
             )
             parts.append(data)
             size += cost
         self._channel.send_frame(ch.OUTPUTS, entries, payload=b"".join(parts))
-
-    def _portable(self, output: Output) -> tuple[int, bytes, list[Any]]:
-        """The output with its large buffers written to files; an error where that is not
-        possible."""
-        status, data, buffers = output
-        try:
-            if len(data) > frames.PAYLOAD_SIZE_BYTES_MAX:
-                raise SerializationError(
-                    f"an output of {len(data)} bytes is too large: {frames.PAYLOAD_SIZE_BYTES_MAX} "
-                    "is the most. Write it to a file and return the path"
-                )
-            return status, data, [self._write_draft(buffer) for buffer in buffers]
-        except OSError as error:
-            failure = SerializationError(
-                f"the output could not be written to {self._store.folder}: {error}"
-            )
-        except SerializationError as error:
-            failure = error
-        return Status.ERROR, encode_error(failure), []

@@ -54,7 +54,8 @@ class Execution:
 
     inputs: list[LiveInput]
     entry: Entry
-    #: What the code finds to be the present input: of a batch, the first.
+    #: What the code finds to be the present input: of a batch, the first that was not
+    #: stopped. Always this object, as who waits is told by it.
     place: context.InputContext
     began_ns: int = field(default_factory=time.perf_counter_ns)
     is_stopped: bool = False

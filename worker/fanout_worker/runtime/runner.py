@@ -197,7 +197,6 @@ class Runner:
         #: What the present lease runs.
         self._function: Callable[..., Any] = print
         self._is_generator = False
-        self._is_async = False
         self._options = options
         self._timeout_s = options.get("timeout")
         self._store = FileBlobStore(blob_folder)
@@ -252,7 +251,7 @@ class Runner:
         """Prepare for what the lease is to run."""
         entry = self._code.find(lease.method)
         self._function = entry.function
-        self._is_generator, self._is_async = entry.is_generator, entry.is_async
+        self._is_generator = entry.is_generator
 
     def _begin_lease(self, lease: LeaseOrder) -> None:
         running = self._input
@@ -306,23 +305,42 @@ class Runner:
             while not self._writer.put(status, data, duration_ns):
                 time.sleep(ROOM_INTERVAL_S)
             return
-        try:
-            blobs = [self._write_draft(buffer) for buffer in buffers]
-        except OSError as error:
-            status, blobs = Status.ERROR, []
-            data = encode_error(
-                SerializationError(
-                    f"the output could not be written to {self._store.folder}: {error}"
-                )
-            )
+        if kind == shared.KIND_ITEM:
+            # An error is no item but the end of its generator, so it is raised there.
+            drafts = self._write_drafts(buffers)
+        else:
+            status, data, drafts = self._portable(status, data, buffers)
         self._channel.send_frame(
             ch.OUTPUT, self._writer.entry, lease.slot, kind, index, number, int(status),
-            duration_ns, blobs, payload=data,
+            duration_ns, drafts, payload=data,
         )  # fmt: skip
         if kind == shared.KIND_OUTPUT:
             self._writer.mark(lease.slot, kind, index + 1, 0)
         else:
             self._writer.mark(lease.slot, kind, index, number + 1)
+
+    def _portable(
+        self, status: int, data: bytes, buffers: list[memoryview]
+    ) -> tuple[int, bytes, list[Any]]:
+        """An output with its large buffers written to files; an error where that is not
+        possible."""
+        try:
+            return status, data, self._write_drafts(buffers)
+        except SerializationError as error:
+            return Status.ERROR, encode_error(error), []
+
+    def _write_drafts(self, buffers: list[memoryview]) -> list[Any]:
+        """Write the large buffers that stand beside the bytes of a value to files.
+
+        Raises:
+            SerializationError: a file cannot be written.
+        """
+        try:
+            return [self._write_draft(buffer) for buffer in buffers]
+        except OSError as error:
+            raise SerializationError(
+                f"the value could not be written to {self._store.folder}: {error}"
+            ) from None
 
     def _write_draft(self, buffer: memoryview) -> list[Any]:
         """Write a buffer beside the blobs; the daemon makes it one when it reads the output.

@@ -85,7 +85,11 @@ class LogWriter(io.RawIOBase):
 
 
 class ConcurrentLogWriter(LogWriter):
-    """The same for inputs that print at the same time: each has its own line under way."""
+    """The same for inputs that print at the same time: each has its own line under way.
+
+    What is printed in the name of an input that has ended leaves at once, as nobody comes to flush
+    it; and so the identity of a context is its line's name only as long as the context exists.
+    """
 
     def __init__(self, source: Source, send: SendLog) -> None:
         super().__init__(source, send)
@@ -97,13 +101,15 @@ class ConcurrentLogWriter(LogWriter):
         view = memoryview(data).cast("B")
         if os.getpid() != self._pid:
             return super().write(data)
-        key = id(context.current_input.get())
+        running = context.current_input.get()
         with self._lock:
-            data = self._lines.pop(key, b"") + bytes(view)
-            is_whole = data.endswith(b"\n") or len(data) >= LOG_SIZE_BYTES_MAX
-            if not is_whole:
-                self._lines[key] = data
-        if is_whole:
+            data = self._lines.pop(id(running), b"") + bytes(view)
+            leaves = data.endswith(b"\n") or len(data) >= LOG_SIZE_BYTES_MAX
+            if not leaves and running is not None:
+                leaves = running.is_over
+            if not leaves:
+                self._lines[id(running)] = data
+        if leaves:
             self._emit(data)
         return len(view)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any, TypeVar
 
-from fanout.exceptions import InputCancellation
+from fanout.exceptions import ExecutionError, InputCancellation
 
 R = TypeVar("R")
 
@@ -98,11 +98,23 @@ class Threads:
         self._numbers = count(1)
 
     def run(self, work: Callable[[], None]) -> None:
-        """Run something at once, in a copy of the caller's context. It must not raise."""
-        self._work.put((contextvars.copy_context(), work))
+        """Run something at once, in a copy of the caller's context. It must not raise.
+
+        Raises:
+            ExecutionError: it cannot run, as the host gives no more threads.
+        """
         if not self._idle.acquire(blocking=False):
             name = f"fanout-input-{next(self._numbers)}"
-            threading.Thread(target=self._serve, name=name, daemon=True).start()
+            thread = threading.Thread(target=self._serve, name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise ExecutionError(
+                    f"no thread could be started for the input beside {threading.active_count()} "
+                    f"others: {error}. Lower max_inputs, or raise the limits of the worker's user "
+                    "(ulimit -u) and the function's memory"
+                ) from None
+        self._work.put((contextvars.copy_context(), work))
 
     def _serve(self) -> None:
         while True:
