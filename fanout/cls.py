@@ -28,6 +28,7 @@ import inspect
 import typing
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fanout import context
 from fanout.autoscaler import Autoscaler
 from fanout.exceptions import InvalidError, NotFoundError
 from fanout.function import Function
@@ -49,6 +50,7 @@ from fanout.twin import twin
 
 if TYPE_CHECKING:
     from fanout.app import App
+    from fanout.definition import Definition
 
 #: What the values of parameters may be.
 PARAMETER_TYPES: tuple[type, ...] = (str, int, bool, bytes)
@@ -65,6 +67,8 @@ class Cls:
         self._user_class = user_class
         self._name = name
         self._options = options
+        #: It came here within its own definition, and so with its code.
+        self._came_whole = False
         self.__name__ = user_class.__name__
         self.__qualname__ = user_class.__qualname__
         self.__module__ = user_class.__module__
@@ -133,9 +137,12 @@ class Cls:
             return _cls_within_itself, whole
         return _cls_out_of, (Handle.of(self.service_of({})),)
 
-    def has_options(self, data: dict[str, Any]) -> bool:
-        """Whether its containers have the options of a definition."""
-        return self.service_of({}).has_options(data)
+    def _like(self, handle: Handle) -> Cls | None:
+        """This class with the options of a handle; None if the handle is of other code."""
+        if handle.shape != self._shape():
+            return None
+        options = handle.full_options
+        return self if options.means(self._options) else self._of_options(options)
 
     # --- other options ---------------------------------------------------------------------------
 
@@ -168,6 +175,7 @@ class Cls:
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._options = options
+        other._came_whole = False
         return other
 
     @staticmethod
@@ -191,7 +199,11 @@ class Cls:
             for name, (kind, p) in self._parameters.items()
         }
         extra = {"parameters": values, "declared": declared}
-        return Service(self._app, self._user_class, self._name, self._options, self._shape(), extra)
+        service = Service(
+            self._app, self._user_class, self._name, self._options, self._shape(), extra
+        )
+        service.came_whole = self._came_whole
+        return service
 
     @property
     def default_service(self) -> Service | None:
@@ -352,16 +364,22 @@ def make_instance(user_class: type, values: dict[str, Any], handle: Obj | None) 
     return instance
 
 
-def instance_in_container(found: Any, parameters: dict[str, Any]) -> Any:
+def instance_in_container(found: Any, definition: Definition, options: dict[str, Any]) -> Any:
     """The one instance that a container of a class works with.
 
     Args:
         found: what the definition's target is: a `Cls`, or the plain class where it came by value.
-        parameters: the values of its parameters.
+        definition, options: those of the container.
     """
+    own = context.container
+    assert own is not None
     if not isinstance(found, Cls):
-        return make_instance(found, parameters, None)
-    obj = found.of_parameters(parameters)
+        own.function = found
+        checked = Options.of_data(options, definition.extra.get("env") or {})
+        found = _cls_within_itself(
+            definition.app_name or None, own.app_id, found, definition.function_name, checked
+        )
+    obj = found.of_parameters(definition.extra.get("parameters"))
     # The runtime runs the hooks, so `self.other.local()` finds them done.
     obj._is_entered = True
     return obj._local_instance()
@@ -434,11 +452,13 @@ def _cls_within_itself(
     """A handle out of the definition of a class by value that refers to it."""
     from fanout.app import App
 
-    return Cls(App._joined(app_name, app_id), user_class, name, options)
+    cls = Cls(App._joined(app_name, app_id), user_class, name, options)
+    cls._came_whole = True
+    return cls
 
 
 def _cls_out_of(handle: Handle) -> Any:
-    found = handle.find_here()
+    found = handle.find_here(Cls)
     return found if found is not None else _AbsentCls(handle)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 
 from fanout.call import FunctionCall
@@ -58,7 +57,6 @@ class Function(FunctionSurface, Generic[P, R, O]):
         #: Of a method: the object it is called on, and its name.
         self._owner = owner
         self._method = method
-        self.is_async = inspect.iscoroutinefunction(raw_f) or inspect.isasyncgenfunction(raw_f)
         self._raw_f = raw_f
         self.__name__ = raw_f.__name__
         self.__qualname__ = raw_f.__qualname__
@@ -105,11 +103,14 @@ class Function(FunctionSurface, Generic[P, R, O]):
             run = self.app._current_run(f"pickling {self.name}")
             whole = (self.app.name, run.app_id, self._raw_f, service.name, service.options)
             return _function_within_itself, (*whole, service.shape)
-        return _function_out_of, (Handle.of(service), self.is_generator, self.is_async)
+        return _function_out_of, (Handle.of(service), self.is_generator)
 
-    def has_options(self, data: dict[str, Any]) -> bool:
-        """Whether its containers have the options of a definition."""
-        return self.service.has_options(data)
+    def _like(self, handle: Handle) -> Function[P, R, O] | None:
+        """This function with the options of a handle; None if the handle is of other code."""
+        if handle.shape != self.service.shape:
+            return None
+        options = handle.full_options
+        return self if options.means(self.service.options) else self._of_options(options)
 
     # --- other options ---------------------------------------------------------------------------
 
@@ -535,17 +536,11 @@ def _function_within_itself(
     return Function(service, raw_f, bool(shape["is_generator"]))
 
 
-def _function_out_of(handle: Handle, is_generator: bool, is_async: bool) -> Function[..., Any, Any]:
+def _function_out_of(handle: Handle, is_generator: bool) -> Function[..., Any, Any]:
     """A handle out of a pickle: the one of this process if its module is loaded here, else one
     that can do everything but run locally."""
-    found = handle.find_here()
-    if isinstance(found, Function):
+    found = handle.find_here(Function)
+    if found is not None:
         return found
     service = handle.service()
-    function: Function[..., Any, Any] = Function(service, service.raw, is_generator)
-    function.is_async = is_async
-    return function
-
-
-AnyFunction = Function[..., Any, Any]
-AsyncBody = Callable[P, Coroutine[Any, Any, R]]
+    return Function(service, service.raw, is_generator)

@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from fanout.exceptions import ExecutionError
 from fanout.options import Options
 from fanout.service import Service, id_of
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from fanout.client.app_run import AppRun
     from fanout.protocol import messages as m
+
+
+class _Found(Protocol):
+    """A `Function` or a `Cls`."""
+
+    def _like(self, handle: Handle) -> Self | None: ...
+
+
+F = TypeVar("F", bound=_Found)
 
 _SHAPE = ("is_generator", "is_async", "methods", "is_mixed")
 
@@ -62,9 +73,23 @@ class Handle:
 
         return unpack_definition(self.payload).extra
 
-    def find_here(self) -> Any:
-        """The object of this process that it means, with the same options; None if there is
-        none."""
+    @property
+    def full_options(self) -> Options:
+        """The options of its containers, checked where they were given."""
+        return Options.of_data(self.options, self.extra.get("env") or {})
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """As `Service.shape`."""
+        return {key: self.options[key] for key in _SHAPE if key in self.options}
+
+    def find_here(self, kind: type[F]) -> F | None:
+        """The object of this process that it means, or one that is made over it if that has other
+        options; None if its module is not loaded here, or is another version.
+
+        Args:
+            kind: `Function` or `Cls`.
+        """
         from fanout.definition import unpack_definition
 
         target = unpack_definition(self.payload).target
@@ -73,8 +98,7 @@ class Handle:
         found: Any = sys.modules.get(target.module)
         for part in target.qualname.split("."):
             found = getattr(found, part, None)
-        is_same = getattr(found, "has_options", None)
-        return found if is_same is not None and is_same(self.options) else None
+        return found._like(self) if isinstance(found, kind) else None
 
     def service(self) -> Service:
         """A service of which only this handle came here."""
@@ -103,8 +127,8 @@ class AbsentService(Service):
             App._joined(handle.app_name, handle.app_id),
             _absent(handle.name, target.module, target.qualname),
             handle.name,
-            options or Options.of_data(handle.options),
-            {key: handle.options[key] for key in _SHAPE if key in handle.options},
+            options or handle.full_options,
+            handle.shape,
             extra,
         )
         self.handle = handle

@@ -65,8 +65,9 @@ class Options:
         return data
 
     @classmethod
-    def of_data(cls, data: Mapping[str, Any]) -> Options:
-        """The options of a definition, as far as a handle needs them."""
+    def of_data(cls, data: Mapping[str, Any], env: Mapping[str, str]) -> Options:
+        """The options of a definition, as far as a handle needs them; `env` has a place of its own
+        there."""
         retries = data["retries"]
         batch = data.get("batch")
         concurrency = data.get("max_inputs")
@@ -85,9 +86,14 @@ class Options:
             is_single_use=data["single_use"],
             concurrency=None
             if concurrency is None
-            else Concurrency(concurrency, data["target_inputs"]),
+            else Concurrency(concurrency, data.get("target_inputs")),
             batching=None if batch is None else Batching(*batch),
+            env=tuple(sorted(env.items())),
         )
+
+    def means(self, other: Options) -> bool:
+        """Whether containers of both are the same."""
+        return self.env == other.env and self.as_data() == other.as_data()
 
     def with_changes(self, given: Mapping[str, Any]) -> Options:
         """These options with some replaced, as `with_options` does: None leaves one as it is.

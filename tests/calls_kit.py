@@ -132,3 +132,13 @@ def fail_or_note(x: int, folder: str) -> int:
     wait_for_file(os.path.join(folder, "go"))
     Path(folder, f"ended-{x}").touch()
     return x
+
+
+@app.function(env={"KIT_VARIABLE": "own"})
+def variable(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+@app.function()
+def call_local(function: Any, x: int) -> Any:
+    return function.local(x)

@@ -83,7 +83,8 @@ def doubled(xs: list[int]) -> list[int]:
 @app.function(cpu=1)
 @fanout.concurrent(max_inputs=4)
 def by_batches(x: int) -> int:
-    return doubled.remote(x)
+    y: int = doubled.remote(x)
+    return y
 
 
 @app.function(cpu=1)
