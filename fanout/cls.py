@@ -33,7 +33,7 @@ from fanout.autoscaler import Autoscaler
 from fanout.exceptions import InvalidError, NotFoundError
 from fanout.function import Function
 from fanout.handle import AbsentService, Handle
-from fanout.options import Options, check_together, options_of
+from fanout.options import Options, changes_of, check_retries, check_together
 from fanout.partial import (
     HANDLE,
     NOTHING,
@@ -91,6 +91,7 @@ class Cls:
             InvalidError: it could not.
         """
         _check_class(self._user_class, self._lifecycle)
+        check_retries(self._options, self._name, self._shape())
         assert self._parameters is not None
         return self
 
@@ -155,7 +156,7 @@ class Cls:
         Raises:
             InvalidError: an option is wrong.
         """
-        return self._of_options(self._options.with_changes(options_of(self._name, options)))
+        return self._of_options(self._options.with_changes(changes_of(self._name, options)))
 
     def with_concurrency(self, *, max_inputs: int, target_inputs: int | None = None) -> Cls:
         """The same class, several inputs at a time in each container; see `concurrent`."""
@@ -167,11 +168,12 @@ class Cls:
         batching = make_batching(max_batch_size, wait_ms)
         _check_one_method(self._name, self._lifecycle)
         for partial in self._lifecycle.methods.values():
-            check_batchable(partial)
+            check_batchable(partial, self.service_of({}).has_code)
         return self._of_options(dataclasses.replace(self._options, batching=batching))
 
     def _of_options(self, options: Options) -> Cls:
         check_together(options)
+        check_retries(options, self._name, self._shape())
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._options = options
@@ -188,6 +190,24 @@ class Cls:
         raise NotFoundError(
             f"Cls.from_name({app_name!r}, {name!r}): this fanout has no deployed apps; import the "
             "class from its module and run its app"
+        )
+
+    @staticmethod
+    def lookup(app_name: str, name: str, **options: Any) -> NoReturn:
+        """Older name of `from_name`, removed in Modal too.
+
+        Raises:
+            InvalidError: always.
+        """
+        raise InvalidError(
+            f"Cls.lookup({app_name!r}, {name!r}): this is now Cls.from_name, and fanout has no "
+            "deployed apps yet; import the class from the module that defines it"
+        )
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> NoReturn:
+        raise InvalidError(
+            f"a class cannot inherit from {self._name}, which is decorated with @app.cls(); let "
+            f"both inherit from a plain class, or inherit from `{self._name}.get_user_cls()`"
         )
 
     # --- for objects and containers --------------------------------------------------------------

@@ -10,7 +10,7 @@ from fanout.call import FunctionCall
 from fanout.exceptions import InvalidError
 from fanout.function_surface import FunctionSurface
 from fanout.handle import Handle
-from fanout.options import Options, check_together, options_of
+from fanout.options import Options, changes_of, check_retries, check_together
 from fanout.partial import PartialFunction, check_batchable, make_batching, make_concurrency
 from fanout.results import BlockingResults, Results, warn_wrapping
 from fanout.service import Service, is_being_defined
@@ -124,7 +124,7 @@ class Function(FunctionSurface, Generic[P, R, O]):
             InvalidError: an option is wrong, or it is a method: use the class's `with_options`.
         """
         self._forbid_method("with_options")
-        return self._of_options(self.service.options.with_changes(options_of(self.name, options)))
+        return self._of_options(self.service.options.with_changes(changes_of(self.name, options)))
 
     def with_concurrency(
         self, *, max_inputs: int, target_inputs: int | None = None
@@ -139,12 +139,13 @@ class Function(FunctionSurface, Generic[P, R, O]):
         self._forbid_method("with_batching")
         partial = PartialFunction[..., Any, Any](self._raw_f)
         partial.generator_flag = self.is_generator
-        check_batchable(partial)
+        check_batchable(partial, self.service.has_code)
         batching = make_batching(max_batch_size, wait_ms)
         return self._of_options(dataclasses.replace(self.service.options, batching=batching))
 
     def _of_options(self, options: Options) -> Function[P, R, O]:
         check_together(options)
+        check_retries(options, self.name, self.service.shape)
         return Function(self.service.with_options(options), self._raw_f, self.is_generator)
 
     @property

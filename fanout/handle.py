@@ -109,6 +109,8 @@ class AbsentService(Service):
     """What containers are started for, where its code is not: its definition is made out of the
     one that came, with other options or parameters."""
 
+    has_code = False
+
     def __init__(
         self,
         handle: Handle,

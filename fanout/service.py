@@ -42,6 +42,9 @@ class Service:
         extra: what else the definition says; `parameters`, the values of a class's parameters.
     """
 
+    #: Whether the function or class itself is here, in `raw`.
+    has_code = True
+
     def __init__(
         self,
         app: App,

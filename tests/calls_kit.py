@@ -142,3 +142,8 @@ def variable(name: str) -> str | None:
 @app.function()
 def call_local(function: Any, x: int) -> Any:
     return function.local(x)
+
+
+@app.function()
+def call_batched(function: Any, x: int) -> Any:
+    return function.with_batching(max_batch_size=2, wait_ms=0).remote(x)

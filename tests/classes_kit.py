@@ -168,6 +168,11 @@ def ask_both(handle: Any, name: str) -> tuple[Any, Any]:
 
 
 @app.function(cpu=0.1)
+def count_up(n: int) -> Iterator[int]:
+    yield from range(n)
+
+
+@app.function(cpu=0.1)
 def use_handle(handle: Any, x: int) -> Any:
     """Call a method of an object, or of a class, that came as an argument."""
     counter = handle if isinstance(handle, fanout.cls.Obj) else handle(start=100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,12 @@ def test_with_options_gives_other_containers_and_leaves_the_class_alone(running:
         (lambda: Counter().add(), InvalidError, "does not run by being called"),
         (lambda: Counter().add.with_options(cpu=1), InvalidError, "is a method"),
         (lambda: Counter().add.autoscaler, InvalidError, "is a method"),
+        (lambda: Counter.with_options(retries=1), InvalidError, "'count_to' is a generator"),
+        (lambda: Counter.with_options(name="x"), InvalidError, "what it is called is said once"),
+        (lambda: Counter.with_options(serialized=True), InvalidError, "how its code travels"),
+        (lambda: types.new_class("Sub", (Counter,)), InvalidError, "cannot inherit from Counter"),
+        (lambda: kit.count_up.with_options(retries=1), InvalidError, "of generator function"),
+        (lambda: kit.once.with_options(serialized=True), InvalidError, "how its code travels"),
     ],
 )
 def test_wrong_uses_of_a_class_say_what_to_do(

@@ -174,3 +174,11 @@ def test_equal_handles_share_one_definition(running: None) -> None:
     for _ in range(30):
         assert kit.same.with_options(timeout=50).remote(2) == 2
     assert len(run.definitions) == before + 1
+
+
+def test_a_handle_without_code_gets_other_options(running: None) -> None:
+    @kit.app.function(serialized=True)
+    def double(xs: list[int]) -> list[int]:
+        return [2 * x for x in xs]
+
+    assert kit.call_batched.remote(double, 4) == 8
