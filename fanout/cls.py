@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fanout import context
 from fanout.autoscaler import Autoscaler
-from fanout.exceptions import InvalidError, NotFoundError
+from fanout.exceptions import InvalidError
 from fanout.function import Function
 from fanout.handle import AbsentService, Handle
 from fanout.options import Options, changes_of, check_retries, check_together
@@ -51,6 +51,7 @@ from fanout.twin import twin
 if TYPE_CHECKING:
     from fanout.app import App
     from fanout.definition import Definition
+    from fanout.local_object import LocalObject
 
 #: What the values of parameters may be.
 PARAMETER_TYPES: tuple[type, ...] = (str, int, bool, bytes)
@@ -181,16 +182,28 @@ class Cls:
         return other
 
     @staticmethod
-    def from_name(app_name: str, name: str, **_options: Any) -> NoReturn:
-        """A class of a deployed app. There are no deployed apps yet.
+    def from_name(
+        app_name: str,
+        name: str,
+        *,
+        version: int | None = None,
+        environment_name: str | None = None,
+        client: Any = None,
+    ) -> Cls:
+        """A class of a deployed app. fanout has no deployed apps yet, so every use of a method of
+        its objects is an error that says what to do instead.
+
+        Args:
+            app_name, name: what to look for, later, when a method is called.
+            version, environment_name, client: as in Modal.
 
         Raises:
-            NotFoundError: always.
+            InvalidError: a name is not one.
+            NotFoundError: on every use of a method.
         """
-        raise NotFoundError(
-            f"Cls.from_name({app_name!r}, {name!r}): this fanout has no deployed apps; import the "
-            "class from its module and run its app"
-        )
+        from fanout.lookup import cls_from_name
+
+        return cls_from_name(app_name, name)
 
     @staticmethod
     def lookup(app_name: str, name: str, **options: Any) -> NoReturn:
@@ -281,8 +294,7 @@ class Obj:
         self._values = values
         self._service = cls.service_of(values)
         self._methods: dict[str, Function[..., Any, Any]] = {}
-        self._instance: Any = None
-        self._is_entered = False
+        self._local: LocalObject | None = None
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value!r}" for name, value in self._values.items())
@@ -293,7 +305,7 @@ class Obj:
             raise AttributeError(name)
         partial = self._cls._lifecycle.methods.get(name)
         if partial is None:
-            return getattr(self._local_instance(), name)
+            return getattr(self._locally().instance, name)
         made = self._methods.get(name)
         if made is None:
             made = self._methods[name] = self._method(name, partial)
@@ -308,23 +320,16 @@ class Obj:
         return Function(self._service, partial.raw, partial.is_generator, self, name)
 
     def _run_local(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _run_local(self, self._cls._lifecycle.methods[name], args, kwargs)
+        return self._locally().call(name, args, kwargs)
 
-    # --- the user's instance in this process -----------------------------------------------------
+    def _locally(self, is_entered: bool = False) -> LocalObject:
+        """The user's own object, made when it is first needed."""
+        if self._local is None:
+            from fanout.local_object import LocalObject
 
-    def _local_instance(self) -> Any:
-        """The user's own object, made when it is first needed, its enter hooks not run."""
-        if self._instance is None:
-            self._instance = make_instance(self._cls._user_class, self._values, self)
-        return self._instance
-
-    def _hooks(self) -> list[Any]:
-        """The enter hooks that have to run yet, bound."""
-        if self._is_entered:
-            return []
-        self._is_entered = True
-        instance = self._local_instance()
-        return [getattr(instance, name) for name in self._cls._lifecycle.enters]
+            instance = _make_instance(self._cls._user_class, self._values, self)
+            self._local = LocalObject(instance, self._cls._lifecycle, is_entered)
+        return self._local
 
     # --- scaling ---------------------------------------------------------------------------------
 
@@ -352,35 +357,12 @@ class Obj:
     update_autoscaler = twin(_update_autoscaler)
 
 
-def _run_local(
-    obj: Obj, partial: PartialFunction[..., Any, Any], args: tuple[Any, ...], kwargs: Any
-) -> Any:
-    """A method in this process, behind the enter hooks; an async one gives its coroutine."""
-    hooks = obj._hooks()
-    bound = partial.raw.__get__(obj._local_instance())
-    if not any(inspect.iscoroutinefunction(hook) for hook in hooks):
-        for hook in hooks:
-            hook()
-        return bound(*args, **kwargs)
-
-    async def enter_and_run() -> Any:
-        for hook in hooks:
-            entered = hook()
-            if inspect.isawaitable(entered):
-                await entered
-        result = bound(*args, **kwargs)
-        return await result if inspect.isawaitable(result) else result
-
-    return enter_and_run()
-
-
-def make_instance(user_class: type, values: dict[str, Any], handle: Obj | None) -> Any:
+def _make_instance(user_class: type, values: dict[str, Any], handle: Obj) -> Any:
     """An instance of a user's class with the values of its parameters; no hook has run."""
     make: Any = user_class.__new__
     instance = make(user_class)
     instance.__dict__.update(values)
-    if handle is not None:
-        instance.__dict__[HANDLE] = handle
+    instance.__dict__[HANDLE] = handle
     return instance
 
 
@@ -401,8 +383,7 @@ def instance_in_container(found: Any, definition: Definition, options: dict[str,
         )
     obj = found.of_parameters(definition.extra.get("parameters"))
     # The runtime runs the hooks, so `self.other.local()` finds them done.
-    obj._is_entered = True
-    return obj._local_instance()
+    return obj._locally(is_entered=True).instance
 
 
 # --- checks ---------------------------------------------------------------------------------------

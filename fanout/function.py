@@ -74,7 +74,11 @@ class Function(FunctionSurface, Generic[P, R, O]):
     def local(self, *args: P.args, **kwargs: P.kwargs) -> O:
         """Run the plain function here, in this process: an async function gives its coroutine, a
         generator function its generator. A method runs on an object of this process, behind its
-        enter hooks."""
+        enter hooks.
+
+        Raises:
+            InvalidError: a sync method would have to wait for an async hook.
+        """
         if self._owner is not None:
             value: O = self._owner._run_local(self._method, args, kwargs)
             return value
@@ -146,7 +150,7 @@ class Function(FunctionSurface, Generic[P, R, O]):
     def _of_options(self, options: Options) -> Function[P, R, O]:
         check_together(options)
         check_retries(options, self.name, self.service.shape)
-        return Function(self.service.with_options(options), self._raw_f, self.is_generator)
+        return type(self)(self.service.with_options(options), self._raw_f, self.is_generator)
 
     @property
     def autoscaler(self) -> Autoscaler:

@@ -67,7 +67,7 @@ class Service:
 
     def with_options(self, options: Options) -> Service:
         """The same in containers of other options, which are other containers."""
-        return Service(self.app, self.raw, self.name, options, self.shape, self.extra)
+        return type(self)(self.app, self.raw, self.name, options, self.shape, self.extra)
 
     def __eq__(self, other: object) -> bool:
         """Whether both have the same definition, in each run of the app."""

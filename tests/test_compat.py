@@ -408,11 +408,35 @@ def test_a_function_by_name_is_an_error_only_when_it_is_used() -> None:
         lambda: function.map([1]),
         lambda: function.for_each([1]),
         lambda: function.spawn_map([1]),
+        lambda: function.with_options(cpu=1).remote(1),
+        lambda: function.with_batching(max_batch_size=2, wait_ms=1).map([1]),
+        lambda: function.get_current_stats(),
+        lambda: function.update_autoscaler(min_containers=1),
+        lambda: function.autoscaler.settings(),
+        lambda: function.get_raw_f(),
     ):
         with pytest.raises(NotFoundError, match=re.escape("no deployed app 'app' with a function")):
             use()
     with pytest.raises(ExecutionError, match="cannot run locally"):
         function.local(1)
+
+
+def test_a_class_by_name_is_an_error_only_when_it_is_used() -> None:
+    model: Any = fanout.Cls.from_name("app", "Model", environment_name="main")
+    obj = model.with_options(cpu=1)(size="large")
+    for use in (
+        lambda: model().predict.remote(1),
+        lambda: obj.predict.remote_gen(1),
+        lambda: obj.predict.map([1]),
+        lambda: obj.update_autoscaler(min_containers=1),
+        lambda: model.get_user_cls(),
+    ):
+        with pytest.raises(NotFoundError, match=re.escape("no deployed app 'app' with a class 'M")):
+            use()  # type: ignore[no-untyped-call]
+    with pytest.raises(ExecutionError, match="cannot run locally"):
+        obj.predict.local(1)
+    with pytest.raises(InvalidError, match="app_name=''"):
+        fanout.Cls.from_name("", "Model")
 
 
 async def test_a_function_by_name_has_its_asyncio_form() -> None:

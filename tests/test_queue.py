@@ -246,7 +246,9 @@ async def test_a_timeout_without_blocking_is_warned_of_by_the_async_form(cluster
 
 def test_iterating_needs_an_end(queue: fanout.Queue) -> None:
     wrong: Any = None
-    with pytest.raises(exceptions.InvalidError, match="item_poll_timeout=None: must be at least 0 seconds"):
+    with pytest.raises(
+        exceptions.InvalidError, match="item_poll_timeout=None: must be at least 0 seconds"
+    ):
         next(queue.iterate(item_poll_timeout=wrong))
 
 
