@@ -7,6 +7,7 @@ a body is made, which can do everything but run locally.
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from fanout.client.app_run import AppRun
+    from fanout.definition import Definition
     from fanout.protocol import messages as m
 
 
@@ -69,9 +71,13 @@ class Handle:
     @property
     def extra(self) -> dict[str, Any]:
         """`Definition.extra`."""
+        return self._definition.extra
+
+    @functools.cached_property
+    def _definition(self) -> Definition:
         from fanout.definition import unpack_definition
 
-        return unpack_definition(self.payload).extra
+        return unpack_definition(self.payload)
 
     @property
     def full_options(self) -> Options:
@@ -90,9 +96,7 @@ class Handle:
         Args:
             kind: `Function` or `Cls`.
         """
-        from fanout.definition import unpack_definition
-
-        target = unpack_definition(self.payload).target
+        target = self._definition.target
         if target.pickled:
             return None
         found: Any = sys.modules.get(target.module)
@@ -144,6 +148,7 @@ class AbsentService(Service):
 
         definition = unpack_definition(self.handle.payload)
         definition.extra.update(self.extra)
+        definition.extra.pop("env", None)
         if self.options.env:
             definition.extra["env"] = dict(self.options.env)
         payload = pack_definition(definition)

@@ -147,3 +147,10 @@ def call_local(function: Any, x: int) -> Any:
 @app.function()
 def call_batched(function: Any, x: int) -> Any:
     return function.with_batching(max_batch_size=2, wait_ms=0).remote(x)
+
+
+@app.function()
+def call_with_env(function: Any, envs: list[dict[str, str]]) -> list[Any]:
+    """What a function finds in its own environment, and in others."""
+    functions = [function, *(function.with_options(env=env) for env in envs)]
+    return [function.remote("KIT_VARIABLE") for function in functions]

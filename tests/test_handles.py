@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,3 +183,12 @@ def test_a_handle_without_code_gets_other_options(running: None) -> None:
         return [2 * x for x in xs]
 
     assert kit.call_batched.remote(double, 4) == 8
+
+
+def test_a_handle_without_code_gets_another_environment(running: None) -> None:
+    @kit.app.function(serialized=True, env={"KIT_VARIABLE": "own"})
+    def own_variable(name: str) -> str | None:
+        return os.environ.get(name)
+
+    found = kit.call_with_env.remote(own_variable, [{"KIT_VARIABLE": "other"}, {}])
+    assert found == ["own", "other", None]
