@@ -8,6 +8,7 @@ modules from one queue; `skip_if_exists` makes sure that each is visited by one 
 
 import ast
 import importlib.util
+import queue
 import sys
 
 import fanout as modal
@@ -38,20 +39,17 @@ def imports_of(name: str) -> set[str]:
 def crawl(to_visit: modal.Queue, seen: modal.Dict, links: modal.Dict) -> int:
     """Visit modules until there is nothing to do for a second. Returns how many."""
     count = 0
-    while (names := to_visit.get_many(8, timeout=1.0)) if to_visit.len() else _last(to_visit):
+    while True:
+        try:
+            names = to_visit.get_many(8, timeout=1.0)
+        except queue.Empty:
+            return count
         for name in names:
             found = imports_of(name)
             links[name] = sorted(found)
             new = [other for other in found if seen.put(other, True, skip_if_exists=True)]
             to_visit.put_many(new)
             count += 1
-    return count
-
-
-def _last(to_visit: modal.Queue) -> list[str]:
-    """Another crawler may be about to find more."""
-    name = to_visit.get(block=False)
-    return [] if name is None else [name]
 
 
 @app.local_entrypoint()

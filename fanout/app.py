@@ -29,7 +29,7 @@ from fanout import config, context
 from fanout.app_surface import AppSurface
 from fanout.exceptions import ExecutionError, InvalidError
 from fanout.function import Function
-from fanout.options import Options, check_options, named
+from fanout.options import Options, check_options, check_retries, named
 from fanout.partial import PartialFunction, lifecycle_of, parameter
 from fanout.retries import Retries
 from fanout.service import Service
@@ -364,14 +364,10 @@ class App(AppSurface):
             raise InvalidError(f"name={name!r}: must be a text that is not empty")
         if is_generator is None:
             is_generator = inspect.isgeneratorfunction(raw) or inspect.isasyncgenfunction(raw)
-        if is_generator and options.retries is not None:
-            raise InvalidError(
-                f"retries= of generator function {raw.__qualname__!r}: its items would come twice; "
-                "catch errors inside the generator, or call it again"
-            )
-        source.is_by_value(raw, options.is_serialized)
         is_async = inspect.iscoroutinefunction(raw) or inspect.isasyncgenfunction(raw)
         shape = {"is_generator": bool(is_generator), "is_async": is_async}
+        check_retries(options, raw.__qualname__, shape)
+        source.is_by_value(raw, options.is_serialized)
         service = Service(self, raw, name or raw.__name__, options, shape)
         function: Function[..., Any, Any] = Function(service, raw, bool(is_generator))
         self.registered_functions[function.name] = function
@@ -393,11 +389,6 @@ class App(AppSurface):
         for partial in lifecycle_of(user_class).methods.values():
             if partial.batching is not None:
                 options = options.with_partial(partial)
-            if partial.is_generator and options.retries is not None:
-                raise InvalidError(
-                    f"retries= of class {user_class.__name__!r}, whose method "
-                    f"{partial.__name__!r} is a generator: its items would come twice"
-                )
         source.is_by_value(user_class, options.is_serialized)
         made = Cls(self, user_class, user_class.__name__, options).check()
         self.registered_classes[made.__name__] = made
@@ -425,10 +416,11 @@ class App(AppSurface):
 
     def _define_kept(self, run: AppRun, session: Session) -> None:
         """Tell the scheduler at once of what keeps containers although nobody calls it yet."""
-        services: list[Service | None]
-        services = [function.service for function in self.registered_functions.values()]
-        services += [c.default_service for c in self.registered_classes.values()]
-        for service in services:
+        services: list[Service | None] = []
+        for app in self._running_with():
+            services += [function.service for function in app.registered_functions.values()]
+            services += [c.default_service for c in app.registered_classes.values()]
+        for service in dict.fromkeys(services):
             if service is not None and service.options.min_containers:
                 session.define(*service.defined(run))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from fanout.exceptions import InvalidError
 from fanout.twin import Twin
@@ -13,7 +12,10 @@ if TYPE_CHECKING:
     from typing import Self
 
     from fanout.client.app_run import AppRun
+    from fanout.cls import Cls
     from fanout.function import Function
+
+T = TypeVar("T")
 
 _NO_DEPLOYED_APPS = (
     "fanout has no deployed apps yet: an app runs while `with app.run():` or `fanout run` lasts"
@@ -24,6 +26,7 @@ class AppSurface:
     """The part of `App` that declares no function and runs nothing."""
 
     registered_functions: dict[str, Function[..., Any, Any]]
+    registered_classes: dict[str, Cls]
     _name: str | None
     _run: AppRun | None
 
@@ -31,6 +34,8 @@ class AppSurface:
         self._tags = _checked_tags(tags)
         #: Apps that include this one: its functions run when one of them does.
         self._includers: list[AppSurface] = []
+        #: Apps that this one includes.
+        self._included: list[AppSurface] = []
 
     @property
     def description(self) -> str | None:
@@ -43,8 +48,9 @@ class AppSurface:
         return []
 
     def include(self, other_app: AppSurface, inherit_tags: bool = True) -> Self:
-        """Take the functions of another app into this one, which is returned: they run while this
-        app does, and are found by their names in `registered_functions`.
+        """Take the functions and classes of another app into this one, which is returned: they run
+        while this app does, and are found by their names in `registered_functions` and
+        `registered_classes`.
 
         Args:
             other_app: the other app. It may still run by itself.
@@ -55,21 +61,27 @@ class AppSurface:
         """
         if not isinstance(other_app, AppSurface) or other_app is self:
             raise InvalidError(f"include({other_app!r}): must be an App, and not this one")
-        for name, function in other_app.registered_functions.items():
-            if self.registered_functions.get(name, function) is not function:
-                warnings.warn(
-                    f"app {self._name!r} has a function {name!r}, and app {other_app._name!r} "
-                    "that it includes has another; `fanout run` finds the included one by that "
-                    "name",
-                    UserWarning,
-                    stacklevel=2,
-                )
-            self.registered_functions[name] = function
+        self._take(other_app, self.registered_functions, other_app.registered_functions, "function")
+        self._take(other_app, self.registered_classes, other_app.registered_classes, "class")
         if self not in other_app._includers:
             other_app._includers.append(self)
+            self._included.append(other_app)
         if inherit_tags:
             self._tags = {**other_app._tags, **self._tags}
         return self
+
+    def _take(
+        self, other_app: AppSurface, mine: dict[str, T], others: dict[str, T], kind: str
+    ) -> None:
+        for name, thing in others.items():
+            if mine.get(name, thing) is not thing:
+                from fanout.warning import warn_of_declaration
+
+                warn_of_declaration(
+                    f"app {self._name!r} has a {kind} {name!r}, and app {other_app._name!r} that "
+                    "it includes has another; the included one is found by that name"
+                )
+            mine[name] = thing
 
     def _set_tags(self, tags: Mapping[str, str], *, client: Any = None) -> None:
         """Replace the tags. They are for the program itself: nothing else reads them yet.
@@ -109,6 +121,13 @@ class AppSurface:
                 seen.add(id(app))
                 waiting += app._includers
         return None
+
+    def _running_with(self) -> list[AppSurface]:
+        """This app, and those it includes, directly or not, that have no run of their own."""
+        found: list[AppSurface] = [self]
+        for app in found:
+            found += [a for a in app._included if a._run is None and a not in found]
+        return found
 
     # --- what deployed apps are for --------------------------------------------------------------
 

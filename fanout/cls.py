@@ -28,11 +28,12 @@ import inspect
 import typing
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fanout import context
 from fanout.autoscaler import Autoscaler
-from fanout.exceptions import InvalidError, NotFoundError
+from fanout.exceptions import InvalidError
 from fanout.function import Function
 from fanout.handle import AbsentService, Handle
-from fanout.options import Options, check_together, options_of
+from fanout.options import Options, changes_of, check_retries, check_together
 from fanout.partial import (
     HANDLE,
     NOTHING,
@@ -49,6 +50,8 @@ from fanout.twin import twin
 
 if TYPE_CHECKING:
     from fanout.app import App
+    from fanout.definition import Definition
+    from fanout.local_object import LocalObject
 
 #: What the values of parameters may be.
 PARAMETER_TYPES: tuple[type, ...] = (str, int, bool, bytes)
@@ -65,6 +68,8 @@ class Cls:
         self._user_class = user_class
         self._name = name
         self._options = options
+        #: It came here within its own definition, and so with its code.
+        self._came_whole = False
         self.__name__ = user_class.__name__
         self.__qualname__ = user_class.__qualname__
         self.__module__ = user_class.__module__
@@ -87,6 +92,7 @@ class Cls:
             InvalidError: it could not.
         """
         _check_class(self._user_class, self._lifecycle)
+        check_retries(self._options, self._name, self._shape())
         assert self._parameters is not None
         return self
 
@@ -133,9 +139,12 @@ class Cls:
             return _cls_within_itself, whole
         return _cls_out_of, (Handle.of(self.service_of({})),)
 
-    def has_options(self, data: dict[str, Any]) -> bool:
-        """Whether its containers have the options of a definition."""
-        return self.service_of({}).has_options(data)
+    def _like(self, handle: Handle) -> Cls | None:
+        """This class with the options of a handle; None if the handle is of other code."""
+        if handle.shape != self._shape():
+            return None
+        options = handle.full_options
+        return self if options.means(self._options) else self._of_options(options)
 
     # --- other options ---------------------------------------------------------------------------
 
@@ -148,7 +157,7 @@ class Cls:
         Raises:
             InvalidError: an option is wrong.
         """
-        return self._of_options(self._options.with_changes(options_of(self._name, options)))
+        return self._of_options(self._options.with_changes(changes_of(self._name, options)))
 
     def with_concurrency(self, *, max_inputs: int, target_inputs: int | None = None) -> Cls:
         """The same class, several inputs at a time in each container; see `concurrent`."""
@@ -160,26 +169,58 @@ class Cls:
         batching = make_batching(max_batch_size, wait_ms)
         _check_one_method(self._name, self._lifecycle)
         for partial in self._lifecycle.methods.values():
-            check_batchable(partial)
+            check_batchable(partial, self.service_of({}).has_code)
         return self._of_options(dataclasses.replace(self._options, batching=batching))
 
     def _of_options(self, options: Options) -> Cls:
         check_together(options)
+        check_retries(options, self._name, self._shape())
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._options = options
+        other._came_whole = False
         return other
 
     @staticmethod
-    def from_name(app_name: str, name: str, **_options: Any) -> NoReturn:
-        """A class of a deployed app. There are no deployed apps yet.
+    def from_name(
+        app_name: str,
+        name: str,
+        *,
+        version: int | None = None,
+        environment_name: str | None = None,
+        client: Any = None,
+    ) -> Cls:
+        """A class of a deployed app. fanout has no deployed apps yet, so every use of a method of
+        its objects is an error that says what to do instead.
+
+        Args:
+            app_name, name: what to look for, later, when a method is called.
+            version, environment_name, client: as in Modal.
 
         Raises:
-            NotFoundError: always.
+            InvalidError: a name is not one.
+            NotFoundError: on every use of a method.
         """
-        raise NotFoundError(
-            f"Cls.from_name({app_name!r}, {name!r}): this fanout has no deployed apps; import the "
-            "class from its module and run its app"
+        from fanout.lookup import cls_from_name
+
+        return cls_from_name(app_name, name)
+
+    @staticmethod
+    def lookup(app_name: str, name: str, **options: Any) -> NoReturn:
+        """Older name of `from_name`, removed in Modal too.
+
+        Raises:
+            InvalidError: always.
+        """
+        raise InvalidError(
+            f"Cls.lookup({app_name!r}, {name!r}): this is now Cls.from_name, and fanout has no "
+            "deployed apps yet; import the class from the module that defines it"
+        )
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> NoReturn:
+        raise InvalidError(
+            f"a class cannot inherit from {self._name}, which is decorated with @app.cls(); let "
+            f"both inherit from a plain class, or inherit from `{self._name}.get_user_cls()`"
         )
 
     # --- for objects and containers --------------------------------------------------------------
@@ -191,7 +232,11 @@ class Cls:
             for name, (kind, p) in self._parameters.items()
         }
         extra = {"parameters": values, "declared": declared}
-        return Service(self._app, self._user_class, self._name, self._options, self._shape(), extra)
+        service = Service(
+            self._app, self._user_class, self._name, self._options, self._shape(), extra
+        )
+        service.came_whole = self._came_whole
+        return service
 
     @property
     def default_service(self) -> Service | None:
@@ -249,8 +294,7 @@ class Obj:
         self._values = values
         self._service = cls.service_of(values)
         self._methods: dict[str, Function[..., Any, Any]] = {}
-        self._instance: Any = None
-        self._is_entered = False
+        self._local: LocalObject | None = None
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value!r}" for name, value in self._values.items())
@@ -261,7 +305,7 @@ class Obj:
             raise AttributeError(name)
         partial = self._cls._lifecycle.methods.get(name)
         if partial is None:
-            return getattr(self._local_instance(), name)
+            return getattr(self._locally().instance, name)
         made = self._methods.get(name)
         if made is None:
             made = self._methods[name] = self._method(name, partial)
@@ -276,23 +320,16 @@ class Obj:
         return Function(self._service, partial.raw, partial.is_generator, self, name)
 
     def _run_local(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _run_local(self, self._cls._lifecycle.methods[name], args, kwargs)
+        return self._locally().call(name, args, kwargs)
 
-    # --- the user's instance in this process -----------------------------------------------------
+    def _locally(self, is_entered: bool = False) -> LocalObject:
+        """The user's own object, made when it is first needed."""
+        if self._local is None:
+            from fanout.local_object import LocalObject
 
-    def _local_instance(self) -> Any:
-        """The user's own object, made when it is first needed, its enter hooks not run."""
-        if self._instance is None:
-            self._instance = make_instance(self._cls._user_class, self._values, self)
-        return self._instance
-
-    def _hooks(self) -> list[Any]:
-        """The enter hooks that have to run yet, bound."""
-        if self._is_entered:
-            return []
-        self._is_entered = True
-        instance = self._local_instance()
-        return [getattr(instance, name) for name in self._cls._lifecycle.enters]
+            instance = _make_instance(self._cls._user_class, self._values, self)
+            self._local = LocalObject(instance, self._cls._lifecycle, is_entered)
+        return self._local
 
     # --- scaling ---------------------------------------------------------------------------------
 
@@ -320,51 +357,33 @@ class Obj:
     update_autoscaler = twin(_update_autoscaler)
 
 
-def _run_local(
-    obj: Obj, partial: PartialFunction[..., Any, Any], args: tuple[Any, ...], kwargs: Any
-) -> Any:
-    """A method in this process, behind the enter hooks; an async one gives its coroutine."""
-    hooks = obj._hooks()
-    bound = partial.raw.__get__(obj._local_instance())
-    if not any(inspect.iscoroutinefunction(hook) for hook in hooks):
-        for hook in hooks:
-            hook()
-        return bound(*args, **kwargs)
-
-    async def enter_and_run() -> Any:
-        for hook in hooks:
-            entered = hook()
-            if inspect.isawaitable(entered):
-                await entered
-        result = bound(*args, **kwargs)
-        return await result if inspect.isawaitable(result) else result
-
-    return enter_and_run()
-
-
-def make_instance(user_class: type, values: dict[str, Any], handle: Obj | None) -> Any:
+def _make_instance(user_class: type, values: dict[str, Any], handle: Obj) -> Any:
     """An instance of a user's class with the values of its parameters; no hook has run."""
     make: Any = user_class.__new__
     instance = make(user_class)
     instance.__dict__.update(values)
-    if handle is not None:
-        instance.__dict__[HANDLE] = handle
+    instance.__dict__[HANDLE] = handle
     return instance
 
 
-def instance_in_container(found: Any, parameters: dict[str, Any]) -> Any:
+def instance_in_container(found: Any, definition: Definition, options: dict[str, Any]) -> Any:
     """The one instance that a container of a class works with.
 
     Args:
         found: what the definition's target is: a `Cls`, or the plain class where it came by value.
-        parameters: the values of its parameters.
+        definition, options: those of the container.
     """
+    own = context.container
+    assert own is not None
     if not isinstance(found, Cls):
-        return make_instance(found, parameters, None)
-    obj = found.of_parameters(parameters)
+        own.function = found
+        checked = Options.of_data(options, definition.extra.get("env") or {})
+        found = _cls_within_itself(
+            definition.app_name or None, own.app_id, found, definition.function_name, checked
+        )
+    obj = found.of_parameters(definition.extra.get("parameters"))
     # The runtime runs the hooks, so `self.other.local()` finds them done.
-    obj._is_entered = True
-    return obj._local_instance()
+    return obj._locally(is_entered=True).instance
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -434,11 +453,13 @@ def _cls_within_itself(
     """A handle out of the definition of a class by value that refers to it."""
     from fanout.app import App
 
-    return Cls(App._joined(app_name, app_id), user_class, name, options)
+    cls = Cls(App._joined(app_name, app_id), user_class, name, options)
+    cls._came_whole = True
+    return cls
 
 
 def _cls_out_of(handle: Handle) -> Any:
-    found = handle.find_here()
+    found = handle.find_here(Cls)
     return found if found is not None else _AbsentCls(handle)
 
 

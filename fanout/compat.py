@@ -9,12 +9,13 @@ runs (``region=``) is a warning. Nothing is ignored in silence that a result cou
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from fanout import context
 from fanout.exceptions import InvalidError
+from fanout.warning import warn_of_declaration
 
 #: Of the text of a declaration, in messages.
 SHOWN_LENGTH_MAX = 200
@@ -114,8 +115,6 @@ OPTIONS: dict[str, _Option] = {
 
 #: Names that options had in older versions of Modal.
 RENAMED = {
-    "keep_warm": "min_containers=",
-    "container_idle_timeout": "scaledown_window=",
     "allow_concurrent_inputs": "@fanout.concurrent(max_inputs=...) below it",
     "secret": "secrets=[...]",
     "mount": "nothing: the project's modules travel by themselves",
@@ -148,7 +147,7 @@ def reject_cloud_options(where: str, options: Mapping[str, Any]) -> None:
             raise InvalidError(f"{shown}: {option.text}")
         if (where, name) not in _warned:
             _warned.add((where, name))
-            warnings.warn(f"{shown} is ignored: {option.text}", UserWarning, stacklevel=3)
+            warn_of_declaration(f"{shown} is ignored: {option.text}")
 
 
 def _advice_on(name: str) -> str:
@@ -211,8 +210,8 @@ class Declared(metaclass=Absent):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        # As `Image.imports()`: what only the image has is missing here.
-        return kind is not None and issubclass(kind, ImportError)
+        # As `Image.imports()`: what only containers have may be missing here, and not in them.
+        return context.container is None and kind is not None and issubclass(kind, ImportError)
 
 
 def _declare(cls: Absent, text: str) -> Declared:
@@ -348,7 +347,6 @@ _ATTRIBUTES: dict[tuple[str, str], str] = {
     ("Function", "info"): _STATUS,
     ("Function", "get_web_url"): _BATCH_ONLY,
     ("Function", "web_url"): _BATCH_ONLY,
-    ("Function", "lookup"): "this is now Function.from_name",
     ("Function", "keep_warm"): "this is now min_containers=",
     ("FunctionCall", "logs"): _OUTPUT,
     ("FunctionCall", "get_gen"): "write `for x in f.remote_gen(...)`",

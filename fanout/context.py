@@ -167,7 +167,8 @@ class ContainerContext:
     blob_folder: str
     #: Folder of the sources that came from the client, on another host than the client's; else "".
     sources: str = ""
-    #: The definition as it came (`fanout.definition`), and the raw function found by it.
+    #: The definition as it came (`fanout.definition`), and the raw function, or class by value,
+    #: found by it.
     definition: bytes = b""
     function: Callable[..., Any] | None = None
     waits: Waits = field(default_factory=Waits)

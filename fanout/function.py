@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 
 from fanout.call import FunctionCall
 from fanout.exceptions import InvalidError
 from fanout.function_surface import FunctionSurface
 from fanout.handle import Handle
-from fanout.options import Options, check_together, options_of
+from fanout.options import Options, changes_of, check_retries, check_together
 from fanout.partial import PartialFunction, check_batchable, make_batching, make_concurrency
 from fanout.results import BlockingResults, Results, warn_wrapping
 from fanout.service import Service, is_being_defined
@@ -58,7 +57,6 @@ class Function(FunctionSurface, Generic[P, R, O]):
         #: Of a method: the object it is called on, and its name.
         self._owner = owner
         self._method = method
-        self.is_async = inspect.iscoroutinefunction(raw_f) or inspect.isasyncgenfunction(raw_f)
         self._raw_f = raw_f
         self.__name__ = raw_f.__name__
         self.__qualname__ = raw_f.__qualname__
@@ -76,7 +74,11 @@ class Function(FunctionSurface, Generic[P, R, O]):
     def local(self, *args: P.args, **kwargs: P.kwargs) -> O:
         """Run the plain function here, in this process: an async function gives its coroutine, a
         generator function its generator. A method runs on an object of this process, behind its
-        enter hooks."""
+        enter hooks.
+
+        Raises:
+            InvalidError: a sync method would have to wait for an async hook.
+        """
         if self._owner is not None:
             value: O = self._owner._run_local(self._method, args, kwargs)
             return value
@@ -105,11 +107,14 @@ class Function(FunctionSurface, Generic[P, R, O]):
             run = self.app._current_run(f"pickling {self.name}")
             whole = (self.app.name, run.app_id, self._raw_f, service.name, service.options)
             return _function_within_itself, (*whole, service.shape)
-        return _function_out_of, (Handle.of(service), self.is_generator, self.is_async)
+        return _function_out_of, (Handle.of(service), self.is_generator)
 
-    def has_options(self, data: dict[str, Any]) -> bool:
-        """Whether its containers have the options of a definition."""
-        return self.service.has_options(data)
+    def _like(self, handle: Handle) -> Function[P, R, O] | None:
+        """This function with the options of a handle; None if the handle is of other code."""
+        if handle.shape != self.service.shape:
+            return None
+        options = handle.full_options
+        return self if options.means(self.service.options) else self._of_options(options)
 
     # --- other options ---------------------------------------------------------------------------
 
@@ -123,7 +128,7 @@ class Function(FunctionSurface, Generic[P, R, O]):
             InvalidError: an option is wrong, or it is a method: use the class's `with_options`.
         """
         self._forbid_method("with_options")
-        return self._of_options(self.service.options.with_changes(options_of(self.name, options)))
+        return self._of_options(self.service.options.with_changes(changes_of(self.name, options)))
 
     def with_concurrency(
         self, *, max_inputs: int, target_inputs: int | None = None
@@ -138,13 +143,14 @@ class Function(FunctionSurface, Generic[P, R, O]):
         self._forbid_method("with_batching")
         partial = PartialFunction[..., Any, Any](self._raw_f)
         partial.generator_flag = self.is_generator
-        check_batchable(partial)
+        check_batchable(partial, self.service.has_code)
         batching = make_batching(max_batch_size, wait_ms)
         return self._of_options(dataclasses.replace(self.service.options, batching=batching))
 
     def _of_options(self, options: Options) -> Function[P, R, O]:
         check_together(options)
-        return Function(self.service.with_options(options), self._raw_f, self.is_generator)
+        check_retries(options, self.name, self.service.shape)
+        return type(self)(self.service.with_options(options), self._raw_f, self.is_generator)
 
     @property
     def autoscaler(self) -> Autoscaler:
@@ -535,17 +541,11 @@ def _function_within_itself(
     return Function(service, raw_f, bool(shape["is_generator"]))
 
 
-def _function_out_of(handle: Handle, is_generator: bool, is_async: bool) -> Function[..., Any, Any]:
+def _function_out_of(handle: Handle, is_generator: bool) -> Function[..., Any, Any]:
     """A handle out of a pickle: the one of this process if its module is loaded here, else one
     that can do everything but run locally."""
-    found = handle.find_here()
-    if isinstance(found, Function):
+    found = handle.find_here(Function)
+    if found is not None:
         return found
     service = handle.service()
-    function: Function[..., Any, Any] = Function(service, service.raw, is_generator)
-    function.is_async = is_async
-    return function
-
-
-AnyFunction = Function[..., Any, Any]
-AsyncBody = Callable[P, Coroutine[Any, Any, R]]
+    return Function(service, service.raw, is_generator)

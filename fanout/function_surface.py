@@ -38,6 +38,18 @@ class FunctionSurface:
         return function_from_name(app_name, name)
 
     @staticmethod
+    def lookup(app_name: str, name: str, **options: Any) -> NoReturn:
+        """Older name of `from_name`, removed in Modal too.
+
+        Raises:
+            InvalidError: always.
+        """
+        raise InvalidError(
+            f"Function.lookup({app_name!r}, {name!r}): this is now Function.from_name, and fanout "
+            "has no deployed apps yet; import the function from the module that defines it"
+        )
+
+    @staticmethod
     def from_id(function_id: str, *, client: Any = None) -> NoReturn:
         """In Modal, a function by its id. Functions have no ids of their own here.
 

@@ -7,17 +7,30 @@ a body is made, which can do everything but run locally.
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from fanout.exceptions import ExecutionError
 from fanout.options import Options
 from fanout.service import Service, id_of
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from fanout.client.app_run import AppRun
+    from fanout.definition import Definition
     from fanout.protocol import messages as m
+
+
+class _Found(Protocol):
+    """A `Function` or a `Cls`."""
+
+    def _like(self, handle: Handle) -> Self | None: ...
+
+
+F = TypeVar("F", bound=_Found)
 
 _SHAPE = ("is_generator", "is_async", "methods", "is_mixed")
 
@@ -58,23 +71,38 @@ class Handle:
     @property
     def extra(self) -> dict[str, Any]:
         """`Definition.extra`."""
+        return self._definition.extra
+
+    @functools.cached_property
+    def _definition(self) -> Definition:
         from fanout.definition import unpack_definition
 
-        return unpack_definition(self.payload).extra
+        return unpack_definition(self.payload)
 
-    def find_here(self) -> Any:
-        """The object of this process that it means, with the same options; None if there is
-        none."""
-        from fanout.definition import unpack_definition
+    @property
+    def full_options(self) -> Options:
+        """The options of its containers, checked where they were given."""
+        return Options.of_data(self.options, self.extra.get("env") or {})
 
-        target = unpack_definition(self.payload).target
+    @property
+    def shape(self) -> dict[str, Any]:
+        """As `Service.shape`."""
+        return {key: self.options[key] for key in _SHAPE if key in self.options}
+
+    def find_here(self, kind: type[F]) -> F | None:
+        """The object of this process that it means, or one that is made over it if that has other
+        options; None if its module is not loaded here, or is another version.
+
+        Args:
+            kind: `Function` or `Cls`.
+        """
+        target = self._definition.target
         if target.pickled:
             return None
         found: Any = sys.modules.get(target.module)
         for part in target.qualname.split("."):
             found = getattr(found, part, None)
-        is_same = getattr(found, "has_options", None)
-        return found if is_same is not None and is_same(self.options) else None
+        return found._like(self) if isinstance(found, kind) else None
 
     def service(self) -> Service:
         """A service of which only this handle came here."""
@@ -84,6 +112,8 @@ class Handle:
 class AbsentService(Service):
     """What containers are started for, where its code is not: its definition is made out of the
     one that came, with other options or parameters."""
+
+    has_code = False
 
     def __init__(
         self,
@@ -103,8 +133,8 @@ class AbsentService(Service):
             App._joined(handle.app_name, handle.app_id),
             _absent(handle.name, target.module, target.qualname),
             handle.name,
-            options or Options.of_data(handle.options),
-            {key: handle.options[key] for key in _SHAPE if key in handle.options},
+            options or handle.full_options,
+            handle.shape,
             extra,
         )
         self.handle = handle
@@ -118,6 +148,7 @@ class AbsentService(Service):
 
         definition = unpack_definition(self.handle.payload)
         definition.extra.update(self.extra)
+        definition.extra.pop("env", None)
         if self.options.env:
             definition.extra["env"] = dict(self.options.env)
         payload = pack_definition(definition)

@@ -65,8 +65,9 @@ class Options:
         return data
 
     @classmethod
-    def of_data(cls, data: Mapping[str, Any]) -> Options:
-        """The options of a definition, as far as a handle needs them."""
+    def of_data(cls, data: Mapping[str, Any], env: Mapping[str, str]) -> Options:
+        """The options of a definition, as far as a handle needs them; `env` has a place of its own
+        there."""
         retries = data["retries"]
         batch = data.get("batch")
         concurrency = data.get("max_inputs")
@@ -85,9 +86,14 @@ class Options:
             is_single_use=data["single_use"],
             concurrency=None
             if concurrency is None
-            else Concurrency(concurrency, data["target_inputs"]),
+            else Concurrency(concurrency, data.get("target_inputs")),
             batching=None if batch is None else Batching(*batch),
+            env=tuple(sorted(env.items())),
         )
+
+    def means(self, other: Options) -> bool:
+        """Whether containers of both are the same."""
+        return self.env == other.env and self.as_data() == other.as_data()
 
     def with_changes(self, given: Mapping[str, Any]) -> Options:
         """These options with some replaced, as `with_options` does: None leaves one as it is.
@@ -98,9 +104,7 @@ class Options:
         changes = {name: value for name, value in given.items() if value is not None}
         checked = check_options({**DEFAULTS, **changes})
         fields = {_FIELD_OF.get(name, name) for name in changes}
-        options = dataclasses.replace(
-            self, **{name: getattr(checked, name) for name in fields if name != "is_serialized"}
-        )
+        options = dataclasses.replace(self, **{name: getattr(checked, name) for name in fields})
         check_together(options)
         return options
 
@@ -202,6 +206,50 @@ def options_of(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
         reject_cloud_options(where, foreign)
     return renamed
+
+
+#: What decorators take and `with_options` does not, and what it says.
+_FIXED = {
+    "name": "what it is called",
+    "serialized": "how its code travels",
+    "is_generator": "what calling it gives",
+}
+
+
+def changes_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `with_options` was given, as `options_of`.
+
+    Raises:
+        InvalidError: one is unknown, cannot work here, or cannot be changed.
+    """
+    for option, fixed in _FIXED.items():
+        if given.get(option) is not None:
+            raise InvalidError(
+                f"{name}.with_options({option}=...): {fixed} is said once, where it is decorated; "
+                f"give {option}= to the decorator"
+            )
+    return options_of(name, {key: value for key, value in given.items() if key not in _FIXED})
+
+
+def check_retries(options: Options, name: str, shape: Mapping[str, Any]) -> None:
+    """Whether code of this shape (`Service.shape`) may be run again.
+
+    Raises:
+        InvalidError: it is a generator, or a class with one, and has `retries`.
+    """
+    if options.retries is None:
+        return
+    if shape.get("is_generator"):
+        raise InvalidError(
+            f"retries= of generator function {name!r}: its items would come twice; catch errors "
+            "inside the generator, or call it again"
+        )
+    for method, kind in shape.get("methods", {}).items():
+        if kind["is_generator"]:
+            raise InvalidError(
+                f"retries= of class {name!r}, whose method {method!r} is a generator: its items "
+                "would come twice; catch errors inside the generator, or call it again"
+            )
 
 
 def check_together(options: Options) -> None:

@@ -298,8 +298,12 @@ def _check_int(name: str, value: Any, low: int, high: int) -> None:
         raise InvalidError(f"{name}={value!r}: must be an int from {low} to {high}")
 
 
-def check_batchable(partial: PartialFunction[..., Any, Any]) -> None:
+def check_batchable(partial: PartialFunction[..., Any, Any], has_code: bool = True) -> None:
     """Whether a function can be batched.
+
+    Args:
+        partial: the function.
+        has_code: whether it is here, and not only a handle of it, which has no parameters.
 
     Raises:
         InvalidError: it is a generator, or a parameter has a default or is variable.
@@ -308,6 +312,8 @@ def check_batchable(partial: PartialFunction[..., Any, Any]) -> None:
         raise InvalidError(
             f"@fanout.batched() on generator {partial.__qualname__!r}: a batch gives one list"
         )
+    if not has_code:
+        return
     for parameter in inspect.signature(partial.raw).parameters.values():
         if parameter.default is not parameter.empty:
             raise InvalidError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from queue import Empty, Full
 from typing import Any, ClassVar
 
@@ -16,6 +15,21 @@ from fanout.twin import BoundTwin, Twin, twin
 
 #: Items in one page of an iteration.
 _PAGE_ITEMS_MAX = 1000
+
+
+def _warns_of_timeout(position: int) -> Callable[..., None]:
+    """Warns of a timeout that means nothing; `block` and `timeout` are arguments of a method from
+    this position on."""
+
+    def warn(*args: Any, **given: Any) -> None:
+        by_position = dict(zip(("block", "timeout"), args[position:], strict=False))
+        values = {"block": True, "timeout": None, **by_position, **given}
+        if not values["block"] and values["timeout"] is not None:
+            from fanout.warning import warn_user
+
+            warn_user("timeout= means nothing with block=False")
+
+    return warn
 
 
 class Queue(Handle):
@@ -104,7 +118,7 @@ class Queue(Handle):
         self, count: int, block: bool, timeout: float | None, partition: str | None
     ) -> list[Any]:
         key = _partition_key(partition)
-        _check_timeout(block, timeout)
+        _check_timeout(timeout)
         object_id = await self._resolve()
         values = await exchange(
             lambda number: m.QueueGet(number, object_id, key, min(count, m.VALUES_MAX), block),
@@ -186,7 +200,7 @@ class Queue(Handle):
         ttl_s: float,
     ) -> None:
         key = _partition_key(partition)
-        _check_timeout(block, timeout)
+        _check_timeout(timeout)
         if type(ttl_s) not in (int, float) or not 0 < ttl_s <= config.QUEUE_PARTITION_TTL_S_MAX:
             raise InvalidError(
                 f"partition_ttl={ttl_s!r}: must be more than 0 and at most "
@@ -270,11 +284,16 @@ class Queue(Handle):
     _iterate.__doc__ = _iterate_aio.__doc__
 
     async def _page(
-        self, partition: str | None, after: int, timeout: float
+        self, partition: str | None, after: int, timeout: float | None
     ) -> tuple[list[Any], int] | None:
         """The items behind number `after`, and the number of the last one."""
         key = _partition_key(partition)
-        _check_timeout(True, timeout)
+        if timeout is None:
+            raise InvalidError(
+                "item_poll_timeout=None: must be at least 0 seconds; an iteration ends when no new "
+                "item came for that long"
+            )
+        _check_timeout(timeout)
         object_id = await self._resolve()
         waits = timeout > 0
         return await exchange(
@@ -288,10 +307,10 @@ class Queue(Handle):
         )
 
     hydrate = twin(_hydrate)
-    get = twin(_get)
-    get_many = twin(_get_many)
-    put = twin(_put)
-    put_many = twin(_put_many)
+    get = twin(_get, _warns_of_timeout(0))
+    get_many = twin(_get_many, _warns_of_timeout(1))
+    put = twin(_put, _warns_of_timeout(1))
+    put_many = twin(_put_many, _warns_of_timeout(1))
     len = twin(_len)
     clear = twin(_clear)
     iterate = Twin(_iterate, _iterate_aio)
@@ -313,13 +332,9 @@ def _partition_key(partition: str | None) -> bytes:
     return key
 
 
-def _check_timeout(block: bool, timeout: float | None) -> None:
-    if timeout is None:
-        return
-    if type(timeout) not in (int, float) or not timeout >= 0:
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None and (type(timeout) not in (int, float) or not timeout >= 0):
         raise InvalidError(f"timeout={timeout!r}: must be None or at least 0 seconds")
-    if not block:
-        warnings.warn("timeout= means nothing with block=False", UserWarning, stacklevel=3)
 
 
 def _pickled(values: list[Any]) -> list[bytes]:

@@ -142,11 +142,12 @@ def warn_unused(name: str) -> None:
 def warn_wrapping(wrap_returned_exceptions: bool | None) -> None:
     """An option of Modal's that does nothing there any more, and nothing here."""
     if wrap_returned_exceptions is not None:
-        warnings.warn(
+        from fanout.warning import warn_user
+
+        warn_user(
             "wrap_returned_exceptions= does nothing: with return_exceptions=True the exceptions "
             "come as they are; remove it",
             DeprecationWarning,
-            stacklevel=4,
         )
 
 

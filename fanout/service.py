@@ -42,6 +42,9 @@ class Service:
         extra: what else the definition says; `parameters`, the values of a class's parameters.
     """
 
+    #: Whether the function or class itself is here, in `raw`.
+    has_code = True
+
     def __init__(
         self,
         app: App,
@@ -59,15 +62,28 @@ class Service:
         self.extra = extra or {}
         #: It came here within its own definition, and so with its code.
         self.came_whole = False
+        # Each call looks its definition up.
+        self._hash = hash((id(raw), name, options))
 
     def with_options(self, options: Options) -> Service:
         """The same in containers of other options, which are other containers."""
-        return Service(self.app, self.raw, self.name, options, self.shape, self.extra)
+        return type(self)(self.app, self.raw, self.name, options, self.shape, self.extra)
 
-    def has_options(self, data: dict[str, Any]) -> bool:
-        """Whether these are the options of a definition."""
-        mine = {**self.options.as_data(), **self.shape}
-        return all(data.get(name) == value for name, value in mine.items())
+    def __eq__(self, other: object) -> bool:
+        """Whether both have the same definition, in each run of the app."""
+        if not isinstance(other, Service):
+            return NotImplemented
+        return (
+            self.raw is other.raw
+            and self.name == other.name
+            and self.app.name == other.app.name
+            and self.shape == other.shape
+            and self.options == other.options
+            and self.extra == other.extra
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def defined(self, run: AppRun) -> tuple[m.DefineFunction, bytes | None]:
         """The definition for a run of the app, made when it is first used there; and the content
@@ -90,12 +106,17 @@ class Service:
         if code is None:
             code = run.definitions["code"] = source.capture(source.is_remote_scheduler())
         own = context.container if self.came_whole else None
+        is_own = False
         if own is not None and own.function is self.raw:
-            # The function that this container runs. The scheduler knows it by this definition.
-            payload = own.definition
-            target = unpack_definition(payload).target
+            # What this container runs, perhaps with other parameters. The scheduler knows it by
+            # this definition, and it need not be pickled again.
+            mine = unpack_definition(own.definition)
+            target, payload = mine.target, own.definition
+            is_own = mine.extra.get("parameters") == self.extra.get("parameters")
+            if not is_own:
+                mine.extra["parameters"] = self.extra["parameters"]
+                payload = pack_definition(mine)
         else:
-            own = None
             target = source.make_target(self.raw, self.options.is_serialized)
             extra = {**source.describe_main(target), **self.extra}
             if self.options.env:
@@ -110,7 +131,7 @@ class Service:
         sources = code.environment.sources
         blobs = [bytes.fromhex(sources)] if sources else []
         function_id = id_of(run.app_id, self.name, options, payload)
-        if own is not None:
+        if own is not None and is_own:
             function_id = own.function_id
         define = m.DefineFunction(function_id, run.app_id, self.name, options, blobs, payload)
         return define, code.archive

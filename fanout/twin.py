@@ -98,17 +98,32 @@ class Twin(Generic[S, P, R, A]):
 
 def twin(
     aio: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
+    before: Callable[..., None] | None = None,
 ) -> Twin[S, P, R, Coroutine[Any, Any, R]]:
-    """Make a twin of a coroutine method: its blocking form runs it on the background loop."""
+    """Make a twin of a coroutine method: its blocking form runs it on the background loop.
+
+    Args:
+        aio: the method.
+        before: is given its arguments first, by both forms: by the blocking one in the thread of
+            the caller, as the user's lines are not on the stack of the background loop.
+    """
 
     def blocking(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         from fanout.client import loop
 
         example = getattr(type(self), "_EXAMPLE", "call")
         loop.forbid_in_loop(f"{type(self).__name__}.{name}", f"await {example}.{name}.aio(...)")
+        if before is not None:
+            before(*args, **kwargs)
         return loop.run(lambda: aio(self, *args, **kwargs))
 
+    async def checked(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        assert before is not None
+        before(*args, **kwargs)
+        return await aio(self, *args, **kwargs)
+
     name = aio.__name__.lstrip("_")
-    blocking.__name__ = aio.__name__
-    blocking.__doc__ = aio.__doc__
-    return Twin(blocking, aio)
+    blocking.__name__ = checked.__name__ = aio.__name__
+    checked.__qualname__ = aio.__qualname__
+    blocking.__doc__ = checked.__doc__ = aio.__doc__
+    return Twin(blocking, aio if before is None else checked)

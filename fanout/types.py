@@ -26,7 +26,7 @@ class InputStatus(IntEnum):
 class InputInfo:
     """An input in a call graph, with the inputs of the calls that it made."""
 
-    #: ``in-``, the hexadecimal id of its call, a colon and its index.
+    #: ``in-``, the hexadecimal id of its call, a dash and its index.
     input_id: str
     #: As `FunctionCall.object_id`.
     function_call_id: str

@@ -132,3 +132,25 @@ def fail_or_note(x: int, folder: str) -> int:
     wait_for_file(os.path.join(folder, "go"))
     Path(folder, f"ended-{x}").touch()
     return x
+
+
+@app.function(env={"KIT_VARIABLE": "own"})
+def variable(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+@app.function()
+def call_local(function: Any, x: int) -> Any:
+    return function.local(x)
+
+
+@app.function()
+def call_batched(function: Any, x: int) -> Any:
+    return function.with_batching(max_batch_size=2, wait_ms=0).remote(x)
+
+
+@app.function()
+def call_with_env(function: Any, envs: list[dict[str, str]]) -> list[Any]:
+    """What a function finds in its own environment, and in others."""
+    functions = [function, *(function.with_options(env=env) for env in envs)]
+    return [function.remote("KIT_VARIABLE") for function in functions]

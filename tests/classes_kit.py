@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,51 @@ class Short:
     @fanout.exit()
     async def end(self) -> None:
         await asyncio.to_thread(Path(self.folder, "left").touch)
+
+
+mark: ContextVar[str] = ContextVar("mark", default="not set")
+
+
+@app.cls(cpu=0.1, scaledown_window=0.1)
+class Blocking:
+    """Its hooks are sync and wait for the scheduler, its only method is async."""
+
+    notes: str = fanout.parameter()
+
+    @fanout.enter()
+    def begin(self) -> None:
+        self.dict = fanout.Dict.from_id(self.notes)
+        self.start = self.dict["start"]
+        self.dict["entered"] = True
+        self.thread = threading.get_ident()
+        mark.set("set by a hook")
+
+    @fanout.method()
+    async def ask(self) -> tuple[int, str, bool]:
+        await asyncio.sleep(0)
+        return self.start, mark.get(), threading.get_ident() == self.thread
+
+    @fanout.exit()
+    def end(self) -> None:
+        self.dict["left"] = True
+
+
+@app.cls(cpu=0.1, env={"KIT_VARIABLE": "own"})
+class Environ:
+    @fanout.method()
+    def variable(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+
+@app.function(cpu=0.1)
+def ask_both(handle: Any, name: str) -> tuple[Any, Any]:
+    """In a container of its own, and in this one, where its class is loaded."""
+    return handle.variable.remote(name), handle.variable.local(name)
+
+
+@app.function(cpu=0.1)
+def count_up(n: int) -> Iterator[int]:
+    yield from range(n)
 
 
 @app.function(cpu=0.1)

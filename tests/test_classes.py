@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import fanout
 from fanout.exceptions import InvalidError
 from tests import classes_kit as kit
 from tests.conftest import Cluster, poll_until
+from tests.engine_fixture import status
 
 # To mypy a class has no parameters; pyright sees those that `fanout.parameter` declares.
 Counter: Any = kit.Counter
 Derived: Any = kit.Derived
 Short: Any = kit.Short
 Unready: Any = kit.Unready
+Environ: Any = kit.Environ
+Blocking: Any = kit.Blocking
 
 
 @pytest.fixture
@@ -135,6 +139,59 @@ def test_a_class_by_value_works(running: None) -> None:
     assert Local().twice.remote(1) == 6
 
 
+def test_a_class_by_value_calls_its_own_methods(running: None) -> None:
+    @kit.app.cls(serialized=True, cpu=0.1, env={"KIT_VARIABLE": "own"})
+    class Plain:
+        size: int = fanout.parameter(default=3)
+
+        @fanout.method()
+        def double(self, x: int) -> int:
+            return 2 * x * self.size
+
+        @fanout.method()
+        def near_and_far(self, x: int) -> tuple[int, int, int]:
+            other: Any = Plain
+            return (
+                self.double.local(x),
+                self.double.remote(x),
+                other(size=self.size + 1).double.remote(x),
+            )
+
+        @fanout.method()
+        def variable(self) -> str | None:
+            return os.environ.get("KIT_VARIABLE")
+
+    Local: Any = Plain
+    assert Local(size=5).near_and_far.remote(1) == (10, 10, 12)
+    assert Local(size=6).double.remote(1) == 12
+    assert Local().variable.remote() == "own"
+    names = [function["name"] for function in status()["functions"]]
+    assert names.count("Plain") == 3, "one for each set of parameters"
+
+
+def test_a_class_with_other_options_keeps_them_on_its_way(running: None) -> None:
+    other = Environ.with_options(env={"KIT_VARIABLE": "other"})
+    assert kit.ask_both.remote(other(), "KIT_VARIABLE") == ("other", None)
+    assert kit.ask_both.remote(Environ(), "KIT_VARIABLE") == ("own", None)
+
+
+def test_objects_made_again_and_again_share_one_definition(running: None) -> None:
+    run = kit.app._current_run("the test")
+    Counter(start=1).add.remote()
+    before = len(run.definitions)
+    values = [Counter(start=1).add.remote(by=0)[1] for _ in range(30)]
+    assert values == [2] * 30
+    assert len(run.definitions) == before
+
+
+def test_sync_hooks_of_a_class_with_async_methods_may_block(running: None) -> None:
+    with fanout.Dict.ephemeral() as notes:
+        notes["start"] = 40
+        assert Blocking(notes=notes.object_id).ask.remote() == (40, "set by a hook", True)
+        assert notes["entered"] is True
+        poll_until(lambda: notes.get("left"), "the exit hook has run")
+
+
 # --- options --------------------------------------------------------------------------------------
 
 
@@ -158,6 +215,12 @@ def test_with_options_gives_other_containers_and_leaves_the_class_alone(running:
         (lambda: Counter().add(), InvalidError, "does not run by being called"),
         (lambda: Counter().add.with_options(cpu=1), InvalidError, "is a method"),
         (lambda: Counter().add.autoscaler, InvalidError, "is a method"),
+        (lambda: Counter.with_options(retries=1), InvalidError, "'count_to' is a generator"),
+        (lambda: Counter.with_options(name="x"), InvalidError, "what it is called is said once"),
+        (lambda: Counter.with_options(serialized=True), InvalidError, "how its code travels"),
+        (lambda: types.new_class("Sub", (Counter,)), InvalidError, "cannot inherit from Counter"),
+        (lambda: kit.count_up.with_options(retries=1), InvalidError, "of generator function"),
+        (lambda: kit.once.with_options(serialized=True), InvalidError, "how its code travels"),
     ],
 )
 def test_wrong_uses_of_a_class_say_what_to_do(

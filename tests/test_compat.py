@@ -6,6 +6,7 @@ import importlib
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 import fanout
 from fanout import compat
 from fanout.exceptions import ExecutionError, InvalidError, NotFoundError
-from tests.conftest import Cluster
+from tests.conftest import Cluster, poll_until
 from tests.engine_fixture import status
 
 #: `modal.__all__` of 1.6.4, less what fanout has or is about to have.
@@ -106,7 +107,6 @@ def test_declarations_are_let_pass_and_remembered() -> None:
         ({"volumes": {"/data": "v"}}, "shared file system"),
         ({"schedule": "daily"}, "cron or a systemd timer"),
         ({"block_network": True}, "run the worker where there is none"),
-        ({"keep_warm": 1}, r"keep_warm=\.\.\.\): this is now min_containers="),
         ({"allow_concurrent_inputs": 3}, r"@fanout\.concurrent"),
         ({"timeuot": 3}, "no such option; did you mean timeout="),
         ({"gpus": 3}, "did you mean gpu="),
@@ -140,6 +140,67 @@ def test_options_that_change_no_result_are_warned_of_once(options: dict[str, Any
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compat.reject_cloud_options("app.function", options)
+
+
+def test_a_warning_names_the_line_of_the_user() -> None:
+    app = fanout.App("warns")
+    other = fanout.App("other")
+    app.function(name="f", serialized=True)(lambda: 1)
+    other.function(name="f", serialized=True)(lambda: 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        app.function(region="here", serialized=True)(lambda: 1)
+        app.cls(region="here", serialized=True)
+        app.include(other)
+        one.with_options(region="here")
+        app.run(environment_name="here")
+    assert len(caught) == 5
+    assert {warning.filename for warning in caught} == {__file__}
+    lines = [warning.lineno for warning in caught]
+    assert lines == sorted(set(lines)), "each its own line"
+
+
+def test_nothing_is_warned_of_in_containers_which_import_the_script_again(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(
+        "import fanout\n"
+        "app = fanout.App('script')\n"
+        "@app.function(region='here')\n"
+        "def f():\n"
+        "    return 1\n"
+        "@app.local_entrypoint()\n"
+        "def main():\n"
+        "    assert f.remote() == 1\n"
+    )
+    done = cluster.fanout("run", path)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout + done.stderr
+    assert shown.count("is ignored") == 1, shown
+    assert f"{path}:3: UserWarning" in shown
+
+
+def test_imports_of_an_image_fail_in_a_container_where_they_are_needed(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(
+        "import fanout as modal\n"
+        "app = modal.App('script')\n"
+        "image = modal.Image.debian_slim()\n"
+        "with image.imports():\n"
+        "    import no_such_module_anywhere\n"
+        "@app.function()\n"
+        "def f():\n"
+        "    return 1\n"
+        "@app.local_entrypoint()\n"
+        "def main():\n"
+        "    f.remote()\n"
+    )
+    done = cluster.fanout("run", path)
+    assert done.returncode != 0
+    assert "No module named 'no_such_module_anywhere'" in done.stderr
 
 
 def test_options_that_ask_for_nothing_are_let_pass() -> None:
@@ -218,6 +279,48 @@ def test_including_a_function_of_the_same_name_warns() -> None:
             first.include(not_another_app)
 
 
+def test_classes_of_included_apps_run_with_the_app_that_includes_them(cluster: Cluster) -> None:
+    inner = fanout.App("inner")
+
+    @inner.cls(serialized=True, cpu=0.1)
+    class Model:
+        @fanout.method()
+        def double(self, x: int) -> int:
+            return 2 * x
+
+    made: Any = Model
+    outer = fanout.App("outer").include(inner)
+    assert outer.registered_classes == {"Model": made}
+    with outer.run():
+        assert made().double.remote(2) == 4
+    other = fanout.App("other")
+    other.cls(serialized=True)(Model.get_user_cls())  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match="'other' has a class 'Model'"):
+        other.include(inner)
+
+
+def test_what_included_apps_keep_containers_for_is_told_when_the_outer_one_runs(
+    cluster: Cluster,
+) -> None:
+    inner = fanout.App("inner")
+    middle = fanout.App("middle").include(inner)
+    outer = fanout.App("outer").include(middle)
+
+    @inner.function(serialized=True, min_containers=1, cpu=0.1)
+    def kept() -> None: ...
+
+    @inner.cls(serialized=True, min_containers=1, cpu=0.1)
+    class Kept:
+        @fanout.method()
+        def nothing(self) -> None: ...
+
+    with outer.run():
+        poll_until(
+            lambda: {function["name"] for function in status()["functions"]} == {"kept", "Kept"},
+            lambda: f"both are known: {status()['functions']}",
+        )
+
+
 def test_tags_are_kept_checked_and_inherited() -> None:
     assert both_app.get_tags() == {"team": "a", "kind": "x"}
     app = fanout.App("tagged", tags={"a": "b"})
@@ -266,6 +369,8 @@ def test_an_app_that_asks_for_what_fanout_lacks_is_refused() -> None:
         (lambda app: app.run(interactive=True), r"\.local\(\.\.\.\)"),
         (lambda app: app.run(name=""), r"app\.run\(name=''\)"),
         (lambda app: fanout.Function.from_id("fu-1"), "no ids of their own"),
+        (lambda app: fanout.Function.lookup("a", "f"), "import the function from the module"),
+        (lambda app: fanout.Cls.lookup("a", "C"), "import the class from the module"),
     ],
 )
 def test_what_needs_a_deployed_app_says_what_works_today(use: Any, pattern: str) -> None:
@@ -303,11 +408,35 @@ def test_a_function_by_name_is_an_error_only_when_it_is_used() -> None:
         lambda: function.map([1]),
         lambda: function.for_each([1]),
         lambda: function.spawn_map([1]),
+        lambda: function.with_options(cpu=1).remote(1),
+        lambda: function.with_batching(max_batch_size=2, wait_ms=1).map([1]),
+        lambda: function.get_current_stats(),
+        lambda: function.update_autoscaler(min_containers=1),
+        lambda: function.autoscaler.settings(),
+        lambda: function.get_raw_f(),
     ):
         with pytest.raises(NotFoundError, match=re.escape("no deployed app 'app' with a function")):
             use()
     with pytest.raises(ExecutionError, match="cannot run locally"):
         function.local(1)
+
+
+def test_a_class_by_name_is_an_error_only_when_it_is_used() -> None:
+    model: Any = fanout.Cls.from_name("app", "Model", environment_name="main")
+    obj = model.with_options(cpu=1)(size="large")
+    for use in (
+        lambda: model().predict.remote(1),
+        lambda: obj.predict.remote_gen(1),
+        lambda: obj.predict.map([1]),
+        lambda: obj.update_autoscaler(min_containers=1),
+        lambda: model.get_user_cls(),
+    ):
+        with pytest.raises(NotFoundError, match=re.escape("no deployed app 'app' with a class 'M")):
+            use()  # type: ignore[no-untyped-call]
+    with pytest.raises(ExecutionError, match="cannot run locally"):
+        obj.predict.local(1)
+    with pytest.raises(InvalidError, match="app_name=''"):
+        fanout.Cls.from_name("", "Model")
 
 
 async def test_a_function_by_name_has_its_asyncio_form() -> None:

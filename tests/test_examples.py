@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import re
 import runpy
+import time
 from pathlib import Path
 
 import pytest
 
+import fanout
 from fanout.exceptions import ContainerCrashedError, FunctionTimeoutError
 from tests.conftest import ROOT, Cluster
 
@@ -120,6 +122,20 @@ def test_retries_run_what_failed_again_and_give_up_at_last(cluster: Cluster) -> 
 def test_queue_and_dict_share_a_crawl_between_containers(cluster: Cluster) -> None:
     text = shown_by(cluster, "queue_and_dict", "--start", "json", "--crawlers", "2")
     assert re.search(r"^\d+ modules visited, each once: True$", text, re.MULTILINE)
+
+
+def test_a_crawler_waits_a_second_for_others_to_find_more(cluster: Cluster) -> None:
+    crawl = runpy.run_path(str(EXAMPLES / "queue_and_dict.py"))["crawl"]
+    with (
+        fanout.Queue.ephemeral() as to_visit,
+        fanout.Dict.ephemeral() as seen,
+        fanout.Dict.ephemeral() as links,
+    ):
+        began = time.monotonic()
+        assert crawl.local(to_visit, seen, links) == 0
+        assert time.monotonic() - began >= 1.0
+        to_visit.put("json")
+        assert crawl.local(to_visit, seen, links) == links.len() >= 1
 
 
 def test_nested_map_counts_packages_and_their_files(cluster: Cluster) -> None:

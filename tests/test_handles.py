@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,3 +148,47 @@ def test_a_handle_needs_a_running_app() -> None:
     function = app.function(name="same")(kit.same.get_raw_f())
     with pytest.raises(ExecutionError, match="pickling same: app 'not-running' is not running"):
         pickle.dumps(function)
+
+
+def test_a_handle_keeps_its_options_where_its_module_is_loaded(running: None) -> None:
+    other = kit.variable.with_options(env={"KIT_VARIABLE": "other"})
+    assert kit.call_all.remote([kit.variable, other], "KIT_VARIABLE") == ["own", "other"]
+    back = kit.hand_back.remote(kit.same.with_concurrency(max_inputs=3))["function"]
+    assert back.service.options.concurrency.max_inputs == 3
+    assert kit.hand_back.remote(kit.variable)["function"] is kit.variable
+
+
+def test_a_handle_with_other_options_runs_locally_where_its_module_is_loaded(
+    running: None,
+) -> None:
+    other = kit.add.with_options(timeout=77, env={"A": "b"})
+    assert kit.call_local.remote(other, 5) == 5
+    back = kit.hand_back.remote(other)["function"]
+    assert back.local(1, 2) == 3
+    assert (back.service.options.timeout, back.service.options.env) == (77, (("A", "b"),))
+
+
+def test_equal_handles_share_one_definition(running: None) -> None:
+    kit.same.remote(1)
+    run = kit.app._current_run("the test")
+    before = len(run.definitions)
+    for _ in range(30):
+        assert kit.same.with_options(timeout=50).remote(2) == 2
+    assert len(run.definitions) == before + 1
+
+
+def test_a_handle_without_code_gets_other_options(running: None) -> None:
+    @kit.app.function(serialized=True)
+    def double(xs: list[int]) -> list[int]:
+        return [2 * x for x in xs]
+
+    assert kit.call_batched.remote(double, 4) == 8
+
+
+def test_a_handle_without_code_gets_another_environment(running: None) -> None:
+    @kit.app.function(serialized=True, env={"KIT_VARIABLE": "own"})
+    def own_variable(name: str) -> str | None:
+        return os.environ.get(name)
+
+    found = kit.call_with_env.remote(own_variable, [{"KIT_VARIABLE": "other"}, {}])
+    assert found == ["own", "other", None]

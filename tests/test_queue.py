@@ -230,8 +230,26 @@ def test_an_empty_queue_answers_at_once_or_in_time(queue: fanout.Queue) -> None:
 
 
 def test_a_timeout_without_blocking_is_warned_of(queue: fanout.Queue) -> None:
-    with pytest.warns(UserWarning, match="block=False"):
+    with pytest.warns(UserWarning, match="block=False") as caught:
         assert queue.get(block=False, timeout=5) is None
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(UserWarning, match="block=False"):
+        assert queue.get_many(2, False, 5) == []
+
+
+async def test_a_timeout_without_blocking_is_warned_of_by_the_async_form(cluster: Cluster) -> None:
+    async with fanout.Queue.ephemeral() as queue:
+        with pytest.warns(UserWarning, match="block=False") as caught:
+            assert await queue.get.aio(block=False, timeout=5) is None
+        assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_iterating_needs_an_end(queue: fanout.Queue) -> None:
+    wrong: Any = None
+    with pytest.raises(
+        exceptions.InvalidError, match="item_poll_timeout=None: must be at least 0 seconds"
+    ):
+        next(queue.iterate(item_poll_timeout=wrong))
 
 
 def test_a_get_waits_for_a_put(queue: fanout.Queue, wait_until: WaitUntil) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 
 from fanout.definition import Definition, Environment, Target, pack_definition
+from fanout.options import Options
 from fanout.protocol import messages as m
 from fanout.remote_errors import decode_error
 from fanout.serialization import decode_value, encode_args
@@ -223,6 +224,8 @@ class Kit:
             sources=sources,
         )
         target = target or Target(name, qualname)
+        if "methods" in options:
+            options = {**Options().as_data(), **options}
         definition = Definition(environment, target, "app", qualname, extra or {})
         return m.DefineFunction(FUNCTION, APP, qualname, options, [], pack_definition(definition))
 

@@ -24,7 +24,7 @@ class AppRun:
         self.owner: Session | None = None
         #: Life of the scheduler in which it was last opened.
         self.opened_epoch = -1
-        #: Definitions made for this run, by function name.
+        #: Definitions made for this run, by their `Service`; and "code", which all of them share.
         self.definitions: dict[Any, Any] = {}
         #: Calls that were spawned: the last ones, and how many in all.
         self.spawned_ids: deque[bytes] = deque(maxlen=SPAWNED_IDS_MAX)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import inspect
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgpack
@@ -23,7 +24,7 @@ from fanout.protocol.messages import Status
 from fanout.serialization import decode_args, encode_value
 from fanout_worker import channel as ch
 from fanout_worker import shared
-from fanout_worker.runtime.runner import LeaseOrder, Runner, tell_failed_hook
+from fanout_worker.runtime.runner import LeaseOrder, Runner
 
 _Output = tuple[int, bytes, list[memoryview]]
 
@@ -34,41 +35,36 @@ async def settled(value: Any) -> Any:
 
 
 class LoopRunner(Runner):
-    """Base of containers with an event loop: the same one for hooks and for all inputs."""
+    """Base of containers with an event loop: the same one for hooks and for all inputs.
+
+    A sync hook runs in the same thread while the loop stands still, so it may block, and use what
+    blocks of fanout; what it makes belongs to the thread of the async methods.
+    """
 
     def enter(self) -> None:
         self._loops = asyncio.Runner()
-        if self._code.needs_loop:
-            self._loops.run(self._enter())
-        else:
-            super().enter()
+        # One for all, so that what a hook sets in its context is there in the methods.
+        self._context = contextvars.copy_context()
+        super().enter()
 
     def serve(self) -> None:
-        self._loops.run(self._serve())
+        self._loops.run(self._serve(), context=self._context)
 
     def exit(self) -> None:
-        if self._code.needs_loop:
-            self._end_inputs()
-            self._loops.run(self._exit())
-        else:
-            super().exit()
+        super().exit()
         self._loops.close()
 
     async def _serve(self) -> None:
         raise NotImplementedError
 
-    async def _enter(self) -> None:
-        for hook in self._code.enters:
-            await settled(hook())
+    def _end_inputs(self) -> None:
+        super()._end_inputs()
+        self._context.run(context.current_input.set, None)
 
-    async def _exit(self) -> None:
-        for hook in self._code.exits:
-            try:
-                result = hook()
-                if inspect.isawaitable(result):
-                    await result
-            except BaseException as error:
-                tell_failed_hook(error)
+    def _run_hook(self, hook: Callable[[], Any]) -> None:
+        result = self._context.run(hook)
+        if inspect.isawaitable(result):
+            self._loops.run(settled(result), context=self._context)
 
 
 class AsyncRunner(LoopRunner):

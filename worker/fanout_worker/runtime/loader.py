@@ -77,19 +77,18 @@ def load_code(definition: Definition, sources: str, options: dict[str, Any]) -> 
         ContainerStartError: the module is there and the function or class is not.
     """
     found = _load(definition, sources)
-    methods = options.get("methods")
-    if methods is not None:
-        return _code_of_class(found, definition.extra.get("parameters") or {}, methods)
+    if options.get("methods") is not None:
+        return _code_of_class(found, definition, options)
     function = _raw(found)
     is_async = bool(options.get("is_async")) or _is_async(function)
     return UserCode({"": Entry(function, bool(options.get("is_generator")), is_async)})
 
 
-def _code_of_class(found: Any, parameters: dict[str, Any], methods: dict[str, Any]) -> UserCode:
+def _code_of_class(found: Any, definition: Definition, options: dict[str, Any]) -> UserCode:
     # Not at the top: functions do without it.
     from fanout.cls import instance_in_container
 
-    instance = instance_in_container(found, parameters)
+    instance = instance_in_container(found, definition, options)
     kind = type(instance)
     lifecycle = lifecycle_of(kind)
 
@@ -99,7 +98,7 @@ def _code_of_class(found: Any, parameters: dict[str, Any], methods: dict[str, An
         return method
 
     entries = {}
-    for name, declared in methods.items():
+    for name, declared in options["methods"].items():
         if name not in lifecycle.methods:
             raise ContainerStartError(
                 f"class {kind.__qualname__!r} has no method {name!r} decorated with "

@@ -20,6 +20,7 @@ from fanout.protocol import frames
 from fanout.protocol.blobs import FileBlobStore, blob_id_of
 from fanout.protocol.messages import Status
 from fanout.remote_errors import encode_error
+from fanout.tracebacks import is_own_file
 from fanout_worker import channel as ch
 from fanout_worker import shared
 from fanout_worker.outcome import stopped_payload
@@ -213,7 +214,7 @@ class Runner:
             BaseException: what one of them raised.
         """
         for hook in self._code.enters:
-            hook()
+            self._run_hook(hook)
 
     def serve(self) -> None:
         """Run leases until told to stop."""
@@ -224,9 +225,12 @@ class Runner:
         self._end_inputs()
         for hook in self._code.exits:
             try:
-                hook()
+                self._run_hook(hook)
             except BaseException as error:
                 tell_failed_hook(error)
+
+    def _run_hook(self, hook: Callable[[], Any]) -> None:
+        hook()
 
     def _end_inputs(self) -> None:
         """What is printed from now on belongs to the container and to no input."""
@@ -377,9 +381,15 @@ def error_output(error: BaseException, value: object) -> tuple[int, bytes]:
 def tell_failed_hook(error: BaseException) -> None:
     """Print what an exit hook raised, from the hook's own frame on: nobody waits for an answer."""
     trace = error.__traceback__
-    error.__traceback__ = trace.tb_next if trace is not None else None
+    while trace is not None and _is_around_hooks(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    error.__traceback__ = trace
     with contextlib.suppress(Exception):
         traceback.print_exception(error)
+
+
+def _is_around_hooks(filename: str) -> bool:
+    return is_own_file(filename) or f"{os.sep}asyncio{os.sep}" in filename
 
 
 def _explained(value: object, error: SerializationError) -> BaseException:
