@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgpack
 import pytest
+import uvloop
 
 from fanout.exceptions import AuthError, ProtocolError
 from fanout.protocol import messages as m
@@ -466,6 +467,46 @@ async def test_a_worker_is_not_lost_because_the_scheduler_was_stopped(daemon: Da
     assert [entry["name"] for entry in status["workers"]] == ["w1"]
     await client.close()
     await worker.close()
+
+
+class CountingCore(Scheduler):
+    """A core that counts its turns."""
+
+    turn_count = 0
+
+    def decide(self, now: float) -> list[Command]:
+        self.turn_count += 1
+        return super().decide(now)
+
+
+def test_waiting_for_a_deadline_takes_no_turns(tmp_path: Path) -> None:
+    """The timers of uvloop count in milliseconds; the deadlines here do not."""
+    steps = 50
+
+    async def main() -> int:
+        server = SchedulerServer(
+            Home(tmp_path / "home"), Options("127.0.0.1", "127.0.0.1", 0, None)
+        )
+        server.core = core = CountingCore(server.epoch)
+        core.restore([], server.clock.now())
+        last = asyncio.Event()
+        ready = asyncio.Event()
+        task = asyncio.create_task(server.run(lambda address: ready.set()))
+        await ready.wait()
+        begin = server.clock.now()
+        for step in range(1, steps + 1):
+            core.state.at(begin + step * 0.0067, "look", None)
+        asyncio.get_running_loop().call_later(steps * 0.0067 + 0.05, last.set)
+        before = core.turn_count
+        server.schedule_turn()
+        await last.wait()
+        count = core.turn_count - before
+        server.leave("the test is over")
+        await task
+        return count
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(main()) <= 2 * steps
 
 
 # --- bugs of the core -----------------------------------------------------------------------------

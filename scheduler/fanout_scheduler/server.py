@@ -60,6 +60,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fanout.scheduler")
 
+#: What the timers of uvloop are exact to. One that is due in less fires at once, and any may be a
+#: part of a step early: a turn that comes before its deadline only costs time.
+TIMER_STEP_S = 0.001
 #: Turns less than this apart mean load: then events are gathered.
 BUSY_GAP_S = 0.0001
 
@@ -537,7 +540,7 @@ class SchedulerServer:
                 return
             self._timer.cancel()
         self._timer_deadline = deadline
-        self._timer = self._loop.call_later(max(deadline - now, 0.0), self._on_timer)
+        self._timer = self._loop.call_later(max(deadline - now, 0.0) + TIMER_STEP_S, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
