@@ -461,15 +461,16 @@ class SchedulerServer:
             self._core_failed(error, None)
             self._loop.call_later(_DECIDE_RETRY_S, self.schedule_turn)
             return
+        if deadline is not None:
+            self._arm(deadline, now)
         if commands:
+            # Last, because whoever is written to may get this processor at once.
             self._execute(commands, now)
             if self.blobs.has_dropped:
                 # What was let go of in this very turn may be named by a frame of it, too.
                 for blob_id in self._revived(events):
                     self.events.append(self.completed(blob_id))
                     self.schedule_turn()
-        if deadline is not None:
-            self._arm(deadline, now)
 
     def _execute(self, commands: list[Command], now: float) -> None:
         peers = self._peers
