@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import pytest
 
 from fanout.definition import Definition, Environment, Target, pack_definition
+from fanout.options import Options
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import BlobExchange, MemoryBlobStore, blob_id_of
 from fanout.protocol.join import JoinString, Token
@@ -198,6 +199,8 @@ def definition(folder: Path, code: str, **options: Any) -> m.DefineFunction:
         str(folder),
         dict(os.environ),
     )
+    if "methods" in options:
+        options = {**Options().as_data(), **options}
     packed = pack_definition(Definition(environment_, Target("user_code", "f"), "app", "f"))
     return m.DefineFunction(FUNCTION, APP, "f", options, [], packed)
 
