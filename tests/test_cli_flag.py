@@ -69,7 +69,7 @@ def test_names_and_flags_of_keyword_only_and_variadic_parameters() -> None:
     ("arguments", "part"),
     [
         ([], "--count"),
-        (["--count", "many"], "invalid whole_number value: 'many'"),
+        (["--count", "many"], "argument --count: 'many' is not a whole number"),
         (["--count", "1", "--extra", "2"], "--extra"),
         (["--coun", "1"], "--count"),
         (["--count", "1", "--mode", "odd"], "invalid choice: 'odd'"),

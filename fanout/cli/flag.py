@@ -29,35 +29,39 @@ class UsageError(Exception):
     """
 
 
-def _parses(kind: Any) -> Callable[[Callable[[str], Any]], Callable[[str], Any]]:
+def _parses(kind: Any, what: str) -> Callable[[Callable[[str], Any]], Callable[[str], Any]]:
+    """Register a parser; a text that it refuses with a ValueError is "not {what}"."""
+
     def register(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-        _PARSERS[kind] = parse
+        def parse_or_say(value: str) -> Any:
+            try:
+                return parse(value)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{value!r} is not {what}") from None
+
+        _PARSERS[kind] = parse_or_say
         return parse
 
     return register
 
 
-@_parses(str)
-def text(value: str) -> str:
-    """Any text; argparse names a parser in its messages, so these are named for people."""
+@_parses(str, "a text")
+def _text(value: str) -> str:
     return value
 
 
-@_parses(int)
-def whole_number(value: str) -> int:
-    """A decimal integer."""
+@_parses(int, "a whole number")
+def _whole_number(value: str) -> int:
     return int(value)
 
 
-@_parses(float)
-def number(value: str) -> float:
-    """A decimal number."""
+@_parses(float, "a number")
+def _number(value: str) -> float:
     return float(value)
 
 
-@_parses(datetime.datetime)
-def date(value: str) -> datetime.datetime:
-    """An ISO 8601 date, with or without a time."""
+@_parses(datetime.datetime, "a date like 2024-05-31 or 2024-05-31T12:30:00")
+def _date(value: str) -> datetime.datetime:
     return datetime.datetime.fromisoformat(value)
 
 
@@ -133,7 +137,7 @@ def _add(
         options["type"] = _PARSERS[type(choices[0])]
         options["choices"] = choices
     elif kind in (Any, inspect.Parameter.empty):
-        options["type"] = text
+        options["type"] = _PARSERS[str]
     elif isinstance(kind, type) and kind in _PARSERS:
         options["type"] = _PARSERS[kind]
     else:
