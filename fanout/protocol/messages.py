@@ -946,6 +946,14 @@ class ContainerLog(Message):
     payload: Payload
 
 
+@_message(90)
+class CpuTimes(Message):
+    """(container id, milliseconds of processor time so far, its children's included), of the
+    containers that have leases. Sent with each heartbeat."""
+
+    times: Pairs
+
+
 @_message(88)
 class SessionOpened(Message):
     """A container begins to make nested calls; frames of its client follow as `Relay`."""
@@ -1331,7 +1339,7 @@ FROM_NESTED_CLIENT: frozenset[type[Message]] = (FROM_CLIENT | {SessionWaits, Ses
 }  # fmt: skip
 FROM_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, WorkerReady, ContainerStarted, ContainerExited, LeaseOutputs, LeaseItems,
-    Reclaimed, LeaseWaits, ContainerLog, SessionOpened, SessionClosed, Relay,
+    Reclaimed, LeaseWaits, ContainerLog, CpuTimes, SessionOpened, SessionClosed, Relay,
 }  # fmt: skip
 TO_CLIENT: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, CallOpened, Window, Outputs, Items, CallFailed, InputsStored, CallInfo,

@@ -35,6 +35,7 @@ from fanout.protocol.blobs import BlobExchange, FileBlobStore
 from fanout.protocol.join import JoinString
 from fanout.protocol.transport import Transport, connect
 from fanout.remote_errors import encode_error
+from fanout_worker import process
 from fanout_worker import worker_state as ws
 from fanout_worker.container import Container
 from fanout_worker.environment import discard_sources
@@ -315,8 +316,16 @@ class Daemon:
             await asyncio.sleep(config.HEARTBEAT_INTERVAL_S)
             self._heartbeats += 1
             self._send(m.Heartbeat(self._heartbeats))
+            self._tell_cpu_times()
             self._act()
             self._host.sweep()
+
+    def _tell_cpu_times(self) -> None:
+        """So that the scheduler sees which functions hold cores that they do not use."""
+        active = [c for c in self._containers.values() if c.is_active and c.pid]
+        if active:
+            times = [(c.container_id, process.cpu_time_ms(c.pid)) for c in active]
+            self._send(m.CpuTimes(times))
 
     # --- orders of the state ---
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core import (
+    advice,
     blobs,
     calls,
     durable,
@@ -77,6 +78,7 @@ PEER_MESSAGES: dict[type[m.Message], Callable[[State, Peer, Any], None]] = {
     m.WorkerReady: workers.on_worker_ready,
     m.ContainerStarted: workers.on_container_started,
     m.ContainerExited: workers.on_container_exited,
+    m.CpuTimes: advice.on_cpu_times,
     **objects.OBJECT_MESSAGES,
 }
 

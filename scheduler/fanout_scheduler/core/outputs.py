@@ -52,6 +52,7 @@ def _accept(state: State, message: m.LeaseOutputs) -> int:
         lease.heard_at = state.now
         _measure(state, lease.call.method, message)
         lease.call.service_s += message.busy_us / 1e6
+        lease.container.busy_s += message.busy_us / 1e6
     if call is None or call.is_over or call.failure is not None:
         state.note("output of an ended call")
         if lease is not None:

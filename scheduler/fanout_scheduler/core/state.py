@@ -89,6 +89,8 @@ class Function:
     is_stored: bool = False
     #: Blobs of its definition are still on their way.
     lacks_blobs: bool = False
+    #: Somebody was told that it mostly waits; see advice.py.
+    is_advised: bool = False
 
     @property
     def function_id(self) -> bytes:
@@ -354,6 +356,10 @@ class Container:
     #: Frames that end the wait, kept until the core is there.
     deferred: list[Send] = field(default_factory=list)
     idle_since: float = 0.0
+    #: How long its inputs have run, as far as they are reported, and the processor time that it
+    #: has used since it was started, once its worker has said so; see advice.py.
+    busy_s: float = 0.0
+    cpu_s: float | None = None
     #: When it is looked at next whether it has been idle for long enough.
     idle_due_at: float | None = None
     nested_peers: dict[PeerId, Peer] = field(default_factory=dict)
