@@ -5,7 +5,7 @@ from __future__ import annotations
 from fanout.config import CLIENT_GRACE_S, WINDOW_BYTES, WINDOW_COUNT_MAX, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs, durable, graph, objects, outputs, progress
+from fanout_scheduler.core import blobs, durable, graph, objects, outputs, progress, reservation
 from fanout_scheduler.core.events import Disconnect, Exit, PeerId
 from fanout_scheduler.core.leasing import cancel_lease, run_again, stop_container
 from fanout_scheduler.core.snapshot import describe_busy, snapshot
@@ -139,6 +139,7 @@ def _drop_function(state: State, function: Function) -> None:
     function.app.functions.pop(function_id, None)
     state.functions.pop(function_id, None)
     state.ready_functions.pop(function_id, None)
+    reservation.was_served(state, function)
     state.scaled.pop(function_id, None)
     if not function.is_stored:
         blobs.release(state, function.definition.blobs)

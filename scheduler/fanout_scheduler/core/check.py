@@ -105,6 +105,11 @@ def _check_references(state: State) -> None:
         # 10. Everything that refers to a container or worker refers to a live one.
         assert container.worker.worker_id in state.workers, "10: container of a lost worker"
         assert container.container_id in container.function.containers, "10: lost container"
+    # 15. What is kept free is kept for somebody who wants it, on a worker that is there.
+    if (reservation := state.reservation) is not None:
+        assert reservation.worker.worker_id in state.workers, "15: kept free on a lost worker"
+        function_id = reservation.function.function_id
+        assert function_id in state.ready_functions, "15: kept free for nobody"
     for session in state.sessions.values():
         for call in session.calls.values():
             assert call.session is session, "10: a call of two sessions"

@@ -8,6 +8,7 @@ Order of business:
    that waiting containers do not pile up; calls of equal depth share by container-seconds; the
    oldest wins a tie. A container is, in this order: an idle one, a new one, and last one that is
    about to finish quick inputs anyway and can have the next lease waiting.
+   A worker may be kept free for a request that is larger than others: see reservation.py.
 3. Where somebody is idle and nothing is queued, the tail of a long lease is taken back.
 
 A container holds its function's cores only while it has a lease and does not wait, so warm
@@ -20,7 +21,7 @@ import math
 from heapq import heappop
 
 from fanout.protocol import messages as m
-from fanout_scheduler.core import objects
+from fanout_scheduler.core import objects, reservation
 from fanout_scheduler.core.calls import fail_call, update_window
 from fanout_scheduler.core.leasing import (
     HELD_BY_CONSUMER,
@@ -96,9 +97,12 @@ def _resume(state: State) -> None:
             end_wait(state, container)
 
 
-def _is_reserved(state: State, worker: Worker) -> bool:
-    """Whether a container of this worker waits for its core to come back."""
-    return any(c.worker is worker for c in state.resuming.values())
+def _is_reserved(state: State, worker: Worker, function: Function, call: Call | None) -> bool:
+    """Whether a core that is free on this worker is somebody else's: a container of it waits for
+    its core to come back, or it is kept for another function."""
+    if any(c.worker is worker for c in state.resuming.values()):
+        return True
+    return reservation.is_for_another(state, worker, function, call)
 
 
 # --- 2. ready calls ------------------------------------------------------------------------------
@@ -112,6 +116,8 @@ def _place_ready(state: State) -> None:
         if reason:
             call.waits_for = reason
             held[function.function_id] = reason
+            if reason in (NO_CORE, NO_MEMORY):
+                reservation.was_passed_over(state, function)
             if reason in (NO_WORKER, NO_FIT):
                 _tell_of_wait(state, call, reason)
             if reason in (NO_PERMIT, NO_ROOM):
@@ -161,6 +167,7 @@ def _drop_stale(state: State, function: Function) -> None:
         call.is_ready = False
         heappop(function.ready)
     state.ready_functions.pop(function.function_id, None)
+    reservation.was_served(state, function)
 
 
 def _place_call(state: State, call: Call) -> str:
@@ -172,18 +179,18 @@ def _place_call(state: State, call: Call) -> str:
         return NO_WORKER
     # A suspect gets a container for itself.
     is_alone = bool(call.suspects) and call.queued.first in call.suspects
-    container = _with_room(state, function, 1 if is_alone else function.target)
+    container = _with_room(state, call, 1 if is_alone else function.target)
     if container is None and not _is_worth_a_container(state, call):
-        container = None if is_alone else _with_room(state, function, function.slots)
+        container = None if is_alone else _with_room(state, call, function.slots)
         if container is None:
             return NO_CORE
     reason = ""
     if container is None:
-        worker, reason = _choose_worker(state, function)
+        worker, reason = _choose_worker(state, function, call)
         if worker is not None:
             container = start_container(state, worker, function)
         elif not is_alone and function.slots > function.target:
-            container = _with_room(state, function, function.slots)
+            container = _with_room(state, call, function.slots)
     if container is None:
         limit = 1 if is_alone else function.slots
         if reason != NO_FIT and any(c.has_room(limit) for c in function.containers.values()):
@@ -194,15 +201,17 @@ def _place_call(state: State, call: Call) -> str:
     return ""
 
 
-def _with_room(state: State, function: Function, limit: int) -> Container | None:
+def _with_room(state: State, call: Call, limit: int) -> Container | None:
     """A container that may have another input and has a core for it: for batches the fullest one,
     else the emptiest."""
+    function = call.function
     best: Container | None = None
     for container in function.containers.values():
         if not container.has_room(limit):
             continue
         if not container.holds_core and (
-            not _has_core(container.worker, function) or _is_reserved(state, container.worker)
+            not _has_core(container.worker, function)
+            or _is_reserved(state, container.worker, function, call)
         ):
             continue
         if not function.is_concurrent:
@@ -230,9 +239,11 @@ def _is_worth_a_container(state: State, call: Call) -> bool:
 
 
 def _choose_worker(
-    state: State, function: Function, needs_core: bool = True
+    state: State, function: Function, call: Call | None
 ) -> tuple[Worker | None, str]:
-    """The worker with the most free cores that can hold another container of the function."""
+    """The worker with the most free cores that can hold another container of the function, and has
+    a core for the call's next input, if there is a call."""
+    needs_core = call is not None
     limit = function.max_containers
     if limit is not None and len(function.containers) >= limit:
         return None, NO_PERMIT
@@ -241,7 +252,11 @@ def _choose_worker(
     for worker in state.workers.values():
         if worker.cpu + EPSILON < function.cpu or worker.memory_mib < function.memory_mib:
             continue
-        if needs_core and (not _has_core(worker, function) or _is_reserved(state, worker)):
+        if (
+            not _has_core(worker, function) or _is_reserved(state, worker, function, call)
+            if needs_core
+            else reservation.is_for_another(state, worker, function, call)
+        ):
             reason = NO_CORE
             continue
         if not _make_room(state, worker, function, is_needed=needs_core):
@@ -303,6 +318,7 @@ def _lease(state: State, container: Container, call: Call) -> None:
     taken = heappop(function.ready)
     assert taken[3] is call
     call.is_ready = False
+    reservation.was_served(state, function)
     state.service_clock_s = max(state.service_clock_s, taken[1])
     grant(state, container, call, _lease_size(call, container))
     update_window(state, call)
@@ -340,8 +356,11 @@ def _prefetch(state: State, function: Function) -> None:
         _drop_stale(state, function)
         if not function.ready or not _is_quick(function.ready[0][3]):
             return
-        if _can_prefetch(state, container) and not _is_reserved(state, container.worker):
-            _lease(state, container, function.ready[0][3])
+        call = function.ready[0][3]
+        if _can_prefetch(state, container) and not _is_reserved(
+            state, container.worker, function, call
+        ):
+            _lease(state, container, call)
 
 
 def _is_quick(call: Call) -> bool:
@@ -368,7 +387,7 @@ def scale(state: State) -> None:
     """Start the containers that functions are to have in any case; see scaling.py."""
     for function in list(state.scaled.values()):
         while lacks_container(function):
-            worker, _ = _choose_worker(state, function, needs_core=False)
+            worker, _ = _choose_worker(state, function, None)
             if worker is None:
                 break
             watch_idle(state, start_container(state, worker, function))
@@ -516,6 +535,8 @@ def _has_capacity(state: State, function: Function) -> bool:
     if limit is not None and len(function.containers) >= limit:
         return False
     return any(
-        _has_core(worker, function) and worker.memory_free_mib >= function.memory_mib
+        _has_core(worker, function)
+        and worker.memory_free_mib >= function.memory_mib
+        and not reservation.is_for_another(state, worker, function, None)
         for worker in state.workers.values()
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core import objects
-from fanout_scheduler.core.state import Call, Container, State
+from fanout_scheduler.core.state import Call, Container, State, Worker
 
 #: A person reads this; sums stand for the rest.
 ROWS_MAX = 200
@@ -26,6 +26,7 @@ def snapshot(state: State) -> dict[str, Any]:
                 "memory": worker.memory_mib,
                 "containers": len(worker.containers),
                 "is_connected": True,
+                "reserved_for": _reserved_for(state, worker),
             }
             for worker in list(state.workers.values())[:ROWS_MAX]
         ],
@@ -53,6 +54,14 @@ def snapshot(state: State) -> dict[str, Any]:
         "open_call_count": sum(not call.is_over for call in state.calls.values()),
         "counts": dict(state.counts),
     }
+
+
+def _reserved_for(state: State, worker: Worker) -> str:
+    """The function that what becomes free there is kept for, if any; see reservation.py."""
+    reservation = state.reservation
+    if reservation is None or reservation.worker is not worker:
+        return ""
+    return reservation.function.definition.name
 
 
 def _container(state: State, container: Container) -> dict[str, Any]:

@@ -89,6 +89,8 @@ class Function:
     is_stored: bool = False
     #: Blobs of its definition are still on their way.
     lacks_blobs: bool = False
+    #: Since when there has been no room for its next input; see reservation.py.
+    held_since: float | None = None
     #: Somebody was told that it mostly waits; see advice.py.
     is_advised: bool = False
 
@@ -401,6 +403,14 @@ class Worker:
 
 
 @dataclass(slots=True)
+class Reservation:
+    """What becomes free on the worker is kept for the function; see reservation.py."""
+
+    function: Function
+    worker: Worker
+
+
+@dataclass(slots=True)
 class Session:
     """One client process; its attached calls hang on it."""
 
@@ -487,6 +497,8 @@ class State:
     ended_nodes: deque[Node] = field(default_factory=deque)
     #: Workers that have reports to be acknowledged at the end of this turn.
     acknowledging: dict[bytes, Worker] = field(default_factory=dict)
+    #: Only one function at a time has a worker kept free.
+    reservation: Reservation | None = None
     #: Tails are not looked at again before this time.
     reclaim_after: float = 0.0
     next_look: float = 0.0

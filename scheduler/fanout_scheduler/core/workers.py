@@ -6,7 +6,7 @@ from typing import Any
 
 from fanout.config import CLIENT_GRACE_S, WORKER_DEADLINE_S
 from fanout.protocol import messages as m
-from fanout_scheduler.core import calls, durable, objects, outputs, scaling
+from fanout_scheduler.core import calls, durable, objects, outputs, reservation, scaling
 from fanout_scheduler.core.events import Disconnect, PeerId
 from fanout_scheduler.core.leasing import (
     give_back_lease,
@@ -145,6 +145,7 @@ def lose_worker(state: State, worker: Worker) -> None:
         return
     del state.workers[worker.worker_id]
     state.acknowledging.pop(worker.worker_id, None)
+    reservation.worker_lost(state, worker)
     for container in list(worker.containers.values()):
         _lose_container(state, container)
 
