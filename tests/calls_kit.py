@@ -154,3 +154,8 @@ def call_with_env(function: Any, envs: list[dict[str, str]]) -> list[Any]:
     """What a function finds in its own environment, and in others."""
     functions = [function, *(function.with_options(env=env) for env in envs)]
     return [function.remote("KIT_VARIABLE") for function in functions]
+
+
+@app.function(max_containers=1)
+def six_from(start: int) -> Iterator[int]:
+    yield from range(start, start + 6)

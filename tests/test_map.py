@@ -447,3 +447,12 @@ def test_the_experimental_name_is_that_of_spawn_map(running: None) -> None:
     assert call.num_inputs() == 600
     assert list(call.iter()) == list(range(600))
     assert call.get(index=599) == 599
+
+
+def test_two_maps_that_have_one_permit_together_can_be_consumed_side_by_side(
+    running: None,
+) -> None:
+    """Each of them holds the permit for as long as its consumer, which waits for the other one,
+    takes nothing."""
+    pairs = zip(kit.six_from.map([0]), kit.six_from.map([10]), strict=True)
+    assert list(pairs) == [(x, x + 10) for x in range(6)]

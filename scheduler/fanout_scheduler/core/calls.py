@@ -246,6 +246,7 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
         is_durable=message.is_durable,
         parent=message.parent,
         method=method,
+        is_ordered=message.is_ordered,
         depth=depth,
         ancestors=ancestors,
         service_s=state.service_clock_s,

@@ -82,6 +82,7 @@ def grant(state: State, container: Container, call: Call, count: int) -> Lease:
         end_wait(state, container)
     call.waits_for = ""
     call.stranded_since = None
+    call.blocked_since = None
     hold_core(container)
     for _, blob_ids in blobs:
         for blob_id in blob_ids:

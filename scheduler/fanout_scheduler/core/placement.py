@@ -21,7 +21,7 @@ import math
 from heapq import heappop
 
 from fanout.protocol import messages as m
-from fanout_scheduler.core import objects, reservation
+from fanout_scheduler.core import eviction, objects, reservation
 from fanout_scheduler.core.calls import fail_call, update_window
 from fanout_scheduler.core.leasing import (
     HELD_BY_CONSUMER,
@@ -115,6 +115,10 @@ def _place_ready(state: State) -> None:
         reason = _place_call(state, call)
         if reason:
             call.waits_for = reason
+            if reason in (NO_PERMIT, NO_ROOM, NO_MEMORY) and eviction.evict_for(
+                state, function, reason == NO_PERMIT
+            ):
+                continue
             held[function.function_id] = reason
             if reason in (NO_CORE, NO_MEMORY):
                 reservation.was_passed_over(state, function)

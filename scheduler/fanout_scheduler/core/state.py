@@ -91,6 +91,8 @@ class Function:
     lacks_blobs: bool = False
     #: Since when there has been no room for its next input; see reservation.py.
     held_since: float | None = None
+    #: Somebody was told that a generator of it runs twice; see eviction.py.
+    is_eviction_told: bool = False
     #: Somebody was told that it mostly waits; see advice.py.
     is_advised: bool = False
 
@@ -193,6 +195,8 @@ class Call:
     #: Containers that wait, directly or not, for this call.
     ancestors: tuple[Container, ...]
     method: Method
+    #: Its outputs are consumed in the order of its inputs.
+    is_ordered: bool = True
     #: Inputs received; of a durable call, only what is stored counts.
     received: IntervalSet = field(default_factory=IntervalSet)
     #: Received, and their blobs are not all here.
@@ -233,6 +237,8 @@ class Call:
     service_s: float = 0.0
     is_ready: bool = False
     waits_for: str = ""
+    #: Since when all who hold the place it needs wait, maybe for it; see eviction.py.
+    blocked_since: float | None = None
     #: Since when no worker could run it, and whether its client knows.
     stranded_since: float | None = None
     is_told: bool = False

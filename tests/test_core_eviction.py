@@ -1,0 +1,225 @@
+"""Generators that hold the place which their own consumer waits for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fanout.protocol import messages as m
+from tests.core_kit import Bench
+
+FOUR = (1).to_bytes(4, "little") * 4
+
+
+class Program:
+    """A client, one worker, and a generator `g` of which some inputs wait for credit."""
+
+    def __init__(self, count: int = 1, cpu: float = 4, **options: Any) -> None:
+        self.bench = Bench()
+        self.worker = self.bench.worker(cpu=cpu)
+        self.client = self.bench.client(g={"is_generator": True, **options}, f=dict(options))
+        self.first = self.bench.open(self.client, "g", call=1, count=count)
+        self.waiting: dict[int, m.Lease] = {}
+        self.sequence = 0
+
+    def fill(self) -> None:
+        """All leases give what their credit allows, and wait."""
+        bench = self.bench
+        for order in bench.take_all(m.StartContainer):
+            bench.start(self.worker, order.container_id)
+        for lease in bench.take_all(m.Lease):
+            self.sequence += 1
+            at = (lease.lease_id, lease.call_id, lease.start)
+            bench.frame(self.worker, m.LeaseItems(self.sequence, *at, 0, FOUR, [], b"abcd"))
+            bench.frame(self.worker, m.LeaseWaits(lease.lease_id, 4))
+            self.waiting[lease.start] = lease
+        bench.forget(m.DefineFunction, m.Items, m.OutputsAck, m.Window)
+
+    def later(self, seconds: float) -> None:
+        self.bench.later(seconds)
+        self.bench.frame(self.worker, m.Heartbeat(0))
+
+
+def test_the_second_of_two_maps_that_are_consumed_side_by_side_gets_the_only_permit() -> None:
+    program = Program(max_containers=1)
+    program.fill()
+    bench = program.bench
+    program.later(5)
+    second = bench.open(program.client, "g", call=2, count=1)
+    program.later(0.9)
+    assert bench.take_all(m.CancelLease) == [], "its consumer may just be slow"
+    program.later(0.2)
+    assert bench.take(m.CancelLease, program.worker).lease_id == program.waiting[0].lease_id
+    lease = bench.take(m.Lease)
+    assert lease.call_id == second
+    text = bench.take(m.Notice, program.client).text
+    assert "g was stopped while it waited for its items to be taken" in text
+    assert "max_containers" in text
+    # What the stopped one reports is nobody's output, and it runs again when there is a place.
+    bench.finish(program.worker, program.waiting[0], status=m.Status.FAILURE)
+    assert bench.take_all(m.Outputs) == []
+    bench.finish(program.worker, lease, status=m.Status.DONE)
+    bench.take(m.Outputs, program.client)
+    again = bench.take(m.Lease)
+    assert (again.call_id, again.skip) == (program.first, 4)
+    assert bench.core.snapshot()["counts"]["generator evicted"] == 1
+
+
+def test_it_is_told_once_however_often_it_happens() -> None:
+    program = Program(max_containers=1)
+    program.fill()
+    program.bench.open(program.client, "g", call=2, count=1)
+    for _ in range(3):
+        program.later(1.1)
+        program.bench.take(m.CancelLease)
+        program.fill()
+    assert len(program.bench.take_all(m.Notice)) == 1
+
+
+def test_a_generator_whose_consumer_takes_items_in_time_stays() -> None:
+    program = Program(max_containers=1)
+    program.fill()
+    bench = program.bench
+    bench.open(program.client, "g", call=2, count=1)
+    for number in range(8, 40, 4):
+        program.later(0.9)
+        bench.frame(program.client, m.ItemCredit(program.first, 0, number, number - 4))
+        bench.take(m.LeaseCredit)
+        lease_id = program.waiting[0].lease_id
+        at = (lease_id, program.first, 0)
+        bench.frame(program.worker, m.LeaseItems(number, *at, number - 4, FOUR, [], b"abcd"))
+        bench.frame(program.worker, m.LeaseWaits(lease_id, number))
+    assert bench.take_all(m.CancelLease) == []
+
+
+@pytest.mark.parametrize("is_ordered", [True, False])
+def test_the_highest_index_gives_way_to_the_head_of_an_ordered_map(is_ordered: bool) -> None:
+    """An unordered one has what its consumer can take, as long as any of its inputs has a place."""
+    program = Program(count=3, max_containers=2)
+    bench = program.bench
+    bench.core.state.calls[program.first].is_ordered = is_ordered
+    program.fill()
+    bench.finish(program.worker, program.waiting[0], status=m.Status.DONE, input_s=5)
+    program.fill()
+    second = bench.open(program.client, "g", call=2, count=1)
+    # The head is lost, and as the second call has had less, it gets the place.
+    lost = program.waiting[1].container_id
+    bench.frame(program.worker, m.ContainerExited(lost, "stopped", [], {}, b""))
+    taken = bench.take(m.Lease)
+    assert taken.call_id == second
+    at = (taken.lease_id, taken.call_id, taken.start)
+    bench.take_all(m.StartContainer)
+    bench.start(program.worker, taken.container_id)
+    bench.frame(program.worker, m.LeaseItems(9, *at, 0, FOUR, [], b"abcd"))
+    bench.frame(program.worker, m.LeaseWaits(taken.lease_id, 4))
+    program.later(1.1)
+    stopped = [order.lease_id for order in bench.take_all(m.CancelLease)]
+    if is_ordered:
+        assert stopped == [program.waiting[2].lease_id]
+        lease = bench.take(m.Lease)
+        assert (lease.call_id, lease.start, lease.skip) == (program.first, 1, 4)
+    else:
+        assert stopped == []
+
+
+@pytest.mark.parametrize("is_same_program", [True, False])
+def test_generators_of_other_programs_stay(is_same_program: bool) -> None:
+    program = Program(max_containers=1)
+    program.fill()
+    bench = program.bench
+    client = program.client
+    if not is_same_program:
+        client = bench.connect()
+        bench.frame(client, m.OpenApp(b"a" * 16, "app"))
+    bench.open(client, "g", call=2, count=1)
+    program.later(5)
+    assert bool(bench.take_all(m.CancelLease)) == is_same_program
+
+
+def test_a_place_that_somebody_will_leave_is_waited_for() -> None:
+    program = Program(count=1, max_containers=2)
+    program.fill()
+    bench = program.bench
+    bench.open(program.client, "g", call=2, count=1)
+    bench.take(m.StartContainer)
+    assert bench.take(m.Lease).call_id == bytes([2]) * 16, "it runs, and will end or wait"
+    bench.open(program.client, "g", call=3, count=1)
+    program.later(5)
+    assert bench.take_all(m.CancelLease) == []
+
+
+def test_a_map_whose_head_has_its_place_waits_for_its_consumer() -> None:
+    program = Program(count=3, max_containers=1)
+    program.fill()
+    program.later(5)
+    assert program.bench.take_all(m.CancelLease) == []
+
+
+def test_a_generator_that_waits_for_the_call_itself_is_no_solution() -> None:
+    program = Program(max_containers=1)
+    bench = program.bench
+    lease = bench.started_lease(program.worker)
+    nested = bench.connect("nested", worker=program.worker, container_id=lease.container_id)
+    bench.frame(nested, m.SessionWaits(0))
+    bench.open(nested, "g", call=2, count=1, parent=(lease.lease_id, 0))
+    assert b"g -> g" in bytes(bench.take(m.CallFailed).payload)
+    program.later(5)
+    assert bench.take_all(m.CancelLease) == []
+
+
+def test_of_its_own_callers_none_is_stopped() -> None:
+    program = Program(count=2, max_containers=2)
+    bench = program.bench
+    for order in bench.take_all(m.StartContainer):
+        bench.start(program.worker, order.container_id)
+    waiting, calling = bench.take_all(m.Lease)
+    at = (waiting.lease_id, waiting.call_id, waiting.start)
+    bench.frame(program.worker, m.LeaseItems(1, *at, 0, FOUR, [], b"abcd"))
+    bench.frame(program.worker, m.LeaseWaits(waiting.lease_id, 4))
+    nested = bench.connect("nested", worker=program.worker, container_id=calling.container_id)
+    bench.frame(nested, m.SessionWaits(0))
+    bench.open(nested, "g", call=2, count=1, parent=(calling.lease_id, 1))
+    program.later(1.1)
+    assert bench.take(m.CancelLease).lease_id == waiting.lease_id
+
+
+def test_a_nested_call_gets_the_place_of_a_generator_whose_consumer_waits_for_its_caller() -> None:
+    program = Program(max_containers=1)
+    program.fill()
+    bench = program.bench
+    bench.open(program.client, "f", call=2, count=1)
+    outer = bench.started_lease(program.worker)
+    nested = bench.connect("nested", worker=program.worker, container_id=outer.container_id)
+    bench.open(nested, "g", call=3, count=1, parent=(outer.lease_id, 0))
+    bench.frame(nested, m.SessionWaits(0))
+    program.later(1.1)
+    bench.take(m.CancelLease)
+    assert bench.take(m.Lease).call_id == bytes([3]) * 16
+
+
+def test_a_generator_gives_its_memory_to_the_call_that_its_consumer_waits_for() -> None:
+    program = Program(memory=600)
+    program.fill()
+    bench = program.bench
+    bench.open(program.client, "f", call=2, count=1)
+    program.later(1.1)
+    container_id = bench.take(m.StopContainer).container_id
+    bench.take(m.CancelLease)
+    assert bench.take_all(m.Lease) == [], "the memory is not free yet"
+    bench.frame(program.worker, m.ContainerExited(container_id, "stopped", [], {}, b""))
+    bench.take_all(m.StartContainer)
+    assert bench.take(m.Lease).call_id == bytes([2]) * 16
+
+
+def test_where_two_have_to_go_the_first_does_not_come_back_before_the_second_has_gone() -> None:
+    program = Program(count=2, memory=400)
+    bench = program.bench
+    program.fill()
+    bench.define(program.client, "h", {"memory": 900})
+    bench.open(program.client, "h", call=2, count=1)
+    for _ in range(2):
+        program.later(1.1)
+        stopped = bench.take(m.StopContainer)
+        bench.frame(program.worker, m.ContainerExited(stopped.container_id, "stopped", [], {}, b""))
+    assert bench.take(m.Lease).call_id == bytes([2]) * 16
