@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fanout.protocol import messages as m
 from fanout_worker import commands as w
-from tests.sim_peers import SimContainer
+from tests.sim_workers import SimContainer
 
 
 class SimConcurrentContainer(SimContainer):
@@ -34,14 +34,19 @@ class SimConcurrentContainer(SimContainer):
 
     def _crash_with_all(self) -> None:
         self.world.counts["container crashed with several inputs"] += len(self.live) > 1
+        for (_, index), lease in self.live.items():
+            self.world.crashes[lease.call_id, index] += 1
         self._exit("crash", list(self.live))
 
     def _finish(self, lease_id: int, index: int) -> None:
         self._end(lease_id, index, m.Status.VALUE, b"=%d" % index)
 
     def _end(self, lease_id: int, index: int, status: int, payload: bytes) -> None:
-        if self.live.pop((lease_id, index), None) is None:
+        lease = self.live.pop((lease_id, index), None)
+        if lease is None:
             return
+        if status == m.Status.VALUE:
+            self.ran(lease.call_id, index, self.plan.input_s)
         lengths = len(payload).to_bytes(4, "little")
         busy_us = int(self.plan.input_s * 1e6)
         self.worker.state.lease_outputs(

@@ -1,33 +1,48 @@
-"""Clients, workers and containers of a simulated fanout; see `sim_world.py`.
+"""Clients of a simulated fanout, and what its functions do; see `sim_world.py`.
 
-Their call and worker states are the real modules. What a container does is drawn from the seed.
+The state of each call is the real module. What its user sees is checked here, and so are the books
+of credit, against what goes over the wire.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 
 from fanout.client.call_state import CallState
-from fanout.client.chunk import Batch, ItemBatch, split
+from fanout.client.chunk import CHUNK_COUNT_MAX, Batch, ItemBatch, split
+from fanout.client.last_words import LastWords
+from fanout.config import CRASH_LIMIT, WINDOW_COUNT_MIN
 from fanout.protocol import messages as m
-from fanout_worker import worker_state as w
+from tests.sim_story import Broken
 from tests.sim_world import APP, Link, World
 
-# --- clients -------------------------------------------------------------------------------------
+#: What a client that is not sure may say again.
+REPEATED_KINDS = (m.SubmitCall, m.OpenCall, m.Inputs, m.SealCall, m.Ack)
+#: What the scheduler says of a call to its client's state of it; the rest is for people.
+CALL_STATE_KINDS = (
+    m.Outputs,
+    m.Items,
+    m.CallOpened,
+    m.Window,
+    m.CallFailed,
+    m.InputsStored,
+)
 
 
 class SimCall:
     """One call of a client: the real state, and what its user saw."""
 
-    def __init__(self, call: CallState, plan: Plan, count: int, owner: Any) -> None:
+    def __init__(self, call: CallState, plan: Plan, count: int, world: World) -> None:
         self.call = call
         self.plan = plan
         self.count = count
+        self.world = world
         self.added = 0
         self.seen: Counter[int] = Counter()
         self.items: dict[int, list[int]] = {}
@@ -35,7 +50,12 @@ class SimCall:
         self.is_cancelled = False
         self.failure: bytes | None = None
         self.is_told = False
-        self.owner = owner
+        #: The books of credit, as the wire has them: inputs sent for the first time, inputs that
+        #: the last `Ack` called consumed, and the window that the scheduler told last.
+        self.sent = 0
+        self.told = 0
+        self.consumed = 0
+        self.window = WINDOW_COUNT_MIN
 
     def pump(self) -> None:
         """Add inputs as far as there is room."""
@@ -43,7 +63,8 @@ class SimCall:
             room, _ = self.call.room()
             if room <= 0:
                 return
-            count = min(room, self.count - self.added, self.owner.world.random.randint(1, 60))
+            most = 60 if self.count < 1000 else CHUNK_COUNT_MAX
+            count = min(room, self.count - self.added, self.world.random.randint(1, most))
             start = self.added
             self.call.add([b"%d" % i for i in range(start, start + count)])
             self.added += count
@@ -56,11 +77,64 @@ class SimCall:
                 got = self.items.setdefault(ready.index, [])
                 for value in split(ready.lengths, ready.payload):
                     number = int(bytes(value))
-                    assert number == len(got), f"item {number} after {len(got)} items"
+                    if number != len(got):
+                        self.broken(f"item {number} came after {len(got)} items", ready.index)
                     got.append(number)
             else:
+                self.consumed += ready.count
                 self._take_outputs(ready)
             self.call.consume(ready)
+
+    def take_outgoing(self) -> list[m.Message]:
+        """What is to be sent. The books must agree with it."""
+        outgoing, self.call.outgoing = self.call.outgoing, []
+        for message in outgoing:
+            if isinstance(message, m.Ack):
+                self.told = message.consumed_count
+                if self.told > self.consumed:
+                    self.broken(f"{self.told} inputs are told as consumed of {self.consumed}")
+            elif isinstance(message, m.Inputs):
+                self._count_sent(message.start, len(message.lengths) // 4)
+            elif isinstance(message, m.SubmitCall):
+                self._count_sent(0, len(message.lengths) // 4)
+        return outgoing
+
+    def _count_sent(self, start: int, count: int) -> None:
+        """More than the window may be in flight when it has shrunk, but then nothing is added."""
+        fresh = start + count - self.sent
+        if fresh <= 0:
+            return
+        self.sent += fresh
+        in_flight = self.sent - self.told
+        if in_flight > max(self.window, 1) and not self.call.is_durable:
+            text = f"{in_flight} inputs in flight in a window of {self.window}"
+            self.broken(text, start)
+
+    def receive(self, message: m.Message) -> None:
+        if isinstance(message, m.CallOpened | m.Window):
+            self.window = message.window_count
+        self.call.handle(message)
+
+    def check_books(self) -> None:
+        """An attached call that is over: all credit is back. A last `Ack` says what the state
+        itself believes; it goes nowhere."""
+        if self.is_cancelled or self.call.is_durable or self.failure is not None:
+            return
+        self.call.resume()
+        self.call.handle(m.CallOpened(self.call.call_id, 1, 1, [(0, self.count)]))
+        sent, self.call.outgoing = self.call.outgoing, []
+        acks = [message for message in sent if isinstance(message, m.Ack)]
+        counts = [ack.consumed_count for ack in acks]
+        if set(counts) != {self.count}:
+            self.broken(f"{counts} inputs were consumed at the end of {self.count}")
+        if any(isinstance(message, m.Inputs) for message in sent):
+            self.broken("inputs are kept of a call that is over")
+        if self.call.in_flight != (0, 0):
+            self.broken(f"{self.call.in_flight} of credit is not back at the end")
+
+    def broken(self, text: str, index: int = -1) -> None:
+        name = f"call {self.call.call_id.hex()[:6]} of {self.plan.name}"
+        raise Broken(f"{name}: {text}", self.call.call_id, index)
 
     def _take_outputs(self, batch: Batch) -> None:
         values = split(batch.lengths, batch.payload) if not batch.is_repeated else []
@@ -68,22 +142,41 @@ class SimCall:
             index = batch.start + position
             self.seen[index] += 1
             self.order.append(index)
-            assert self.seen[index] == 1, f"input {index} ended twice"
+            if self.seen[index] != 1:
+                self.broken(f"input {index} ended twice", index)
             if batch.is_repeated:
                 self.failure = bytes(batch.payload)
                 code = msgpack.unpackb(self.failure)[0] if status == m.Status.FAILURE else "error"
-                assert code in self.causes(), f"a call failed without cause: {self.failure!r}"
-            elif status == m.Status.VALUE:
-                assert bytes(values[position]) == b"=%d" % index, "a value of another input"
-            elif status == m.Status.DONE:
-                total = msgpack.unpackb(values[position])
-                assert len(self.items.get(index, [])) == total, f"generator {index} lost items"
-            elif status == m.Status.FAILURE:
-                code = msgpack.unpackb(values[position])[0]
-                assert code == "crash", f"an input failed without cause: {code}"
-                assert self.plan.may_crash, "only what may crash does"
+                if code not in self.causes():
+                    self.broken(f"failed without cause: {self.failure!r}", index)
             else:
-                assert self.plan.is_flaky, "an error of a function that raises none"
+                self.check_output(index, status, bytes(values[position]))
+                if status == m.Status.DONE:
+                    total = msgpack.unpackb(values[position])
+                    if len(self.items.get(index, [])) != total:
+                        self.broken(f"generator {index} lost items", index)
+
+    def check_output(self, index: int, status: int, value: bytes) -> None:
+        """Whether an input may have ended like this, given what happened in containers."""
+        key = self.call.call_id, index
+        if status == m.Status.VALUE:
+            if value != b"=%d" % index:
+                self.broken(f"input {index} has the value of another", index)
+        elif status == m.Status.FAILURE:
+            code = msgpack.unpackb(value)[0]
+            if code != "crash" or self.world.crashes[key] < CRASH_LIMIT:
+                text = f"failed with {code!r} after {self.world.crashes[key]} crashes"
+                self.broken(text, index)
+        elif status == m.Status.ERROR:
+            attempts = self.plan.options["retries"][0] + 1 if self.plan.is_flaky else 1 << 30
+            if self.world.errors[key] < attempts:
+                self.broken(f"failed at attempt {self.world.errors[key]} of {attempts}", index)
+        elif status != m.Status.DONE:
+            self.broken(f"input {index} ended with status {status}", index)
+
+    def is_failed_whole(self, status: int, value: bytes) -> bool:
+        """Whether this says of an input how its call ended as a whole."""
+        return status == m.Status.FAILURE and msgpack.unpackb(value)[0] in ("start", "cancelled")
 
     def causes(self) -> set[str]:
         """How a call may fail as a whole: containers that cannot start; and a nested call also
@@ -92,7 +185,7 @@ class SimCall:
 
     @property
     def is_finished(self) -> bool:
-        return self.is_cancelled or (self.call.is_finished and not self.call.has_ready)
+        return self.is_cancelled or self.call.is_delivered
 
 
 @dataclass
@@ -106,11 +199,30 @@ class Plan:
     error_rate: float = 0.0
     is_flaky: bool = False
     may_crash: bool = False
+    #: All its inputs take the same time.
+    is_steady: bool = False
     #: Items of each generator input.
     item_count: int = 0
     #: Calls this plan from inside, with so many inputs.
     nested: Plan | None = None
     nested_count: int = 0
+
+
+class SimLoop:
+    """What `LastWords` needs of an event loop."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def call_later(self, delay_s: float, what: Callable[[], None]) -> SimLoop:
+        handle = SimLoop(self.world)
+        self.world.after(delay_s, lambda: None if handle.is_cancelled else what())
+        return handle
+
+    is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
 
 
 class SimClient:
@@ -124,9 +236,16 @@ class SimClient:
         self.session_id = number.to_bytes(16, "big")
         self.plans = plans
         self.link: Link | None = None
+        #: Calls that are open, and those that are over.
         self.calls: dict[bytes, SimCall] = {}
+        self.ended: dict[bytes, SimCall] = {}
+        loop = cast(asyncio.AbstractEventLoop, SimLoop(world))
+        self.last_words = LastWords(loop, self._send)
         self.is_gone = False
         self.is_paused = False
+        #: It shows its user how calls get on.
+        self.is_watching = world.random.random() < 0.5
+        self.last_frame: m.Message | None = None
         self.connect()
 
     def connect(self) -> None:
@@ -138,17 +257,24 @@ class SimClient:
         if self.link is None:
             self.world.after(0.1 + self.world.random.random(), self.connect)
             return
+        self.last_frame = None
+        words = self.last_words.again()
         self.link.up(m.OpenApp(APP, "sim"))
+        if self.is_watching:
+            self.link.up(m.WatchProgress(True))
         for plan in self.plans:
             self.link.up(
                 m.DefineFunction(plan.function_id, APP, plan.name, plan.options, [], b"code")
             )
+        for message in words:
+            self.link.up(message)
         for call in self.calls.values():
-            if not call.is_finished:
-                call.call.resume()
-            else:
-                call.is_told = False
-        self.flush()
+            call.call.resume()
+        self.flush_all()
+
+    def _send(self, message: m.Message) -> None:
+        if self.link is not None:
+            self.link.up(message)
 
     def on_lost(self) -> None:
         self.link = None
@@ -163,473 +289,66 @@ class SimClient:
             is_durable=is_durable,
             is_generator=plan.item_count > 0,
         )
-        sim = self.calls[call_id] = SimCall(call, plan, count, self)
+        sim = self.calls[call_id] = SimCall(call, plan, count, self.world)
         self.world.log(f"client {self.number} opens {call_id.hex()[:6]} {plan.name} x{count}")
-        self.flush()
+        self.flush(sim)
         return sim
 
     def cancel(self, sim: SimCall) -> None:
         sim.is_cancelled = True
         sim.call.cancel()
-        self.flush()
+        self.flush(sim)
 
     def receive(self, message: m.Message) -> None:
-        call_id = getattr(message, "call_id", None)
-        sim = self.calls.get(call_id) if call_id is not None else None
-        if sim is not None and not sim.is_cancelled:
-            sim.call.handle(message)
+        if not isinstance(message, CALL_STATE_KINDS):
+            return
+        sim = self.calls.get(message.call_id)
+        if sim is None:
+            self.world.counts["late or odd: frame to a client about a call that is over"] += 1
+            return
+        sim.receive(message)
         if not self.is_paused:
-            self.flush()
+            self.flush(sim)
 
-    def flush(self) -> None:
-        for sim in self.calls.values():
-            if not sim.is_cancelled and not self.is_paused:
-                sim.pump()
-                sim.take()
-            outgoing, sim.call.outgoing = sim.call.outgoing, []
-            if self.link is not None:
-                for message in outgoing:
-                    self.link.up(message)
-                if sim.is_finished and not (sim.is_told or sim.is_cancelled):
-                    sim.is_told = True
-                    if not sim.call.is_durable:
-                        self.link.up(m.CallsFinished([sim.call.call_id]))
-        finished = [k for k, sim in self.calls.items() if sim.is_finished and sim.is_cancelled]
-        for key in finished:
-            del self.calls[key]
+    def flush_all(self) -> None:
+        for sim in list(self.calls.values()):
+            self.flush(sim)
+
+    def flush(self, sim: SimCall) -> None:
+        """Add, consume and send what can be; let go of the call when it is over."""
+        if not sim.is_cancelled and not self.is_paused:
+            sim.pump()
+            sim.take()
+        for message in sim.take_outgoing():
+            if isinstance(message, m.CancelCall):
+                self.last_words.keep(message)
+            elif isinstance(message, REPEATED_KINDS):
+                self.last_frame = message
+            self._send(message)
+        if sim.is_finished:
+            self.world.counts["client: duplicate output or item"] += sim.call.duplicate_count
+            sim.check_books()
+            del self.calls[sim.call.call_id]
+            if sim.is_cancelled:
+                return
+            self.ended[sim.call.call_id] = sim
+            if not sim.call.is_durable:
+                self.last_words.finish(sim.call.call_id, 0)
+
+    def repeat(self) -> bool:
+        """Say the last thing again, of a call that is still open."""
+        frame = self.last_frame
+        if self.link is None or frame is None or frame.call_id not in self.calls:  # type: ignore[attr-defined]
+            return False
+        self.link.up(frame)
+        return True
 
     def resume(self) -> None:
         self.is_paused = False
-        self.flush()
+        self.flush_all()
 
     def go(self) -> None:
         """The client process dies."""
         self.is_gone = True
         if self.link is not None:
             self.link.cut("client died")
-
-
-# --- workers -------------------------------------------------------------------------------------
-
-
-class SimWorker:
-    """A worker daemon: the real state, and containers that are played."""
-
-    def __init__(self, world: World, number: int, cpu: float, plans: dict[bytes, Plan]) -> None:
-        self.world = world
-        self.plans = plans
-        self.number = number
-        self.cpu = cpu
-        self.life = 0
-        self.is_dead = True
-        self.boot()
-
-    def boot(self) -> None:
-        """A new process: nothing of the former one is left."""
-        world = self.world
-        self.life += 1
-        self.is_dead = False
-        self.paused_until = 0.0
-        self.state = w.WorkerState(
-            world.random.randbytes(16), f"w{self.number}", self.cpu, 1 << 14, False
-        )
-        self.containers: dict[int, SimContainer] = {}
-        self.link: Link | None = None
-        #: Frames that wait behind a report which was not read yet.
-        self.held: deque[m.Message] = deque()
-        self.connect()
-        self._beat(self.life)
-
-    def kill(self) -> None:
-        """SIGKILL, and with the daemon its containers."""
-        self.is_dead = True
-        self.life += 1
-        self.containers.clear()
-        if self.link is not None:
-            self.link.is_open = False
-            self.world.after(self.world.random.random() * 0.1, self.link.close_there)
-            self.link = None
-        self.world.after(0.2 + self.world.random.random() * 3, self.boot)
-
-    def pause(self, seconds: float) -> None:
-        """SIGSTOP of the daemon and its containers."""
-        self.paused_until = self.world.now + seconds
-
-    def do(self, what: Callable[[], None]) -> None:
-        """Run something of this process, when it runs at all."""
-        if self.paused_until > self.world.now:
-            self.world.at(self.paused_until, self._in_this_life(lambda: self.do(what)))
-            return
-        what()
-
-    def _in_this_life(self, what: Callable[[], None]) -> Callable[[], None]:
-        """Nothing of a former process happens in the next one."""
-        life = self.life
-
-        def then() -> None:
-            if life == self.life:
-                what()
-
-        return then
-
-    def connect(self) -> None:
-        if self.is_dead or self.link is not None:
-            return
-        lost = self._in_this_life(self.on_lost)
-        life = self.life
-
-        def receive(message: m.Message) -> None:
-            if life == self.life:
-                self.do(self._in_this_life(lambda: self.receive(message)))
-
-        self.link = self.world.scheduler.accept(
-            "worker", self.state.worker_id, receive, lambda: self.do(lost)
-        )
-        if self.link is None:
-            self.world.after(0.1 + self.world.random.random(), self.connect)
-            return
-        self.held.clear()
-        self.state.connected(self.world.disk.epoch)
-        self.carry_out()
-        for container in self.containers.values():
-            container.reconnect_nested()
-
-    def on_lost(self) -> None:
-        self.link = None
-        self.state.disconnected()
-        self.carry_out()
-        self.world.after(0.1 + self.world.random.random(), self.connect)
-
-    def _beat(self, life: int) -> None:
-        if life != self.life:
-            return
-        if self.link is not None and self.paused_until <= self.world.now:
-            self.link.up(m.Heartbeat(1))
-        self.world.after(3.0, lambda: self._beat(life))
-
-    def send(self, message: m.Message) -> None:
-        if self.link is not None:
-            self.link.up(message)
-
-    def _send_behind_clients(self, message: m.Message) -> None:
-        """What a container wrote into its memory is read a moment later than what its client says
-        on its socket, so the latter may overtake it."""
-        is_slow = isinstance(message, m.LeaseOutputs) and self.world.random.random() < 0.2
-        if not self.held and not is_slow:
-            self.send(message)
-            return
-        self.held.append(message)
-        if len(self.held) > 1:
-            return
-        self.world.counts["report that a nested call may overtake"] += 1
-        link = self.link
-
-        def release() -> None:
-            if self.link is link:
-                while self.held:
-                    self.send(self.held.popleft())
-
-        delay_s = self.world.random.random() * 0.003
-        self.world.after(delay_s, self._in_this_life(lambda: self.do(self._in_this_life(release))))
-
-    def receive(self, message: m.Message) -> None:
-        if isinstance(message, m.Relay):
-            for container in list(self.containers.values()):
-                container.relay(message)
-        elif not isinstance(message, m.SessionClosed):
-            self.state.handle(message)
-        self.carry_out()
-
-    def carry_out(self) -> None:
-        # Carrying out one may cause more.
-        while commands := self.state.take_commands():
-            for command in commands:
-                self._carry_out(command)
-
-    def _start(self, container_id: int, function_id: bytes) -> None:
-        # The other kind is derived from the one in this file.
-        from tests.sim_concurrent import SimConcurrentContainer
-
-        is_concurrent = "max_inputs" in self.plans[function_id].options
-        kind = SimConcurrentContainer if is_concurrent else SimContainer
-        kind(self, container_id, function_id)
-
-    def _carry_out(self, command: w.Command) -> None:
-        if isinstance(command, w.Send):
-            self._send_behind_clients(command.message)
-            return
-        if isinstance(command, w.Start):
-            self._start(command.container_id, command.definition.function_id)
-            return
-        container = self.containers.get(
-            command.lease.container_id if isinstance(command, w.GiveLease) else command.container_id  # type: ignore[union-attr]
-        )
-        if container is None:
-            return  # it left while the order was on its way through the daemon
-        if isinstance(command, w.GiveLease):
-            container.give(command.lease)
-        elif isinstance(command, w.LowerLimit):
-            container.lower(command)
-        elif isinstance(command, w.GiveCredit):
-            container.credit(command)
-        elif isinstance(command, w.Stop):
-            container.stop(command.kill)
-
-
-class SimContainer:
-    """A process that runs inputs one after another; what it does is drawn from the seed."""
-
-    def __init__(self, worker: SimWorker, container_id: int, function_id: bytes) -> None:
-        self.worker = worker
-        self.world = worker.world
-        self.container_id = container_id
-        self.plan = worker.plans[function_id]
-        self.queue: deque[m.Lease] = deque()
-        self.stops: dict[int, int] = {}
-        self.running: tuple[m.Lease, int] | None = None
-        #: What runs in a container for several inputs at a time; see sim_concurrent.py.
-        self.live: dict[tuple[int, int], m.Lease] = {}
-        self.is_stopping = self.is_ready = self.is_gone = False
-        self.is_cancelling = False
-        self.upto = 0
-        self.item = 0
-        self.waits = False
-        self.nested: SimCall | None = None
-        self.nested_session = b""
-        self.was_connected = False
-        self.wait_frames = 0
-        worker.containers[container_id] = self
-        self._later(0.02 + self.world.random.random() * 0.1, self._started)
-
-    def _later(self, delay_s: float, what: Callable[[], None]) -> None:
-        life = self.worker.life
-
-        def then() -> None:
-            if life == self.worker.life and not self.is_gone:
-                self.worker.do(self._unless_gone(what))
-
-        self.world.after(delay_s, then)
-
-    def _unless_gone(self, what: Callable[[], None]) -> Callable[[], None]:
-        life = self.worker.life
-
-        def then() -> None:
-            if life == self.worker.life and not self.is_gone:
-                what()
-                self.worker.carry_out()
-
-        return then
-
-    def _started(self) -> None:
-        random = self.world.random
-        if random.random() < self.world.rates.get("start failure", 0.0):
-            self.world.counts["container that could not start"] += 1
-            self._exit("start", [])
-            return
-        self.is_ready = True
-        self.worker.state.container_started(self.container_id, 1, 0.05)
-        self._next()
-
-    def _exit(self, reason: str, running: list[tuple[int, int]]) -> None:
-        self.is_gone = True
-        self._close_nested()
-        del self.worker.containers[self.container_id]
-        self.worker.state.container_exited(self.container_id, reason, running, {"text": reason})
-
-    # --- orders ----------------------------------------------------------------------------------
-
-    def give(self, lease: m.Lease) -> None:
-        self.queue.append(lease)
-        self.stops[lease.lease_id] = lease.start + len(lease.lengths) // 4
-        self._next()
-
-    def lower(self, command: w.LowerLimit) -> None:
-        stop = self.stops.get(command.lease_id)
-        if stop is None:
-            return
-        begun = None
-        if self.running is not None and self.running[0].lease_id == command.lease_id:
-            begun = self.running[1] + 1
-        lease = next(x for x in [*self.queue] if x.lease_id == command.lease_id)
-        first = begun if begun is not None else lease.start + self._done(lease)
-        stop = min(stop, first + command.keep)
-        self.stops[command.lease_id] = stop
-        if command.is_cancelled and begun is not None:
-            self.is_cancelling = True
-            self._later(self.world.random.random() * 0.2, self._cancelled)
-        self.worker.state.lease_reclaimed(command.lease_id, stop)
-        self._drop_ended()
-
-    def _done(self, lease: m.Lease) -> int:
-        held = self.worker.state.leases.get(lease.lease_id)
-        return held.done if held is not None else len(lease.lengths) // 4
-
-    def _drop_ended(self) -> None:
-        """Leases of which nothing is left to run, and nothing runs, are over."""
-        for lease in list(self.queue):
-            runs = self.running is not None and self.running[0] is lease
-            if not runs and lease.start + self._done(lease) >= self.stops[lease.lease_id]:
-                self.queue.remove(lease)
-                del self.stops[lease.lease_id]
-        self._next()
-
-    def credit(self, command: w.GiveCredit) -> None:
-        if self.running is not None and self.running[0].lease_id == command.lease_id:
-            self.upto = max(self.upto, command.upto)
-            if self.waits:
-                self.waits = False
-                self._items()
-
-    def stop(self, kill: bool) -> None:
-        self.is_stopping = True
-        if kill or self.running is None:
-            self._exit("stopped", [])
-
-    # --- running ---------------------------------------------------------------------------------
-
-    def _next(self) -> None:
-        if not self.is_ready or self.is_gone or self.running is not None:
-            return
-        if not self.queue:
-            if self.is_stopping:
-                self._exit("stopped", [])
-            return
-        lease = self.queue[0]
-        index = lease.start + self._done(lease)
-        if index >= self.stops[lease.lease_id]:
-            self._drop_ended()
-            return
-        self.running = (lease, index)
-        random, rates = self.world.random, self.world.rates
-        self.world.counts["input begun"] += 1
-        if self.plan.may_crash and random.random() < rates.get("container crash", 0.0):
-            self.world.counts["container crashed"] += 1
-            self._later(self.plan.input_s, self._crash)
-        elif self.plan.item_count:
-            self.item, self.upto = lease.skip, max(lease.credit, self.upto * 0)
-            self._later(self.plan.input_s, self._items)
-        elif self.plan.nested is not None:
-            self._call_nested(lease, index)
-        else:
-            slow = 200 if random.random() < 0.002 else 1
-            self._later(self.plan.input_s * slow * random.random() * 2, self._finish_value)
-
-    def _crash(self) -> None:
-        assert self.running is not None
-        lease, index = self.running
-        self._exit("crash", [(lease.lease_id, index)])
-
-    def _cancelled(self) -> None:
-        if self.running is not None and self.is_cancelling:
-            payload = m.failure_payload("cancelled", "cancelled")
-            self._report(m.Status.FAILURE, payload)
-
-    def _finish_value(self) -> None:
-        if self.running is None:
-            return
-        if self.world.random.random() < self.plan.error_rate:
-            self.world.counts["user error"] += 1
-            self._report(m.Status.ERROR, b"error")
-        else:
-            self._report(m.Status.VALUE, b"=%d" % self.running[1])
-
-    def _report(self, status: int, payload: bytes) -> None:
-        assert self.running is not None
-        lease, index = self.running
-        self.running = None
-        self.is_cancelling = False
-        self._close_nested()
-        self.worker.state.lease_outputs(
-            lease.lease_id,
-            index,
-            int(self.plan.input_s * 1e6),
-            len(payload).to_bytes(4, "little"),
-            bytes([status]),
-            [],
-            payload,
-        )
-        self._drop_ended()
-
-    def _items(self) -> None:
-        """Give items as far as the credit goes."""
-        if self.running is None or self.is_cancelling:
-            return
-        lease, index = self.running
-        total = self.plan.item_count
-        while self.item < min(self.upto, total):
-            count = min(self.world.random.randint(1, 9), self.upto - self.item, total - self.item)
-            values = [b"%d" % (self.item + i) for i in range(count)]
-            table = b"".join(len(v).to_bytes(4, "little") for v in values)
-            self.worker.state.lease_items(
-                lease.lease_id, index, self.item, table, [], b"".join(values)
-            )
-            self.item += count
-        if self.item >= total:
-            self._report(m.Status.DONE, msgpack.packb(total))
-            return
-        self.waits = True
-        self.world.counts["generator out of credit"] += 1
-        self.worker.state.lease_waits(lease.lease_id, self.upto)
-
-    # --- nested calls ----------------------------------------------------------------------------
-
-    def _call_nested(self, lease: m.Lease, index: int) -> None:
-        plan = self.plan.nested
-        assert plan is not None
-        call = CallState(
-            self.world.random.randbytes(16), plan.function_id, parent=(lease.lease_id, index)
-        )
-        self.nested = SimCall(call, plan, self.plan.nested_count, self)
-        self.nested_session = self.world.random.randbytes(16)
-        self.was_connected = False
-        self.world.counts["nested call"] += 1
-        self.reconnect_nested()
-
-    def reconnect_nested(self) -> None:
-        if self.nested is None or self.worker.link is None:
-            return
-        if self.was_connected:
-            self.nested.call.resume()
-        self.was_connected = True
-        self.wait_frames = 0
-        self.worker.send(m.SessionOpened(self.nested_session, self.container_id))
-        definition = self.nested.plan
-        self._send_nested(
-            m.DefineFunction(
-                definition.function_id, APP, definition.name, definition.options, [], b"code"
-            )
-        )
-        self._turn_nested()
-
-    def _send_nested(self, message: m.Message) -> None:
-        payload = bytes(getattr(message, "payload", b""))
-        self.worker.send(m.Relay(self.nested_session, m.encode_header(message), payload))
-
-    def relay(self, message: m.Relay) -> None:
-        if self.nested is None or message.session_id != self.nested_session:
-            return
-        inner = m.decode(message.header, bytes(message.payload))
-        self.wait_frames += type(inner) in m.ENDS_WAIT
-        if getattr(inner, "call_id", None) == self.nested.call.call_id:
-            self.nested.call.handle(inner)
-        self._turn_nested()
-
-    def _turn_nested(self) -> None:
-        nested = self.nested
-        if nested is None:
-            return
-        nested.pump()
-        nested.take()
-        outgoing, nested.call.outgoing = nested.call.outgoing, []
-        for message in outgoing:
-            self._send_nested(message)
-        if not nested.is_finished:
-            self._send_nested(m.SessionWaits(self.wait_frames))
-            return
-        self._later(self.plan.input_s, self._finish_value)
-        self._close_nested()
-
-    def _close_nested(self) -> None:
-        if self.nested is not None:
-            self.nested = None
-            self.worker.send(m.SessionClosed(self.nested_session))

@@ -13,8 +13,9 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
@@ -26,6 +27,7 @@ from fanout_scheduler.core.events import (
     PeerConnected,
     PeerId,
     PeerLost,
+    PeerWritable,
     Record,
     Send,
     Store,
@@ -34,6 +36,16 @@ from fanout_scheduler.core.events import (
     TimePassed,
 )
 from fanout_scheduler.core.object_state import OBJECT_RECORDS, record_key
+from tests.sim_promises import Promises
+from tests.sim_story import Broken, Story
+
+if TYPE_CHECKING:
+    from tests.sim_workers import SimWorker
+
+#: A quiet world is looked for once in so many events.
+DONE_EVERY = 32
+#: A world with more is going round in circles.
+EVENTS_MAX = 1_000_000
 
 APP = b"A" * 16
 Receive = Callable[[m.Message], None]
@@ -42,7 +54,7 @@ Receive = Callable[[m.Message], None]
 class World:
     """The clock and what is to happen; everything else hangs on it."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, is_told: bool = False) -> None:
         self.seed = seed
         self.random = Random(seed)
         self.now = 1000.0
@@ -50,12 +62,24 @@ class World:
         self.order = 0
         self.event_count = 0
         self.counts: Counter[str] = Counter()
-        self.story: deque[str] = deque(maxlen=400)
-        self.disk = Disk(self)
+        self.story = Story(is_told)
+        self.disk = Disk()
+        self.promises = Promises(self)
         self.scheduler = SimScheduler(self)
+        #: Who is here.
+        self.workers: list[SimWorker] = []
+        #: What containers did, by call and index: runs to the end, user errors, crashes.
+        self.runs: Counter[tuple[bytes, int]] = Counter()
+        self.errors: Counter[tuple[bytes, int]] = Counter()
+        self.crashes: Counter[tuple[bytes, int]] = Counter()
+        #: Seconds that containers gave to calls.
+        self.busy_s: dict[bytes, float] = {}
         #: Faults and chances by name; the storm draws them.
         self.rates: dict[str, float] = {}
         self.delay_s = self.random.choice([0.0001, 0.001, 0.02])
+        #: All invariants are checked once in so many turns, and in the next one after each fault.
+        self.check_every = self.random.choice([1, 5, 20, 20, 80, 80, 80, 80])
+        self.check_due = self.check_every
 
     def at(self, when: float, what: Callable[[], None]) -> None:
         self.order += 1
@@ -64,20 +88,35 @@ class World:
     def after(self, delay_s: float, what: Callable[[], None]) -> None:
         self.at(self.now + delay_s, what)
 
+    def note_circumstances(self, fault: str, circumstances: dict[str, bool]) -> None:
+        """Count what a fault struck in the midst of."""
+        for name, is_so in circumstances.items():
+            if is_so:
+                self.counts[f"{fault} amid {name}"] += 1
+
     def restart_scheduler(self) -> None:
         """SIGKILL of the scheduler; the storm says when it comes back."""
         raise NotImplementedError
 
     def run_until(self, when: float, is_done: Callable[[], bool] = lambda: False) -> None:
-        while self.heap and self.heap[0][0] <= when and not is_done():
-            self.now, _, what = heapq.heappop(self.heap)
+        heap, pop = self.heap, heapq.heappop
+        since_look = 0
+        while heap and heap[0][0] <= when:
+            if since_look == 0:
+                if is_done():
+                    return
+                if self.event_count > EVENTS_MAX:
+                    raise Broken("there is no end to what happens")
+                since_look = DONE_EVERY
+            since_look -= 1
             self.event_count += 1
+            self.now, _, what = pop(heap)
             what()
         if not is_done():
             self.now = max(self.now, when)
 
     def log(self, text: str) -> None:
-        self.story.append(f"{self.now:12.4f}  {text}")
+        self.story.say(self.now, text)
 
 
 def copy(message: m.Message) -> m.Message:
@@ -90,8 +129,12 @@ def copy(message: m.Message) -> m.Message:
 class Disk:
     """What is fsynced survives the scheduler; what is not, does not."""
 
-    world: World
     records: list[Record] = field(default_factory=list)
+    #: What of each call is on it, for whoever checks promises.
+    inputs: dict[bytes, IntervalSet] = field(default_factory=dict)
+    outputs: dict[bytes, IntervalSet] = field(default_factory=dict)
+    opened: set[bytes] = field(default_factory=set)
+    sealed: set[bytes] = field(default_factory=set)
     #: Those of queues and dicts, by object and key, in the order in which they were written.
     object_records: dict[tuple[bytes, bytes], Record] = field(default_factory=dict)
     is_full: bool = False
@@ -110,13 +153,29 @@ class Disk:
             self.object_records[key] = kept  # type: ignore[assignment]
         else:
             self.records.append(kept)  # type: ignore[arg-type]
+            self._note(kept)
+
+    def _note(self, record: Record | m.Message) -> None:
+        if isinstance(record, m.Inputs):
+            stop = record.start + len(record.lengths) // 4
+            self.inputs.setdefault(record.call_id, IntervalSet()).add(record.start, stop)
+        elif isinstance(record, m.Outputs):
+            stop = record.start + len(record.statuses)
+            self.outputs.setdefault(record.call_id, IntervalSet()).add(record.start, stop)
+        elif isinstance(record, m.OpenCall):
+            self.opened.add(record.call_id)
+        elif isinstance(record, m.SealCall):
+            self.sealed.add(record.call_id)
 
 
 class Link:
     """One connection to the scheduler, as both ends see it. Bytes arrive in order or not at all."""
 
-    def __init__(self, world: World, peer_id: PeerId, receive: Receive, lost: Callable[[], None]):
+    def __init__(
+        self, world: World, name: str, peer_id: PeerId, receive: Receive, lost: Callable[[], None]
+    ) -> None:
         self.world = world
+        self.name = name
         self.peer_id = peer_id
         self.receive = receive
         self.lost = lost
@@ -125,34 +184,47 @@ class Link:
         self.is_open_there = True
         self.is_half_open = False
         self.stalled_until = 0.0
+        #: The peer does not read for so long.
+        self.unread_until = 0.0
         self.last_up = self.last_down = world.now
 
-    def _arrival(self, last: float) -> float:
+    def _arrival(self, last: float, free_at: float) -> float:
         world = self.world
-        base = max(world.now, self.stalled_until)
+        base = max(world.now, free_at)
         return max(last, base + world.random.expovariate(1.0) * world.delay_s)
+
+    def read_slowly(self, seconds: float) -> None:
+        """What the scheduler sends is not read for a while; its send buffer fills, and it knows."""
+        self.unread_until = self.world.now + seconds
+        scheduler = self.world.scheduler
+        scheduler.tell(PeerWritable(self.peer_id, False))
+        self.world.after(seconds, lambda: scheduler.tell(PeerWritable(self.peer_id, True)))
 
     def up(self, message: m.Message) -> None:
         """From the peer to the scheduler."""
         if not self.is_open or self.is_half_open:
             return
-        self.last_up = self._arrival(self.last_up)
+        self.last_up = self._arrival(self.last_up, self.stalled_until)
         frame = copy(message)
         self.world.at(self.last_up, lambda: self._arrive_up(frame))
 
     def _arrive_up(self, frame: m.Message) -> None:
         if self.is_open_there:
+            self.world.story.frame(self.world.now, self.name, "->", frame)
             self.world.scheduler.tell(FrameReceived(self.peer_id, frame))
 
     def down(self, message: m.Message) -> None:
         if not self.is_open_there or self.is_half_open:
             return
-        self.last_down = self._arrival(self.last_down)
+        self.last_down = self._arrival(
+            self.last_down, max(self.stalled_until, self.unread_until)
+        )
         frame = copy(message)
         self.world.at(self.last_down, lambda: self._arrive_down(frame))
 
     def _arrive_down(self, frame: m.Message) -> None:
         if self.is_open:
+            self.world.story.frame(self.world.now, self.name, "<-", frame)
             self.receive(frame)
 
     def cut(self, why: str) -> None:
@@ -194,6 +266,8 @@ class SimScheduler:
         records = [*disk.records, *disk.object_records.values()]
         self.core.restore(records, self.world.now)
         self.core.check()
+        self.world.promises.on_new_life(self.core)
+        self.turn_count = 0
         self.inbox: list[Any] = []
         self.has_turn = False
         self.stopped_until = 0.0
@@ -206,10 +280,27 @@ class SimScheduler:
     def kill(self) -> None:
         """SIGKILL: memory is gone, also stores that were not on disk."""
         self.is_up = False
+        self.harvest()
+        world = self.world
+        state = self.core.state
+        circumstances = {
+            "a write": bool(state.pending_stores),
+            "a retry backing off": any(call.backing_off for call in state.calls.values()),
+            "a generator": any(lease.call.method.is_generator for lease in state.leases.values()),
+            "a nested call": any(call.depth for call in state.calls.values()),
+            "a lost client in its grace": any(s.peer_id is None for s in state.sessions.values()),
+        }
+        world.note_circumstances("scheduler killed", circumstances)
         links, self.links = self.links, {}
         for link in links.values():
             link.is_open_there = False
             self.world.after(self.world.random.random() * 0.05, link.close_here)
+
+    def harvest(self) -> None:
+        """What this life of the scheduler counted as late or odd."""
+        for name, count in self.core.state.counts.items():
+            self.world.counts["scheduler: " + name] += count
+        self.core.state.counts.clear()
 
     def stop(self, seconds: float) -> None:
         """SIGSTOP for a while: nothing is read, and the gap is not held against anybody."""
@@ -219,7 +310,8 @@ class SimScheduler:
         if not self.is_up:
             return None
         self.peer_count += 1
-        link = Link(self.world, PeerId(self.peer_count), receive, lost)
+        name = f"{role} {self.peer_count}"
+        link = Link(self.world, name, PeerId(self.peer_count), receive, lost)
         self.links[link.peer_id] = link
         self.tell(PeerConnected(link.peer_id, role, session_id, {}))
         return link
@@ -227,7 +319,7 @@ class SimScheduler:
     def accept_nested(self, worker_link: Link, session_id: bytes, container_id: int) -> PeerId:
         self.peer_count += 1
         peer_id = PeerId(self.peer_count)
-        self.links[peer_id] = NestedLink(worker_link, session_id)
+        self.links[peer_id] = NestedLink(worker_link, peer_id, session_id)
         info = {"worker": worker_link.peer_id, "container_id": container_id}
         self.tell(PeerConnected(peer_id, "nested", session_id, info))
         return peer_id
@@ -289,15 +381,21 @@ class SimScheduler:
             self.stopped_until = self.gap_s = 0.0
         now = world.now - self.clock_offset
         inbox, self.inbox = self.inbox, []
+        core, promises = self.core, world.promises
         for event in inbox:
-            self.core.handle(event, now)
+            promises.before(event, now)
+            core.handle(event, now)
         deadline = self.core.next_deadline()
         if deadline is not None and deadline <= now:
-            self.core.handle(TimePassed(), now)
-        commands = self.core.decide(now)
-        if world.random.random() < 0.1:
-            self.core.check()
+            core.handle(TimePassed(), now)
+        commands = core.decide(now)
+        self.turn_count += 1
+        if self.turn_count >= world.check_due:
+            self.turn_count = 0
+            world.check_due = world.check_every
+            core.check()
         for command in commands:
+            promises.on_command(command, now)
             self._carry_out(command)
         deadline = self.core.next_deadline()
         if deadline is not None:
@@ -365,6 +463,10 @@ class SimScheduler:
             world.counts["scheduler killed between commit and acknowledgement"] += 1
             world.restart_scheduler()
             return
+        if last and self.links and world.random.random() < world.rates.get("cut at commit", 0.0):
+            world.counts["link cut between commit and acknowledgement"] += 1
+            link = world.random.choice(list(self.links.values()))
+            getattr(link, "worker_link", link).cut("at a commit")
         if last:
             self.tell(Stored(last))
         self._write()
@@ -373,8 +475,9 @@ class SimScheduler:
 class NestedLink:
     """A nested client's frames, wrapped into those of its worker."""
 
-    def __init__(self, worker_link: Link, session_id: bytes) -> None:
+    def __init__(self, worker_link: Link, peer_id: PeerId, session_id: bytes) -> None:
         self.worker_link = worker_link
+        self.peer_id = peer_id
         self.session_id = session_id
         self.is_open_there = True
 

@@ -156,17 +156,22 @@ class CallState:
         """(status, payload) of a call that failed as a whole."""
         return self._failure
 
+    @property
+    def in_flight(self) -> tuple[int, int]:
+        """How many inputs, and bytes of them, count against the window."""
+        return self._sent_count - self._acked_count, self._sent_bytes - self._acked_input_bytes
+
     def room(self) -> tuple[int, int]:
         """How many inputs, and bytes of them, may be added now without waiting for credit."""
         if self._failure is not None:
             return CHUNK_COUNT_MAX, CHUNK_BYTES
         if self._pending or self.is_sealed:
             return 0, 0
-        in_flight = self._sent_count - self._acked_count
-        if in_flight == 0:
+        in_flight_count, in_flight_bytes = self.in_flight
+        if in_flight_count == 0:
             return max(1, self.window_count), max(1, self.window_bytes)
-        count = self.window_count - in_flight
-        size = self.window_bytes - (self._sent_bytes - self._acked_input_bytes)
+        count = self.window_count - in_flight_count
+        size = self.window_bytes - in_flight_bytes
         return (count, size) if count > 0 and size > 0 else (0, 0)
 
     def add(
@@ -366,9 +371,9 @@ class CallState:
 
     def _fitting_count(self, chunk: Chunk) -> int:
         """How many inputs of the chunk the credit allows; at least one if nothing is in flight."""
-        in_flight = self._sent_count - self._acked_count
+        in_flight, in_flight_bytes = self.in_flight
         count = self.window_count - in_flight
-        size = self.window_bytes - (self._sent_bytes - self._acked_input_bytes)
+        size = self.window_bytes - in_flight_bytes
         if chunk.count <= count and chunk.size <= size:
             return chunk.count
         fitting = 0
