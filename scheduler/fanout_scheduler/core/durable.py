@@ -113,7 +113,18 @@ def store_seal(state: State, call: Call, message: m.SealCall) -> None:
 
 
 def store_outputs(state: State, call: Call, outputs: m.Outputs) -> int:
-    return _store(state, call, [outputs])
+    sequence = _store(state, call, [outputs])
+    call.output_stores[sequence] = (outputs.start, outputs.start + len(outputs.statuses))
+    return sequence
+
+
+def stores_of(call: Call, start: int, stop: int) -> list[int]:
+    """The sequences of outputs of these inputs that are not on disk yet."""
+    return [
+        sequence
+        for sequence, (low, high) in call.output_stores.items()
+        if low < stop and start < high
+    ]
 
 
 def store_failure(state: State, call: Call, failure: m.CallFailed) -> None:
@@ -160,6 +171,7 @@ def on_stored(state: State, sequence: int) -> None:
             pending.stored()
         if pending.call is None:
             continue
+        pending.call.output_stores.pop(pending.first_sequence, None)
         for record in pending.records:
             _promise_kept(state, pending.call, record)
 

@@ -31,13 +31,15 @@ def on_lease_outputs(state: State, peer_id: PeerId, message: m.LeaseOutputs) -> 
     worker = state.peers[peer_id].worker
     if worker is None:
         return
-    store_sequence = _accept(state, message)
-    worker.unsafe.append((message.sequence, store_sequence))
+    *waits, last = _accept(state, message) or (0,)
+    # Of several records any may come last. Until all are there, only what was before is safe.
+    worker.unsafe += [(message.sequence - 1, store_sequence) for store_sequence in waits]
+    worker.unsafe.append((message.sequence, last))
     state.acknowledging[worker.worker_id] = worker
 
 
-def _accept(state: State, message: m.LeaseOutputs) -> int:
-    """Use a report. Returns the store sequence that makes it safe, 0 when it is safe now."""
+def _accept(state: State, message: m.LeaseOutputs) -> list[int]:
+    """Use a report. Returns the store sequences that make it safe, none when it is safe now."""
     start = message.start
     stop = start + len(message.statuses)
     lease = state.leases.get(message.lease_id)
@@ -47,7 +49,7 @@ def _accept(state: State, message: m.LeaseOutputs) -> int:
         and (lease.call.call_id != message.call_id or start < lease.start or stop > lease.end)
     ):
         state.note("report that does not fit its lease")
-        return 0
+        return []
     if lease is not None:
         lease.heard_at = state.now
         _measure(state, lease.call.method, message)
@@ -57,25 +59,27 @@ def _accept(state: State, message: m.LeaseOutputs) -> int:
         state.note("output of an ended call")
         if lease is not None:
             close_inputs(state, lease, start, stop)
-        return 0
+        return []
     if message.blobs and any(i not in state.present_blobs for i in blobs.ids(message.blobs)):
         # A worker sends the blobs first, so this one broke the order: run the inputs again.
         state.note("report without its blobs")
         if lease is not None:
             close_inputs(state, lease, start, stop)
             requeue(state, call, start, stop)
-        return 0
-    store_sequence = 0
+        return []
+    waits: list[int] = []
     outputs = _as_outputs(message)
     fresh = _fresh(call, start, stop)
     for low, high in fresh:
         part = cut_outputs(outputs, low, high)
-        store_sequence = max(store_sequence, _take(state, call, lease, part))
+        waits += _take(state, call, lease, part)
     if fresh != [(start, stop)]:
         state.note("duplicate output")
+        # What came before may still be on its way to disk.
+        waits += durable.stores_of(call, start, stop)
     if lease is not None:
         close_inputs(state, lease, start, stop)
-    return store_sequence
+    return waits
 
 
 def _fresh(call: Call, start: int, stop: int) -> list[tuple[int, int]]:
@@ -131,23 +135,24 @@ def cut_outputs(outputs: m.Outputs, start: int, stop: int) -> m.Outputs:
     )
 
 
-def _take(state: State, call: Call, lease: Lease | None, outputs: m.Outputs) -> int:
-    """New outputs of a call: deliver them, but not those that are no last word."""
+def _take(state: State, call: Call, lease: Lease | None, outputs: m.Outputs) -> list[int]:
+    """New outputs of a call: deliver them, but not those that are no last word. Returns the store
+    sequences that make them safe."""
     if not any(outputs.statuses):
         return deliver(state, call, outputs)
-    sequence = 0
+    waits: list[int] = []
     start = outputs.start
     for position, status in enumerate(outputs.statuses):
         index = outputs.start + position
         if status == m.Status.VALUE or _is_last_word(state, call, lease, index, status):
             continue
         if start < index:
-            sequence = max(sequence, deliver(state, call, cut_outputs(outputs, start, index)))
+            waits += deliver(state, call, cut_outputs(outputs, start, index))
         start = index + 1
     stop = outputs.start + len(outputs.statuses)
     if start < stop:
-        sequence = max(sequence, deliver(state, call, cut_outputs(outputs, start, stop)))
-    return sequence
+        waits += deliver(state, call, cut_outputs(outputs, start, stop))
+    return waits
 
 
 def _is_last_word(state: State, call: Call, lease: Lease | None, index: int, status: int) -> bool:
@@ -187,8 +192,9 @@ def on_retry_due(state: State, call: Call, index: int) -> None:
 # --- delivery -------------------------------------------------------------------------------------
 
 
-def deliver(state: State, call: Call, outputs: m.Outputs) -> int:
-    """These are the outputs of these inputs, for ever. Returns the store sequence, 0 if none."""
+def deliver(state: State, call: Call, outputs: m.Outputs) -> list[int]:
+    """These are the outputs of these inputs, for ever. Returns the store sequence that makes them
+    safe, if one does."""
     start, stop = outputs.start, outputs.start + len(outputs.statuses)
     call.queued.remove(start, stop)
     call.parked.remove(start, stop)
@@ -197,9 +203,9 @@ def deliver(state: State, call: Call, outputs: m.Outputs) -> int:
     blobs.keep(state, blobs.ids(outputs.blobs))
     if call.is_durable:
         call.storing.add(start, stop)
-        return durable.store_outputs(state, call, outputs)
+        return [durable.store_outputs(state, call, outputs)]
     finish(state, call, outputs)
-    return 0
+    return []
 
 
 def finish(state: State, call: Call, outputs: m.Outputs) -> None:

@@ -210,6 +210,8 @@ class Call:
     finished: IntervalSet = field(default_factory=IntervalSet)
     #: Outputs of a durable call that are on their way to disk.
     storing: IntervalSet = field(default_factory=IntervalSet)
+    #: The same ranges, by the first store sequence of each.
+    output_stores: dict[int, tuple[int, int]] = field(default_factory=dict)
     leases: dict[int, Lease] = field(default_factory=dict)
     chunk_starts: list[int] = field(default_factory=list)
     chunks: dict[int, Chunk] = field(default_factory=dict)
