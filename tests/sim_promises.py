@@ -145,14 +145,13 @@ class Promises:
         call = self.core.state.calls.get(message.call_id)
         if call is None or not call.is_durable:
             return
-        if message.call_id not in self.world.disk.opened:
-            raise Broken("a spawn was acknowledged that is not on disk", message.call_id)
         self._check_on_disk(message.call_id, message.present)
 
     def _check_stored(self, peer_id: PeerId, message: m.InputsStored) -> None:
         self._check_on_disk(message.call_id, message.stored)
-        if message.is_sealed and message.call_id not in self.world.disk.sealed:
-            raise Broken("a spawn was acknowledged whose end is not on disk", message.call_id)
+        disk, call_id = self.world.disk, message.call_id
+        if message.is_sealed and not (call_id in disk.opened and call_id in disk.sealed):
+            raise Broken("a spawn was acknowledged that is not all on disk", message.call_id)
 
     def _check_on_disk(self, call_id: bytes, pairs: Any) -> None:
         on_disk = self.world.disk.inputs.get(call_id, IntervalSet())

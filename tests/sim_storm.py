@@ -415,8 +415,10 @@ def verify_containers(world: Storm) -> None:
     assert not state.leases, f"leases left: {list(state.leases)}"
     by_id = {worker.state.worker_id: worker for worker in world.workers}
     for known in state.workers.values():
-        there = by_id[known.worker_id].containers
-        assert known.containers.keys() == there.keys(), "containers that are not there"
+        there = by_id[known.worker_id].containers.keys()
+        staying = {key for key, c in known.containers.items() if c.state != "stopping"}
+        assert staying <= there, "containers that are not there"
+        assert there <= known.containers.keys(), "containers that nobody knows"
     for function in state.functions.values():
         gone = function.containers.keys() - state.containers.keys()
         assert not gone, f"permits of {function.definition.name} are held by nobody"

@@ -42,6 +42,8 @@ class SimWorker:
         self.life += 1
         self.is_dead = False
         self.paused_until = 0.0
+        #: What came while it was stopped.
+        self.backlog: deque[Callable[[], None]] = deque()
         self.state = w.WorkerState(
             world.random.randbytes(16), f"w{self.number}", self.cpu, 1 << 14, False
         )
@@ -83,14 +85,24 @@ class SimWorker:
         """SIGSTOP of the daemon and its containers."""
         if seconds > WORKER_DEADLINE_S and any(self.state.leases):
             self.world.counts["worker stopped past its deadline with leases"] += 1
-        self.paused_until = self.world.now + seconds
+        self.paused_until = max(self.paused_until, self.world.now + seconds)
 
     def do(self, what: Callable[[], None]) -> None:
-        """Run something of this process, when it runs at all."""
-        if self.paused_until > self.world.now:
-            self.world.at(self.paused_until, self._in_this_life(lambda: self.do(what)))
+        """Run something of this process, when it runs at all; in the order in which it came."""
+        if self.paused_until > self.world.now or self.backlog:
+            self.backlog.append(what)
+            if len(self.backlog) == 1:
+                self.world.at(self.paused_until, self._in_this_life(self._catch_up))
             return
         what()
+
+    def _catch_up(self) -> None:
+        if self.paused_until > self.world.now:
+            self.world.at(self.paused_until, self._in_this_life(self._catch_up))
+            return
+        backlog, self.backlog = self.backlog, deque()
+        for what in backlog:
+            what()
 
     def _in_this_life(self, what: Callable[[], None]) -> Callable[[], None]:
         """Nothing of a former process happens in the next one."""

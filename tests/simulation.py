@@ -70,7 +70,7 @@ def run_seed(seed: int, is_told: bool = False, tells_all: bool = False) -> Resul
             call_id, index = b"", -1
         lines = world.story.lines(call_id, index) if is_told else []
         if not tells_all:
-            lines = lines[-LINES_MAX:]
+            lines = lines[-(LINES_MAX if call_id else LINES_MAX // 4) :]
         title = f"the story of call {call_id.hex()[:6]}" if call_id else "the story"
         title += f", input {index}" if index >= 0 else ""
         lines = [f"--- {title}", *lines, "---"] if lines else []
