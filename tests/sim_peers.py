@@ -329,10 +329,9 @@ class SimClient:
             self.world.counts["client: duplicate output or item"] += sim.call.duplicate_count
             sim.check_books()
             del self.calls[sim.call.call_id]
-            if sim.is_cancelled:
-                return
-            self.ended[sim.call.call_id] = sim
-            if not sim.call.is_durable:
+            if not sim.is_cancelled:
+                self.ended[sim.call.call_id] = sim
+            if sim.call.is_finished and not sim.call.is_durable:
                 self.last_words.finish(sim.call.call_id, 0)
 
     def repeat(self) -> bool:

@@ -76,7 +76,7 @@ class _Concern:
             return True
         if isinstance(message, m.WorkerReady | m.WorkerAccepted):
             return True
-        if getattr(message, "call_id", b"") == self.call_id:
+        if hasattr(message, "call_id"):
             return self._is_in(message)
         if self.call_id in getattr(message, "call_ids", ()):
             return True
