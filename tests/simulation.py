@@ -87,6 +87,7 @@ def main() -> int:
     parser.add_argument("--seeds", help="so many, or from-to, instead of counting events")
     parser.add_argument("--events", type=int, default=EVENTS_DEFAULT)
     parser.add_argument("-v", "--verbose", action="store_true", help="tell all of the one seed")
+    parser.add_argument("--brief", action="store_true", help="of a failure, no story")
     options = parser.parse_args()
     if options.seed is not None:
         events, counts, failure = run_seed(options.seed, True, options.verbose)
@@ -95,15 +96,15 @@ def main() -> int:
         report(events, counts, 1)
         return bool(failure)
     if options.seeds is None:
-        return run_many(1, None, options.events)
+        return run_many(1, None, options.events, options.brief)
     first, _, last = options.seeds.rpartition("-")
     try:
-        return run_many(int(first or 1), int(last), 0)
+        return run_many(int(first or 1), int(last), 0, options.brief)
     except ValueError:
         parser.error(f"--seeds is {options.seeds!r}; it is a number, or a range like 1000-1999")
 
 
-def run_many(first: int, last: int | None, events_wanted: int) -> int:
+def run_many(first: int, last: int | None, events_wanted: int, is_brief: bool) -> int:
     """Seeds from `first` on, up to `last` or until there were so many events."""
     events, done, next_seed = 0, 0, first
     counts: Counter[str] = Counter()
@@ -127,7 +128,9 @@ def run_many(first: int, last: int | None, events_wanted: int) -> int:
                 add_counts(counts, seed_counts)
                 if failure:
                     pool.shutdown(wait=False, cancel_futures=True)
-                    tell_failure(seed, seed_events, events)
+                    # The same seed does the same: run it again, now with its story.
+                    failure = failure if is_brief else run_seed(seed, True)[2]
+                    tell_failure(failure, seed, seed_events, events)
                     return 1
     report(events, counts, done)
     sys.stdout.write(f"{time.monotonic() - started:.1f} s on {processes} cores\n")
@@ -144,9 +147,8 @@ def add_counts(counts: Counter[str], more: Counter[str]) -> None:
         counts[name] = max(counts[name], count) if is_maximum else counts[name] + count
 
 
-def tell_failure(seed: int, seed_events: int, events: int) -> None:
-    """The same seed does the same: run it again, now with its story."""
-    sys.stdout.write(run_seed(seed, True)[2] + "\n")
+def tell_failure(failure: str, seed: int, seed_events: int, events: int) -> None:
+    sys.stdout.write(failure + "\n")
     sys.stdout.write(
         f"seed {seed} failed after {seed_events} events of its own, {events} in all; replay it with\n"
         f"    {sys.executable} tests/simulation.py --seed {seed}\n"
