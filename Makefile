@@ -8,14 +8,15 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format sim bench bench-peers clean
+.PHONY: help install demo test check format sim mutants bench bench-peers clean
 
 help:
 	@echo "make demo         install into .venv and run the main example on this machine"
 	@echo "make test         run the tests"
 	@echo "make check        ruff and mypy"
 	@echo "make format       let ruff format and fix"
-	@echo "make sim          run the simulation over many seeds"
+	@echo "make sim          run the simulation, 10 million events; or SEEDS=500, or SEEDS=1000-1999"
+	@echo "make mutants      plant mistakes one at a time: the simulation must see each"
 	@echo "make bench        compare with the standard library and joblib, about a minute"
 	@echo "make bench-peers  compare with mpire, Ray and Dask too (installs them into .venv)"
 	@echo "make clean        remove .venv and caches"
@@ -66,7 +67,10 @@ format: $(STAMP)
 	@$(BIN)/ruff format --quiet
 
 sim: $(STAMP)
-	@$(BIN)/python tests/simulation.py
+	@$(BIN)/python tests/simulation.py $(if $(SEEDS),--seeds $(SEEDS))
+
+mutants: $(STAMP)
+	@$(BIN)/python tests/mutants.py
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.bench

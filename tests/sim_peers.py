@@ -278,7 +278,10 @@ class SimClient:
 
     def on_lost(self) -> None:
         self.link = None
-        self.world.after(0.05 + self.world.random.random(), self.connect)
+        # A network may be away for a while, yet not for longer than the grace of a client.
+        random = self.world.random
+        longest_s = 20.0 if random.random() < 0.2 else 1.0
+        self.world.after(0.05 + random.random() * longest_s, self.connect)
 
     def open(self, plan: Plan, count: int, is_ordered: bool, is_durable: bool) -> SimCall:
         call_id = self.world.random.randbytes(16)

@@ -1,5 +1,5 @@
-"""The storm of a simulation: faults at rates that its seed has drawn; then healing, and what must be
-true when all is over."""
+"""The storm of a simulation: faults at rates that its seed has drawn; then healing, and what must
+be true when all is over."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ CHANCES = {
     "start failure": 0.02,
     "kill at commit": 0.01,
     "cut at commit": 0.02,
+    "container babbles": 0.05,
 }
 #: Virtual seconds of the fairness probe: the first call runs alone, then both.
 ALONE_S = 3.0

@@ -444,11 +444,8 @@ class SimContainer:
         total = self.plan.item_count
         while self.item < min(self.upto, total):
             count = min(self.world.random.randint(1, 9), self.upto - self.item, total - self.item)
-            values = [b"%d" % (self.item + i) for i in range(count)]
-            table = b"".join(len(v).to_bytes(4, "little") for v in values)
-            self.worker.state.lease_items(
-                lease.lease_id, index, self.item, table, [], b"".join(values)
-            )
+            self._babble(lease, index)
+            self._give_items(lease, index, self.item, self.item + count)
             self.item += count
         if self.item >= total:
             self._report(m.Status.DONE, msgpack.packb(total))
@@ -456,6 +453,22 @@ class SimContainer:
         self.waits = True
         self.world.counts["generator out of credit"] += 1
         self.worker.state.lease_waits(lease.lease_id, self.upto)
+
+    def _give_items(self, lease: m.Lease, index: int, start: int, stop: int) -> None:
+        values = [b"%d" % number for number in range(start, stop)]
+        table = b"".join(len(v).to_bytes(4, "little") for v in values)
+        self.worker.state.lease_items(lease.lease_id, index, start, table, [], b"".join(values))
+
+    def _babble(self, lease: m.Lease, index: int) -> None:
+        """Say items again, or some that are not their turn; nothing may come of it."""
+        random = self.world.random
+        if random.random() >= self.world.rates.get("container babbles", 0.0):
+            return
+        self.world.counts["container babbles"] += 1
+        if self.item and random.random() < 0.5:
+            self._give_items(lease, index, max(0, self.item - 3), self.item)
+        else:
+            self._give_items(lease, index, self.item + 2, self.item + 3)
 
     # --- nested calls ----------------------------------------------------------------------------
 
@@ -496,9 +509,8 @@ class SimContainer:
             return
         inner = m.decode(message.header, bytes(message.payload))
         self.wait_frames += type(inner) in m.ENDS_WAIT
-        if getattr(inner, "call_id", None) == self.nested.call.call_id:
-            if isinstance(inner, CALL_STATE_KINDS):
-                self.nested.receive(inner)
+        if isinstance(inner, CALL_STATE_KINDS) and inner.call_id == self.nested.call.call_id:
+            self.nested.receive(inner)
         self._turn_nested()
 
     def _turn_nested(self) -> None:

@@ -216,9 +216,7 @@ class Link:
     def down(self, message: m.Message) -> None:
         if not self.is_open_there or self.is_half_open:
             return
-        self.last_down = self._arrival(
-            self.last_down, max(self.stalled_until, self.unread_until)
-        )
+        self.last_down = self._arrival(self.last_down, max(self.stalled_until, self.unread_until))
         frame = copy(message)
         self.world.at(self.last_down, lambda: self._arrive_down(frame))
 
