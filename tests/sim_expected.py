@@ -7,6 +7,7 @@ from tests.sim_storm import FAULTS_PER_S
 
 OTHER_FAULTS = [
     "attached call",
+    "call terminated",
     "client back within its grace",
     "client: duplicate output or item",
     "container babbles",
@@ -79,7 +80,6 @@ ODD_ON_THE_WIRE = [
     "ItemCredit of an unknown call",
     "LeaseOutputs of an unknown call",
     "SealCall of an unknown call",
-    "acknowledgement of nothing",
     "frame to a client about a call that is over",
     "inputs that are here already",
     "items under a void lease",

@@ -7,7 +7,7 @@ of credit, against what goes over the wire.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -245,7 +245,8 @@ class SimClient:
         self.is_paused = False
         #: It shows its user how calls get on.
         self.is_watching = world.random.random() < 0.5
-        self.last_frame: m.Message | None = None
+        #: The last of those frames in this connection that it may say again.
+        self.said: deque[Any] = deque(maxlen=8)
         self.connect()
 
     def connect(self) -> None:
@@ -257,7 +258,7 @@ class SimClient:
         if self.link is None:
             self.world.after(0.1 + self.world.random.random(), self.connect)
             return
-        self.last_frame = None
+        self.said.clear()
         words = self.last_words.again()
         self.link.up(m.OpenApp(APP, "sim"))
         if self.is_watching:
@@ -326,7 +327,7 @@ class SimClient:
             if isinstance(message, m.CancelCall):
                 self.last_words.keep(message)
             elif isinstance(message, REPEATED_KINDS):
-                self.last_frame = message
+                self.said.append(message)
             self._send(message)
         if sim.is_finished:
             self.world.counts["client: duplicate output or item"] += sim.call.duplicate_count
@@ -338,12 +339,17 @@ class SimClient:
                 self.last_words.finish(sim.call.call_id, 0)
 
     def repeat(self) -> bool:
-        """Say the last thing again, of a call that is still open."""
-        frame = self.last_frame
-        if self.link is None or frame is None or frame.call_id not in self.calls:  # type: ignore[attr-defined]
+        """Say something again, of a call that is still open."""
+        frames = [frame for frame in self.said if frame.call_id in self.calls]
+        if self.link is None or not frames:
             return False
-        self.link.up(frame)
+        self.link.up(self.world.random.choice(frames))
         return True
+
+    def terminate(self, sim: SimCall) -> None:
+        """Cancel a call, and have the containers killed that run it."""
+        self._send(m.TerminateCall(sim.call.call_id))
+        self.cancel(sim)
 
     def resume(self) -> None:
         self.is_paused = False

@@ -22,7 +22,7 @@ FAULTS_PER_S = {
     "stall": 0.2,
     "slow reader": 0.1,
     "frame said again": 0.3,
-    "stray frame": 0.1,
+    "stray frame": 0.2,
     "scheduler killed": 0.05,
     "scheduler stopped": 0.03,
     "worker killed": 0.06,
@@ -143,20 +143,29 @@ class Storm(World):
         return self.random.choice(self.clients).repeat()
 
     def do_stray_frame(self) -> bool:
-        """A client speaks of a call that is another's. Nothing may come of it."""
+        """Somebody speaks of what is another's, or of what there never was. Nothing may come of
+        it."""
+        random = self.random
+        if random.random() < 0.3:
+            worker = random.choice(self.workers)
+            worker.state.container_started(random.getrandbits(30), 1, 0.0)
+            worker.carry_out()
+            return worker.link is not None
+        client = random.choice(self.clients)
         calls = [call for c in self.clients for call in c.calls.values() if not call.is_cancelled]
-        client = self.random.choice(self.clients)
         foreign = [c.call.call_id for c in calls if c.call.call_id not in client.calls]
-        if not foreign or client.link is None:
+        if client.link is None:
             return False
-        call_id = self.random.choice(foreign)
+        call_id = random.choice([*foreign, random.randbytes(16)])
         stray: list[m.Message] = [
             m.SealCall(call_id, 0),
             m.Ack(call_id, [(0, 1 << 20)], 1 << 20, 0),
             m.CallsFinished([call_id]),
             m.ItemCredit(call_id, 0, 0, 1 << 20),
+            m.Inputs(call_id, 0, b"\1\0\0\0", [], b"x"),
+            m.DefineFunction(random.randbytes(16), random.randbytes(16), "stray", {}, [], b""),
         ]
-        client.link.up(self.random.choice(stray))
+        client.link.up(random.choice(stray))
         return True
 
     def do_scheduler_killed(self) -> bool:
@@ -209,7 +218,12 @@ class Storm(World):
         open_calls = [c for c in client.calls.values() if not c.is_finished]
         if not open_calls or client.is_gone:
             return False
-        client.cancel(self.random.choice(open_calls))
+        call = self.random.choice(open_calls)
+        if self.random.random() < 0.3 and client.link is not None:
+            self.counts["call terminated"] += 1
+            client.terminate(call)
+        else:
+            client.cancel(call)
         return True
 
     def do_queue_user_died(self) -> bool:

@@ -20,7 +20,7 @@ from tests.sim_storm import Storm
 
 ROOT = Path(__file__).resolve().parent.parent
 #: A seed of some thousand events.
-SEED = 13
+SEED = 5
 
 
 def replay(seed: int, hash_seed: str) -> str:
