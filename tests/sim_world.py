@@ -76,7 +76,7 @@ class World:
         self.busy_s: dict[bytes, float] = {}
         #: Faults and chances by name; the storm draws them.
         self.rates: dict[str, float] = {}
-        self.delay_s = self.random.choice([0.0001, 0.001, 0.02])
+        self.delay_s = self.random.choice([0.0001, 0.001, 0.02, 0.1])
         #: All invariants are checked once in so many turns, and in the next one after each fault.
         self.check_every = self.random.choice([1, 5, 20, 20, 80, 80, 80, 80])
         self.check_due = self.check_every

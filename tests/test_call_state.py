@@ -367,6 +367,23 @@ def test_items_that_come_again_are_dropped_and_gaps_are_refused() -> None:
         call.handle(items(0, 9, [b"z"]))
 
 
+def test_items_behind_those_that_a_lost_connection_swallowed_wait_for_them() -> None:
+    call = make(is_generator=True)
+    call.add([b"x"])
+    call.seal()
+    call.handle(items(0, 0, [b"a"]))
+    # Item 1 was on its way when the connection was lost. Item 2 comes on the new one, before the
+    # scheduler has heard that the call goes on; then all is repeated from item 1 on.
+    call.resume()
+    call.handle(items(0, 2, [b"c"]))
+    assert [payload for _, payload in delivered(call)] == [b"a"]
+    call.handle(m.CallOpened(call.call_id, 10, 1000, [(0, 1)]))
+    call.handle(items(0, 1, [b"b"]))
+    call.handle(items(0, 2, [b"c"]))
+    call.handle(done(0, 3))
+    assert [payload for _, payload in delivered(call)] == [b"b", b"c", b"\3"]
+
+
 def test_credit_grows_while_items_are_consumed_and_only_then() -> None:
     call = make(is_generator=True)
     call.add([b"x"])

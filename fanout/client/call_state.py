@@ -575,6 +575,10 @@ class CallState:
             message.index, message.number, message.lengths, message.payload, message.blobs
         )
         behind = stream.received - batch.number
+        if behind < 0 and self.is_resuming:
+            # Those before it were lost with the old connection. The answer to our OpenCall brings
+            # all of them again, and this one behind them.
+            return
         if behind < 0:
             raise ProtocolError(
                 f"item {batch.number} of input {batch.index} came when {stream.received} was due"
