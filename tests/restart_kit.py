@@ -1,0 +1,131 @@
+"""What the tests of restarts run in containers, and how they kill the scheduler in mid-work."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fanout
+from tests.behaviour_kit import shared_out_bytes
+from tests.conftest import HandStarted, is_alive
+
+app = fanout.App("restart")
+
+FULL = os.environ.get("FANOUT_TEST_FULL") == "1"
+
+
+# --- functions ------------------------------------------------------------------------------------
+# Each says which process it ran in, because workers are to keep their containers.
+
+
+@app.function()
+def same(x: int) -> tuple[int, int]:
+    return x, os.getpid()
+
+
+@app.function()
+def items(n: int) -> Iterator[tuple[int, int]]:
+    pid = os.getpid()
+    for number in range(n):
+        yield number, pid
+
+
+@app.function()
+def plus_one(x: int) -> int:
+    return x + 1
+
+
+@app.function(retries=fanout.Retries(2, initial_delay=0))
+def nested_and_failing(x: int, folder: str) -> tuple[int, int]:
+    """Makes two calls; every third input raises the first time, between the calls."""
+    value = plus_one.remote(x)
+    if x % 3 == 0:
+        try:
+            Path(folder, f"failed-{x}").mkdir()
+        except FileExistsError:
+            pass
+        else:
+            raise RuntimeError(f"input {x} fails on purpose, once")
+    total = sum(plus_one.map([value, value]))
+    return total // 2 - 2, os.getpid()
+
+
+@app.function()
+def size_of(data: bytes) -> int:
+    return len(data)
+
+
+@app.function()
+def size_of_buffer(array: Any) -> int:
+    return len(memoryview(array))
+
+
+# --- killing --------------------------------------------------------------------------------------
+
+
+def kill_scheduler(cluster: HandStarted) -> None:
+    """End the scheduler by SIGKILL, and wait until it is gone."""
+    assert cluster.scheduler is not None
+    cluster.scheduler.kill()
+    cluster.scheduler.wait()
+
+
+@dataclass
+class Ride:
+    """Takes the results of one call to their end while the scheduler is killed again and again.
+
+    Args:
+        cluster: whose scheduler is killed, and started again.
+        count: of the results; they must be (0, pid), (1, pid) and so on.
+        seed: of the points at which it is killed, between 10 % and 90 % of the results.
+        kills: how many points.
+    """
+
+    cluster: HandStarted
+    count: int
+    seed: int
+    kills: int = 3
+    #: Containers that gave results before the first kill, and after the last.
+    first_pids: set[int] = field(default_factory=set)
+    last_pids: set[int] = field(default_factory=set)
+    #: How much this process has grown since the first tenth, at most.
+    growth_bytes: int = 0
+
+    def take(self, results: Iterable[tuple[int, int]]) -> None:
+        chance = random.Random(self.seed)
+        low, high = self.count // 10, self.count * 9 // 10
+        points = sorted(chance.sample(range(low, high), self.kills))
+        say = f"(seed {self.seed}: killed at {points} of {self.count})"
+        first, last = points[0], points[-1]
+        baseline = 0
+        expected = 0
+        for value, pid in results:
+            assert value == expected, f"result {expected} is {value} {say}"
+            if expected == low:
+                baseline = memory_bytes()
+            if expected < first:
+                self.first_pids.add(pid)
+            if points and expected == points[0]:
+                points.pop(0)
+                kill_scheduler(self.cluster)
+                self.cluster.start_scheduler()
+                self._note_growth(baseline)
+            if expected > last:
+                self.last_pids.add(pid)
+            expected += 1
+        self._note_growth(baseline)
+        assert expected == self.count, f"{expected} results {say}"
+        gone = {pid for pid in self.first_pids if not is_alive(pid)}
+        assert not gone, f"containers {gone} of {self.first_pids} were not kept {say}"
+
+    def _note_growth(self, baseline: int) -> None:
+        self.growth_bytes = max(self.growth_bytes, memory_bytes() - baseline)
+
+
+def memory_bytes() -> int:
+    """What this process holds; pages that it shares count by its share."""
+    return shared_out_bytes({os.getpid()})
