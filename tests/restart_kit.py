@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import fanout
+from fanout.client.local import ask_status
+from fanout.protocol.join import JoinString
 from tests.behaviour_kit import shared_out_bytes
 from tests.conftest import HandStarted, is_alive
 
@@ -23,15 +26,21 @@ FULL = os.environ.get("FANOUT_TEST_FULL") == "1"
 
 
 @app.function()
-def same(x: int) -> tuple[int, int]:
-    return x, os.getpid()
+def same(x: int, load: bytes = b"") -> tuple[int, int, bytes]:
+    return x, os.getpid(), load
 
 
 @app.function()
-def items(n: int) -> Iterator[tuple[int, int]]:
+def same_after(x: int, seconds: float) -> tuple[int, int, bytes]:
+    time.sleep(seconds)
+    return x, os.getpid(), b""
+
+
+@app.function()
+def items(n: int, size: int) -> Iterator[tuple[int, int, bytes]]:
     pid = os.getpid()
     for number in range(n):
-        yield number, pid
+        yield number, pid, bytes(size)
 
 
 @app.function()
@@ -40,7 +49,7 @@ def plus_one(x: int) -> int:
 
 
 @app.function(retries=fanout.Retries(2, initial_delay=0))
-def nested_and_failing(x: int, folder: str) -> tuple[int, int]:
+def nested_and_failing(x: int, folder: str) -> tuple[int, int, bytes]:
     """Makes two calls; every third input raises the first time, between the calls."""
     value = plus_one.remote(x)
     if x % 3 == 0:
@@ -51,7 +60,7 @@ def nested_and_failing(x: int, folder: str) -> tuple[int, int]:
         else:
             raise RuntimeError(f"input {x} fails on purpose, once")
     total = sum(plus_one.map([value, value]))
-    return total // 2 - 2, os.getpid()
+    return total // 2 - 2, os.getpid(), b""
 
 
 @app.function()
@@ -67,6 +76,11 @@ def size_of_buffer(array: Any) -> int:
 # --- killing --------------------------------------------------------------------------------------
 
 
+def open_call_count(cluster: HandStarted) -> int:
+    """How many calls the scheduler has to do something for."""
+    return int(ask_status(JoinString.parse(cluster.client_join))["open_call_count"])
+
+
 def kill_scheduler(cluster: HandStarted) -> None:
     """End the scheduler by SIGKILL, and wait until it is gone."""
     assert cluster.scheduler is not None
@@ -80,7 +94,7 @@ class Ride:
 
     Args:
         cluster: whose scheduler is killed, and started again.
-        count: of the results; they must be (0, pid), (1, pid) and so on.
+        count: of the results; they must be (0, pid, load), (1, pid, load) and so on.
         seed: of the points at which it is killed, between 10 % and 90 % of the results.
         kills: how many points.
     """
@@ -95,7 +109,7 @@ class Ride:
     #: How much this process has grown since the first tenth, at most.
     growth_bytes: int = 0
 
-    def take(self, results: Iterable[tuple[int, int]]) -> None:
+    def take(self, results: Iterable[tuple[int, int, bytes]]) -> None:
         chance = random.Random(self.seed)
         low, high = self.count // 10, self.count * 9 // 10
         points = sorted(chance.sample(range(low, high), self.kills))
@@ -103,7 +117,7 @@ class Ride:
         first, last = points[0], points[-1]
         baseline = 0
         expected = 0
-        for value, pid in results:
+        for value, pid, _ in results:
             assert value == expected, f"result {expected} is {value} {say}"
             if expected == low:
                 baseline = memory_bytes()
@@ -111,6 +125,7 @@ class Ride:
                 self.first_pids.add(pid)
             if points and expected == points[0]:
                 points.pop(0)
+                assert open_call_count(self.cluster), f"all was done before the kill {say}"
                 kill_scheduler(self.cluster)
                 self.cluster.start_scheduler()
                 self._note_growth(baseline)

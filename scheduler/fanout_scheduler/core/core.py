@@ -248,6 +248,8 @@ class Scheduler:
                 calls.forget_call(state, what)
             elif kind == "progress":
                 progress.on_due(state, what)
+            elif kind == "unopened":
+                calls.on_unopened_deadline(state, what)
             elif kind == "unsealed":
                 calls.on_unsealed_deadline(state, what)
             elif kind in objects.DEADLINES:
