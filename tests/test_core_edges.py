@@ -10,6 +10,7 @@ from fanout.protocol import messages as m
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
     BlobCompleted,
+    Disconnect,
     ForgetCall,
     Store,
     Stored,
@@ -254,6 +255,21 @@ def test_containers_of_calls_that_ended_before_a_restart_leave_when_nobody_comes
     assert after.take_all(m.StopContainer) == []
     after.later(CLIENT_GRACE_S - 2 * WORKER_DEADLINE_S + 3)
     assert after.take(m.StopContainer).container_id == container_id
+
+
+def test_a_nested_client_is_sent_away_until_its_container_is_claimed() -> None:
+    bench = Bench(epoch=2)
+    container_id = 1 << m.EPOCH_SHIFT | 7
+    worker = back_with(bench, container_id)
+    info = {"worker": worker, "container_id": container_id}
+    early = bench.connect("nested", session=b"n" * 16, **info)
+    (order,) = [order for order in bench.orders if isinstance(order, Disconnect)]
+    assert order.peer_id == early
+    bench.lose(early)
+    bench.client(f={}, g={})
+    again = bench.connect("nested", session=b"n" * 16, **info)
+    bench.open(again, "g", call=5, count=1)
+    assert bench.started_lease(worker).call_id == bytes([5]) * 16
 
 
 def test_results_of_a_spawned_call_expire_over_restarts() -> None:
