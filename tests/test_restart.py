@@ -19,8 +19,13 @@ from pathlib import Path
 
 import pytest
 
+from fanout.client.session import RECONNECT_DELAY_MIN_S, Session
+from fanout.protocol import messages as m
+from fanout.protocol.join import JoinString, Token
+from fanout.protocol.transport import Transport, serve
 from tests import restart_kit as kit
 from tests.conftest import ROOT, TIMEOUT_FACTOR, HandStarted, environment, poll_until
+from tests.transport_kit import Recorder
 
 Start = Callable[..., HandStarted]
 
@@ -129,7 +134,7 @@ def test_containers_that_call_wait_for_a_client_that_comes_back_later(
     scheduler_and_workers: Start, tmp_path: Path
 ) -> None:
     """Workers keep containers of attached calls for a client that is late, and these containers
-    have clients of their own, which are early: they must try again, and not all the time."""
+    have clients of their own, which are early: they must learn that nobody hears them yet."""
     cluster = scheduler_and_workers(1, cpu=1)
     client = subprocess.Popen(
         [sys.executable, "-c", CLIENT_OF_NESTED_CALLS, str(tmp_path)],
@@ -137,26 +142,53 @@ def test_containers_that_call_wait_for_a_client_that_comes_back_later(
         cwd=ROOT,
         stdout=subprocess.PIPE,
     )
+    name = "nested client of an unknown container"
     try:
         assert client.stdout is not None
         assert client.stdout.readline() == b"0\n"
         client.send_signal(signal.SIGSTOP)
         kit.kill_scheduler(cluster)
         cluster.start_scheduler()
-        begun_at = time.monotonic()
-        poll_until(lambda: refusals(cluster) >= 5, lambda: f"only {refusals(cluster)} refusals")
-        assert time.monotonic() - begun_at > 0.1, "containers try again without a pause"
+        poll_until(lambda: kit.status(cluster)["counts"].get(name), "a container is early")
         client.send_signal(signal.SIGCONT)
-        rest, _ = client.communicate(timeout=30 * TIMEOUT_FACTOR)
+        rest, _ = client.communicate(timeout=20 * TIMEOUT_FACTOR)
         assert rest == b"True\n"
     finally:
         client.kill()
         client.communicate()
 
 
-def refusals(cluster: HandStarted) -> int:
-    """How often a client in a container came before whoever uses the container."""
-    return int(kit.status(cluster)["counts"].get("nested client of an unknown container", 0))
+async def test_a_client_that_is_sent_away_again_and_again_comes_more_slowly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    token = Token.new("client")
+    times: asyncio.Queue[float] = asyncio.Queue()
+
+    def send_away(own: Transport, hello: m.Hello, role: str) -> Recorder:
+        times.put_nowait(time.monotonic())
+        own.close(m.Goodbye("unknown", "not now"))
+        return Recorder(own, lambda _: None)
+
+    server = await serve(
+        "127.0.0.1",
+        0,
+        tokens={token.token_id: token}.get,
+        welcome=lambda hello, role: m.Welcome(1, {}),
+        handler=send_away,
+        tls=None,
+    )
+    monkeypatch.setenv("FANOUT_URL", str(JoinString.of(token, "127.0.0.1", server.port, None)))
+    session = Session(asyncio.get_running_loop())
+    try:
+        await session.connect()
+        came_at = [await times.get() for _ in range(5)]
+        pauses = [after - before for before, after in itertools.pairwise(came_at)]
+        for number, pause in enumerate(pauses):
+            assert pause >= RECONNECT_DELAY_MIN_S * 2**number, pauses
+    finally:
+        await session.close()
+        server.close()
+        await server.wait_closed()
 
 
 async def test_results_that_came_out_of_order_before_a_restart_leave_no_gap(

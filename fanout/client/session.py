@@ -157,6 +157,9 @@ class Session:
                 transport = await self._dial(is_first=not opening.done())
                 await self._await_apps(transport)
                 self._attach(transport)
+                if transport.is_closed:
+                    # It was lost before it was the session's, and nobody was told.
+                    self.lose(transport, None)
                 if not opening.done():
                     opening.set_result(None)
                 connected_at = time.monotonic()
