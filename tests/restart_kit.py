@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import fanout
 from fanout.client.local import ask_status
@@ -77,8 +80,9 @@ def size_of(data: bytes) -> int:
 
 
 @app.function()
-def size_of_buffer(array: Any) -> int:
-    return len(memoryview(array))
+def bytes_when_open(x: int, size: int, gate: str) -> bytes:
+    wait_for_file(gate)
+    return bytes([x]) * size
 
 
 # --- killing --------------------------------------------------------------------------------------
@@ -166,3 +170,73 @@ class Ride:
 def memory_bytes() -> int:
     """What this process holds; pages that it shares count by its share."""
     return shared_out_bytes({os.getpid()})
+
+
+# --- a small disk ---------------------------------------------------------------------------------
+
+
+class SmallDisk(HandStarted):
+    """A cluster whose scheduler keeps its state on a file system of its own, of a few MiB.
+
+    The file system is mounted where only one process sees it, which does nothing else; others reach
+    it through that process. So it goes with the process, also after a test that was killed.
+    """
+
+    def __init__(self, folder: Path, size_mib: int) -> None:
+        super().__init__(folder)
+        require_mounts()
+        mount = f"mount -t tmpfs -o size={size_mib}m,mode=700 none {folder}"
+        self._holder = subprocess.Popen(
+            [*UNSHARE, "sh", "-c", f"{mount} && echo ready && exec cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._holder.stdout is not None
+        assert self._holder.stdout.readline() == b"ready\n"
+        self.disk = Path(f"/proc/{self._holder.pid}/root{folder}")
+
+    @property
+    def scheduler_home(self) -> Path:
+        return self.disk / "scheduler"
+
+    def _command(self, name: str, arguments: list[str]) -> list[str]:
+        command = super()._command(name, arguments)
+        if name != "scheduler":
+            return command
+        # SQLite makes paths absolute and so must see the disk where it is mounted.
+        command = [argument.replace(str(self.disk), str(self.folder)) for argument in command]
+        return ["nsenter", f"--target={self._holder.pid}", *ENTER, "--", *command]
+
+    def fill(self) -> None:
+        """Leave no room at all."""
+        with (self.disk / "filler").open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    def make_room(self) -> None:
+        (self.disk / "filler").unlink()
+
+    def stop(self) -> None:
+        super().stop()
+        self._holder.communicate()
+
+
+#: As root it needs no more; others are root in a namespace of users of their own.
+IS_ROOT = os.geteuid() == 0
+UNSHARE = ["unshare", "--mount"] if IS_ROOT else ["unshare", "--mount", "--map-root-user"]
+ENTER = ["--mount"] if IS_ROOT else ["--user", "--preserve-credentials", "--mount"]
+
+
+def require_mounts() -> None:
+    """Skip the test where nothing can be mounted; in CI that is a failure."""
+    command = [*UNSHARE, "mount", "-t", "tmpfs", "none", "/mnt"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        problem = done.stderr.strip()
+    except FileNotFoundError as error:
+        problem = str(error)
+    if problem:
+        reason = f"this test mounts a small disk, which needs root or user namespaces: {problem}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)

@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,8 +100,8 @@ DAMAGES = [
     Damage(
         "tokens emptied",
         lambda home: os.truncate(home / "tokens.json", 0),
-        "tokens.json",
-        "",
+        "tokens.json is damaged",
+        "Put a copy back, or delete it to have new tokens made",
     ),
 ]
 
@@ -113,7 +113,7 @@ def content_of(home: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def used_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def used_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The home folder of a scheduler that has left, with calls and a queue."""
     cluster = HandStarted(tmp_path_factory.mktemp("used"))
     try:
@@ -123,7 +123,7 @@ def used_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert done.returncode == 0, done.stderr
     finally:
         cluster.stop()
-    yield cluster.scheduler_home
+    return cluster.scheduler_home
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
