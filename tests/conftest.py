@@ -268,12 +268,15 @@ class HandStarted:
                 process.kill()
                 process.wait()
 
+    def _command(self, name: str, arguments: list[str]) -> list[str]:
+        return [sys.executable, *arguments]
+
     def _start(
         self, name: str, arguments: list[str], variables: dict[str, str]
     ) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *arguments],
+                self._command(name, arguments),
                 env=environment(**variables),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

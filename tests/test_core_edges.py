@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 
+from fanout.config import CLIENT_GRACE_S, WORKER_DEADLINE_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
     BlobCompleted,
+    Disconnect,
     ForgetCall,
     Store,
     Stored,
@@ -189,6 +191,85 @@ def test_a_report_that_does_not_fit_its_lease_is_dropped() -> None:
     )
     assert bench.take_all(m.Outputs) == []
     assert bench.core.state.counts["report that does not fit its lease"] == 2
+
+
+def spawned(finished: bool) -> tuple[list[object], int]:
+    """The records of a spawned call of two inputs, and the container that runs or ran them."""
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={})
+    bench.open(client, count=2, is_durable=True)
+    records = [record for store in bench.store() for record in store.records]
+    lease = bench.started_lease(worker)
+    if finished:
+        bench.finish(worker, lease, count=1)
+        records += [record for store in bench.store() for record in store.records]
+        bench.finish(worker, bench.take(m.Lease, worker))
+        for _ in range(2):
+            records += [record for store in bench.store() for record in store.records]
+    return list(records), lease.container_id
+
+
+def back_with(bench: Bench, container_id: int) -> int:
+    """A worker that comes back with a container of `f`."""
+    worker = bench.connect("worker")
+    containers = [[container_id, b"f" * 16]]
+    bench.frame(worker, m.WorkerReady(b"\1" * 16, "w1", 1.0, 1000, False, containers, []))
+    return worker
+
+
+def test_a_spawned_call_whose_client_is_gone_goes_on_in_the_containers_of_before() -> None:
+    records, container_id = spawned(finished=False)
+    for seconds in (0, CLIENT_GRACE_S + 1):
+        after = reborn(records)
+        after.later(seconds)
+        worker = back_with(after, container_id)
+        assert after.take(m.WorkerAccepted).keep == [container_id]
+        assert after.take(m.Lease, worker).container_id == container_id
+        assert after.take_all(m.StopContainer) == []
+
+
+def test_containers_of_calls_that_ended_before_a_restart_wait_for_their_client() -> None:
+    records, container_id = spawned(finished=True)
+    after = reborn(records)
+    worker = back_with(after, container_id)
+    assert after.take(m.WorkerAccepted).keep == [container_id]
+    client = after.client(f={})
+    after.later(WORKER_DEADLINE_S - 1)
+    after.frame(worker, m.Heartbeat(1))
+    after.later(WORKER_DEADLINE_S - 1)
+    after.frame(worker, m.Heartbeat(2))
+    after.later(CLIENT_GRACE_S - 2 * WORKER_DEADLINE_S + 3)
+    assert after.take_all(m.StopContainer) == []
+    after.open(client, call=2, count=1)
+    assert after.take(m.Lease, worker).container_id == container_id
+
+
+def test_containers_of_calls_that_ended_before_a_restart_leave_when_nobody_comes() -> None:
+    records, container_id = spawned(finished=True)
+    after = reborn(records)
+    worker = back_with(after, container_id)
+    for count in (1, 2):
+        after.later(WORKER_DEADLINE_S - 1)
+        after.frame(worker, m.Heartbeat(count))
+    assert after.take_all(m.StopContainer) == []
+    after.later(CLIENT_GRACE_S - 2 * WORKER_DEADLINE_S + 3)
+    assert after.take(m.StopContainer).container_id == container_id
+
+
+def test_a_nested_client_is_sent_away_until_its_container_is_claimed() -> None:
+    bench = Bench(epoch=2)
+    container_id = 1 << m.EPOCH_SHIFT | 7
+    worker = back_with(bench, container_id)
+    info = {"worker": worker, "container_id": container_id}
+    early = bench.connect("nested", session=b"n" * 16, **info)
+    (order,) = [order for order in bench.orders if isinstance(order, Disconnect)]
+    assert order.peer_id == early
+    bench.lose(early)
+    bench.client(f={}, g={})
+    again = bench.connect("nested", session=b"n" * 16, **info)
+    bench.open(again, "g", call=5, count=1)
+    assert bench.started_lease(worker).call_id == bytes([5]) * 16
 
 
 def test_results_of_a_spawned_call_expire_over_restarts() -> None:

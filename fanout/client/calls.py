@@ -228,14 +228,15 @@ class LiveFetch:
 
     def questions(self) -> list[m.Message]:
         """What to send when the connection is new: the answer to the second one comes behind all
-        outputs that are there already."""
-        if not self.received:
-            ranges = [(self.start, self.stop)]
-        else:
-            ranges = self.received.missing(self.start, self.stop)
-        questions: list[m.Message] = [
-            m.FetchOutputs(self.request_id, self.call_id, low, high) for low, high in ranges[:1]
-        ]
+        outputs that are there already.
+
+        Outputs come in any order, so after a lost connection there may be several gaps. A request
+        has one range; what lies between the gaps comes once more, and is dropped."""
+        questions: list[m.Message] = []
+        gaps = self.received.missing(self.start, self.stop)
+        if gaps:
+            low, high = gaps[0][0], gaps[-1][1]
+            questions.append(m.FetchOutputs(self.request_id, self.call_id, low, high))
         questions.append(m.AskCall(self.request_id, self.call_id))
         return questions
 

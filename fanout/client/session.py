@@ -87,6 +87,8 @@ class Session:
         self._opening: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
+        #: How many connections in a row did not last.
+        self._short_count = 0
 
         self._runs: dict[bytes, AppRun] = {}
         self._definitions: dict[bytes, m.DefineFunction] = {}
@@ -155,10 +157,15 @@ class Session:
                 transport = await self._dial(is_first=not opening.done())
                 await self._await_apps(transport)
                 self._attach(transport)
+                if transport.is_closed:
+                    # It was lost before it was the session's, and nobody was told.
+                    self.lose(transport, None)
                 if not opening.done():
                     opening.set_result(None)
+                connected_at = time.monotonic()
                 await self._wait_lost()
                 await self._wait_wanted()
+                await self._slow_down(time.monotonic() - connected_at)
         except asyncio.CancelledError:
             # Closed, or the loop ends: what comes next begins with a new session.
             self._on_gone()
@@ -200,6 +207,16 @@ class Session:
         self._wanted.clear()
         if self._is_embedded and not (self._calls or self._fetches or self._requests):
             await self._wanted.wait()
+
+    async def _slow_down(self, lasted_s: float) -> None:
+        """Whoever is sent away as soon as it is connected comes again, at a slower and slower pace:
+        a container from before a restart, while the user of its functions is not back yet."""
+        if lasted_s > RECONNECT_DELAY_MAX_S:
+            self._short_count = 0
+            return
+        delay_s = min(RECONNECT_DELAY_MIN_S * 2**self._short_count, RECONNECT_DELAY_MAX_S)
+        self._short_count = min(self._short_count + 1, 10)
+        await asyncio.sleep(delay_s)
 
     async def _dial(self, is_first: bool) -> wire.Transport:
         """A connection; after the first one, try for ever. Embedded daemons may leave just then."""

@@ -253,9 +253,8 @@ class SchedulerServer:
         self.home = home
         self.options = options
         self.tokens = Tokens(home.tokens)
-        self.store = StoreThread(
-            home.database, load_key(home.key), self._on_stored, sync_blobs=self._sync_blobs
-        )
+        key = load_key(home.key, home.database)
+        self.store = StoreThread(home.database, key, self._on_stored, sync_blobs=self._sync_blobs)
         self.epoch = self.store.epoch()
         self.clock = Clock()
         self.core = Scheduler(self.epoch)

@@ -445,6 +445,13 @@ def fail_function(state: State, function: Function, status: int, payload: bytes)
             fail_call(state, call, m.CallFailed(call.call_id, status, payload))
 
 
+def on_unopened_deadline(state: State, app: App) -> None:
+    """An app from before a restart, whose client had its time to come back."""
+    if state.apps.get(app.app_id) is app and not app.openers:
+        app.is_closing = True
+        close_app_if_done(state, app)
+
+
 def on_unsealed_deadline(state: State, call: Call) -> None:
     """A spawn that was cut off before its end, and whose client did not come back."""
     if call.sealed_count is None and call.session is None:

@@ -39,6 +39,7 @@ from fanout_scheduler.core import check as invariants
 from fanout_scheduler.core.events import (
     BlobCompleted,
     Command,
+    Disconnect,
     Event,
     FrameReceived,
     PeerConnected,
@@ -165,8 +166,12 @@ class Scheduler:
         elif event.role == "nested":
             container = state.containers.get(event.info.get("container_id", -1))
             if container is None:
+                # Perhaps one that is held for a client that is not back yet (`workers._hold`). It
+                # comes again after a moment, and must not believe that it is heard meanwhile.
                 state.note("nested client of an unknown container")
                 del state.peers[event.peer_id]
+                text = "its container is not in use"
+                state.commands.append(Disconnect(event.peer_id, "unknown", text))
                 return
             calls.on_client_connected(state, peer, container)
 
@@ -250,6 +255,8 @@ class Scheduler:
                 calls.forget_call(state, what)
             elif kind == "progress":
                 progress.on_due(state, what)
+            elif kind == "unopened":
+                calls.on_unopened_deadline(state, what)
             elif kind == "unsealed":
                 calls.on_unsealed_deadline(state, what)
             elif kind in objects.DEADLINES:

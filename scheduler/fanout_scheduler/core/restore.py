@@ -28,9 +28,9 @@ def restore(state: State, records: Iterable[Record]) -> None:
     for call_id in orphans:
         durable.forget_call(state, call_id)
     restorer.finish()
-    for app in list(state.apps.values()):
-        # Its client may open it again; otherwise it goes when its calls have ended.
-        app.is_closing = True
+    for app in state.apps.values():
+        # Its client may open it again; otherwise it goes, when its calls have ended.
+        state.at(state.now + CLIENT_GRACE_S, "unopened", app)
     for call in list(state.calls.values()):
         if call.sealed_count is None and call.failure is None:
             # The spawn was never acknowledged as a whole, unless its client comes back for it.

@@ -65,7 +65,9 @@ def _is_container(record: list[Any]) -> bool:
 def _adopt(state: State, worker: Worker, container_id: int, function_id: bytes) -> bool:
     """Keep a warm container of a function that is known here, also after a restart."""
     function = state.functions.get(function_id)
-    if function is None or function.app.is_closing or container_id in state.containers:
+    if function is None or container_id in state.containers:
+        return False
+    if function.app.is_closing and not function.app.open_count:
         return False
     limit = function.max_containers
     if limit is not None and len(function.containers) >= limit:

@@ -7,6 +7,7 @@ lies in it was promised to somebody, so a person decides.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from fanout_scheduler.core.events import (
     ForgetRecord,
     Record,
 )
+from fanout_scheduler.home import sync_folder
 from fanout_scheduler.store.record import RowCodec, Write
 
 #: Grows whenever the tables or the stored messages change.
@@ -81,6 +83,7 @@ class Database:
     def __init__(self, path: Path, key: bytes, size_bytes_max: int | None = None) -> None:
         self.path = path
         self.codec = RowCodec(key)
+        self._make_if_missing()
         try:
             # The lock on the home folder keeps other schedulers out; a short wait is for a person
             # who looks into the file with another program.
@@ -98,20 +101,49 @@ class Database:
             self._connection.close()
             raise self._damage(error) from error
 
+    def _make_if_missing(self) -> None:
+        """Make an empty database and give it its name only when it is whole and on disk. So a file
+        that has the name was a database once, and an empty one is damage and not a beginning."""
+        if self.path.exists():
+            return
+        for suffix in ("-wal", "-shm"):
+            rest = self.path.with_name(self.path.name + suffix)
+            if rest.exists():
+                raise StorageError(
+                    f"{rest} is there and its database {self.path.name} is not. Put the database "
+                    f"back, or move {rest.name} away as well to begin without its calls."
+                )
+        part = self.path.with_name(self.path.name + ".new")
+        part.unlink(missing_ok=True)
+        try:
+            with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as connection:
+                # Nothing is written before the end of the transaction, and then all is synced.
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.executescript(
+                    f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+                )
+            part.rename(self.path)
+            sync_folder(self.path.parent)
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(
+                f"the database {self.path} cannot be made: {error}. Make room on the disk, or set "
+                f"FANOUT_HOME to another one."
+            ) from error
+
     def _prepare(self, size_bytes_max: int | None) -> None:
         execute = self._connection.execute
         version = self._pragma("user_version")
-        is_new = version == 0 and not execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
-        if not is_new and version != SCHEMA_VERSION:
+        if version == 0 and not execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+            raise self._damage("it is empty")
+        if version != SCHEMA_VERSION:
             raise StorageError(
                 f"the database {self.path} has schema version {version}, this fanout reads "
                 f"version {SCHEMA_VERSION}. Use the fanout that wrote it, or move the file away to "
                 f"begin without its calls."
             )
-        if not is_new:
-            found = execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise self._damage(found)
+        found = execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise self._damage(found)
         mode = self._pragma("journal_mode = WAL")
         if mode != "wal":
             raise StorageError(
@@ -120,10 +152,6 @@ class Database:
             )
         execute("PRAGMA synchronous = FULL")
         execute(f"PRAGMA journal_size_limit = {_JOURNAL_SIZE_BYTES_MAX}")
-        if is_new:
-            self._connection.executescript(
-                f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-            )
         if size_bytes_max is not None:
             execute(f"PRAGMA max_page_count = {max(size_bytes_max // _PAGE_SIZE_BYTES, 1)}")
 

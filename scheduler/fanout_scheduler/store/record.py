@@ -26,6 +26,7 @@ from fanout_scheduler.core.events import (
     Record,
 )
 from fanout_scheduler.core.object_state import OBJECT_RECORDS, record_key
+from fanout_scheduler.home import write_private
 
 if TYPE_CHECKING:
     from cryptography.fernet import Fernet
@@ -100,22 +101,27 @@ def blob_ids_of(record: Record) -> Iterator[bytes]:
             yield from blob_ids
 
 
-def load_key(path: Path) -> bytes:
+def load_key(path: Path, database: Path | None = None) -> bytes:
     """The key that definitions are encrypted with; made on the first call, mode 0600.
 
+    Args:
+        path: of its file.
+        database: what was encrypted with it. While that is there, no other key is made.
+
     Raises:
-        StorageError: the file is there and holds no key.
+        StorageError: the file is there and holds no key; or only its database is there.
     """
     try:
         key = path.read_bytes().strip()
     except FileNotFoundError:
+        if database is not None and database.exists():
+            raise StorageError(
+                f"{path} is missing, and the function definitions in {database} cannot be read "
+                f"without it. Put the file back, or move the database away together with its -wal "
+                f"and -shm files to begin without its calls."
+            ) from None
         key = base64.urlsafe_b64encode(os.urandom(_KEY_SIZE_BYTES))
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(descriptor, key + b"\n")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        write_private(path, key + b"\n")
     try:
         size = len(base64.urlsafe_b64decode(key))
     except ValueError:
@@ -168,7 +174,9 @@ class RowCodec:
             try:
                 payload = self._cipher().decrypt(payload)
             except InvalidToken as error:
-                raise StorageError("it was encrypted with another key") from error
+                raise StorageError(
+                    "it was encrypted with another key than the one in store.key"
+                ) from error
         try:
             message = m.decode(header, payload)
         except ProtocolError as error:

@@ -1,0 +1,104 @@
+"""The disk of the scheduler is full: what cannot be kept is refused, what was accepted is not lost,
+and service goes on when there is room again, all without a restart."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fanout
+from fanout.exceptions import StorageError
+from tests import restart_kit as kit
+from tests.conftest import poll_until
+
+LARGE = bytes(300_000)
+#: Travels as a blob, and is a file of its own at the scheduler.
+HUGE = bytes(3 << 20)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[kit.SmallDisk]:
+    cluster = kit.SmallDisk(tmp_path, size_mib=16)
+    try:
+        cluster.start_scheduler()
+        cluster.start_worker("w1", cpu=2)
+        monkeypatch.setenv("FANOUT_URL", cluster.client_join)
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def test_a_spawn_fails_says_why_and_what_was_accepted_is_kept(
+    small_disk: kit.SmallDisk, tmp_path: Path
+) -> None:
+    gate = str(tmp_path / "gate")
+    scheduler = small_disk.scheduler
+    with kit.app.run():
+        done = [kit.same.spawn(x) for x in range(20)]
+        assert [call.get()[0] for call in done] == list(range(20))
+        waiting = [kit.bytes_when_open.spawn(x, len(LARGE), gate) for x in range(4)]
+        small_disk.fill()
+        for _ in range(3):
+            with pytest.raises(StorageError, match=r"could not store the call: .* is full"):
+                kit.size_of.spawn(LARGE)
+        Path(gate).touch()
+        with pytest.raises(TimeoutError):
+            waiting[0].get(timeout=0.5)  # not on disk, and so not shown
+        small_disk.make_room()
+        for x, call in enumerate(waiting):
+            assert call.get(timeout=30) == bytes([x]) * len(LARGE)
+        later = kit.size_of.spawn(LARGE)
+        assert later.get(timeout=30) == len(LARGE)
+        assert small_disk.scheduler is scheduler
+        kit.kill_scheduler(small_disk)
+        small_disk.start_scheduler()
+        assert [call.get(timeout=30)[0] for call in done] == list(range(20))
+        assert [call.get(timeout=30)[:1] for call in waiting] == [bytes([x]) for x in range(4)]
+        assert later.get(timeout=30) == len(LARGE)
+
+
+def test_changes_of_queues_and_dicts_fail_and_leave_nothing(small_disk: kit.SmallDisk) -> None:
+    queue = fanout.Queue.from_name("q", create_if_missing=True)
+    table = fanout.Dict.from_name("d", create_if_missing=True)
+    queue.put_many(["first", "second"])
+    table["key"] = "old"
+    small_disk.fill()
+    for _ in range(3):
+        with pytest.raises(StorageError, match="is full"):
+            queue.put(LARGE)
+        with pytest.raises(StorageError, match="is full"):
+            table["key"] = LARGE
+    assert table["key"] == "old"
+    assert queue.len() == 2
+    small_disk.make_room()
+    queue.put("third")
+    table["other"] = LARGE
+    kit.kill_scheduler(small_disk)
+    small_disk.start_scheduler()
+    assert queue.get_many(10) == ["first", "second", "third"]
+    assert table["key"] == "old"
+    assert table["other"] == LARGE
+
+
+def test_attached_calls_go_on(small_disk: kit.SmallDisk) -> None:
+    with kit.app.run():
+        results = kit.same_after.map(range(400), kwargs={"seconds": 0.001})
+        got = [x for x, _, _ in itertools.islice(results, 50)]
+        small_disk.fill()
+        assert kit.same.remote(7)[0] == 7
+        got += [x for x, _, _ in results]
+        assert got == list(range(400))
+
+
+def test_a_spawn_with_a_blob_fails_and_says_why(small_disk: kit.SmallDisk) -> None:
+    with kit.app.run():
+        assert kit.size_of.spawn(HUGE).get(timeout=30) == len(HUGE)
+        small_disk.fill()
+        with pytest.raises(StorageError, match="No space left"):
+            kit.size_of.spawn(HUGE + b"other")
+        small_disk.make_room()
+        assert kit.size_of.spawn(HUGE + b"third").get(timeout=30) == len(HUGE) + 5
+        poll_until(lambda: kit.open_call_count(small_disk) == 0, "nothing of the refused call")
