@@ -14,6 +14,8 @@ from fanout.protocol import messages as m
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
     Command,
+    Disconnect,
+    Exit,
     FrameReceived,
     PeerConnected,
     PeerId,
@@ -35,6 +37,30 @@ def table(values: list[bytes]) -> tuple[bytes, bytes]:
     return lengths, b"".join(values)
 
 
+def assert_well_formed(order: Command) -> None:
+    """What is ordered can be sent, or written down: the other side would take each message."""
+    if isinstance(order, Send):
+        assert_decodes(order.message)
+    elif isinstance(order, Store):
+        assert order.records, "nothing to write"
+        for record in order.records:
+            if isinstance(record, m.Message):
+                assert_decodes(record)
+            else:
+                fields = [getattr(record, name) for name in type(record).__slots__]
+                assert all(type(value) is bytes for value in fields), record
+    elif isinstance(order, Disconnect):
+        assert_decodes(m.Goodbye(order.code, order.text))
+    elif isinstance(order, Exit):
+        assert order.reason
+    else:
+        assert type(order.blob_id) is bytes, order
+
+
+def assert_decodes(message: m.Message) -> None:
+    m.decode(m.encode_header(message), bytes(getattr(message, "payload", b"")))
+
+
 class Bench:
     """A core, a clock, and the orders that nobody has taken yet."""
 
@@ -54,8 +80,11 @@ class Bench:
             self.core.handle(event, self.now)
             self.core.check()
         if not self.is_turn_held:
-            self.orders += self.core.decide(self.now)
+            orders = self.core.decide(self.now)
             self.core.check()
+            for order in orders:
+                assert_well_formed(order)
+            self.orders += orders
 
     @contextmanager
     def one_turn(self) -> Iterator[None]:

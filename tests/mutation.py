@@ -28,10 +28,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fanout", "scheduler/fanout_scheduler", "worker/fanout_worker", "tests")
-TESTS = (
-    "test_core*.py", "test_object_core.py", "test_queue_core.py", "test_progress.py",
-    "mutation_seeds.py",
-)  # fmt: skip
+TESTS = ("test_core*.py", "test_object_core.py", "test_queue_core.py", "test_progress.py")
+STORMS = "mutation_seeds.py"
 #: 95 % of samples are within so many standard errors.
 CONFIDENCE_Z = 1.96
 KILLED = {"killed", "timeout", "segfault"}
@@ -52,7 +50,7 @@ timeout_constant = 2.0
 CONFTEST = "from tests.mutation_seeds import pytest_collection_modifyitems as _order  # noqa: F401\n"
 
 
-def lay_out(folder: Path) -> None:
+def lay_out(folder: Path, has_storms: bool) -> None:
     """Copy what is needed into `folder`; files that are the same stay as they are."""
     for name in PACKAGES:
         for source in (ROOT / name).rglob("*.py"):
@@ -61,7 +59,8 @@ def lay_out(folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
     (folder / "tests" / "conftest.py").write_text(CONFTEST)
-    tests = [path for pattern in TESTS for path in sorted((folder / "tests").glob(pattern))]
+    patterns = (*TESTS, STORMS) if has_storms else TESTS
+    tests = [path for pattern in patterns for path in sorted((folder / "tests").glob(pattern))]
     names = ", ".join(f'"tests/{path.name}"' for path in tests)
     (folder / "pyproject.toml").write_text(SETTINGS.format(tests=names))
 
@@ -134,11 +133,12 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=400, help="how many mutants; 0: all of them")
     parser.add_argument("--seed", type=int, default=1, help="which of them")
     parser.add_argument("--only", action="append", help="names or patterns, in place of a sample")
+    parser.add_argument("--without-storms", action="store_true", help="the tests of the core alone")
     parser.add_argument("--folder", type=Path, help="where to work, to go on from there later")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="fanout-mutation-"))
     try:
-        lay_out(folder)
+        lay_out(folder, not options.without_storms)
         # Names of mutants are known when they have been made; one has to run for that.
         mutmut(folder, "run", "--max-children", "1", "fanout_scheduler.core.scaling.*_1")
         everything = sorted(results_of(folder))

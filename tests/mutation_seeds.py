@@ -10,7 +10,7 @@ import pytest
 from tests import simulation
 
 #: Few and fixed: a mutant that lives through all tests is paid for with all of them.
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
