@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import msgpack
+
 from fanout.protocol import messages as m
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
@@ -58,7 +60,28 @@ def assert_well_formed(order: Command) -> None:
 
 
 def assert_decodes(message: m.Message) -> None:
+    """Also, whoever is refused something is told why."""
     m.decode(m.encode_header(message), bytes(getattr(message, "payload", b"")))
+    if isinstance(message, m.ObjectAnswer):
+        assert message.code in m.ANSWER_CODES, message
+        assert message.code == "ok" or " " in message.info[0], message
+    elif isinstance(message, m.CallFailed) and message.status == m.Status.FAILURE:
+        code, text, _ = msgpack.unpackb(message.payload)
+        assert code in m.FAILURE_CODES, message
+        assert " " in text, message
+
+
+#: Everything unusual that the core counts, by its name.
+NOTES = {
+    "core taken back early", "definition for an unknown app", "duplicate call", "duplicate inputs",
+    "duplicate items", "duplicate output", "exit of an unknown container",
+    "failure under a void lease", "items of an unknown lease", "items out of order",
+    "log text that nobody read", "message for an unknown call",
+    "message for another session's call", "nested client of an unknown container",
+    "output of an ended call", "reclaim of an unknown lease", "report that does not fit its lease",
+    "report without its blobs", "silent worker", "start of an unknown container",
+    "wait of an unknown lease", "wait that a frame on the wire may have ended", "write that failed",
+}  # fmt: skip
 
 
 class Bench:
@@ -82,6 +105,7 @@ class Bench:
         if not self.is_turn_held:
             orders = self.core.decide(self.now)
             self.core.check()
+            assert self.core.state.counts.keys() <= NOTES, self.core.state.counts
             for order in orders:
                 assert_well_formed(order)
             self.orders += orders
