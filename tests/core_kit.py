@@ -15,20 +15,24 @@ import msgpack
 from fanout.protocol import messages as m
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
+    BlobCompleted,
     Command,
     Disconnect,
+    DropBlob,
     Exit,
     FrameReceived,
     PeerConnected,
     PeerId,
     PeerLost,
     Send,
+    SendBlob,
     Store,
     Stored,
     TimePassed,
 )
 
 T = TypeVar("T", bound=m.Message)
+C = TypeVar("C")
 APP = b"a" * 16
 ZERO = b"\0" * 16
 
@@ -183,6 +187,10 @@ class Bench:
         self.frame(client, *messages)
         return call_id
 
+    def blob(self, blob_id: bytes, size_bytes: int = 8) -> None:
+        """A blob has arrived whole."""
+        self.tell(BlobCompleted(blob_id, size_bytes))
+
     def store(self) -> list[Store]:
         """Write down what is to be stored, and say so."""
         stores = [order for order in self.orders if isinstance(order, Store)]
@@ -244,6 +252,19 @@ class Bench:
         found = self.take_all(kind, peer)
         assert len(found) == 1, f"expected one {kind.__name__}, got {found}; left: {self.orders}"
         return found[0]
+
+    def take_commands(self, kind: type[C]) -> list[C]:
+        """Remove and return the orders of a kind that are no frames."""
+        found = [order for order in self.orders if isinstance(order, kind)]
+        self.orders = [order for order in self.orders if not isinstance(order, kind)]
+        return found
+
+    def blobs_sent(self) -> list[tuple[int, bytes]]:
+        """Which blobs were ordered to be streamed, and to whom."""
+        return [(order.peer_id, order.blob_id) for order in self.take_commands(SendBlob)]
+
+    def blobs_dropped(self) -> list[bytes]:
+        return [order.blob_id for order in self.take_commands(DropBlob)]
 
     def forget(self, *kinds: type[m.Message]) -> None:
         """Take orders that the test does not care about."""

@@ -47,7 +47,9 @@ timeout_multiplier = 3.0
 timeout_constant = 2.0
 """
 #: In place of the conftest.py that starts daemons and looks for what they leave behind.
-CONFTEST = "from tests.mutation_seeds import pytest_collection_modifyitems as _order  # noqa: F401\n"
+CONFTEST = (
+    "from tests.mutation_seeds import pytest_collection_modifyitems as _order  # noqa: F401\n"
+)
 
 
 def lay_out(folder: Path, has_storms: bool) -> None:

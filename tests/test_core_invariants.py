@@ -30,7 +30,9 @@ def busy() -> SimpleNamespace:
     state = bench.core.state
     (container,) = state.containers.values()
     call = state.calls[call_id]
-    bench.frame(client, m.OpenCall(b"n" * 16, b"f" * 16, False, True, None), inputs(b"n" * 16, 0, 1))
+    bench.frame(
+        client, m.OpenCall(b"n" * 16, b"f" * 16, False, True, None), inputs(b"n" * 16, 0, 1)
+    )
     bench.core.check()
     assert len(container.leases) == 2
     lease = next(iter(container.leases.values()))
