@@ -15,6 +15,7 @@ be used again (`--folder`): only what has changed since then is made anew.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fanout", "scheduler/fanout_scheduler", "worker/fanout_worker", "tests")
-TESTS = ("test_core*.py", "test_object_core.py", "test_queue_core.py", "test_progress.py")
+TESTS = ("test_core*.py", "test_object_*.py", "test_queue_core.py", "test_progress.py")
 STORMS = "mutation_seeds.py"
 #: 95 % of samples are within so many standard errors.
 CONFIDENCE_Z = 1.96
@@ -106,6 +107,16 @@ def status_of(exit_code: int | None) -> str:
     return str(status_by_exit_code[exit_code])
 
 
+def diff_of(folder: Path, name: str) -> str:
+    """What the mutant changes."""
+    from mutmut.mutation.diff_apply import get_diff_for_mutant
+
+    path = Path(*name.split(".")[:3]).with_suffix(".py")
+    with contextlib.chdir(folder):
+        lines = get_diff_for_mutant(name, path=path).splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+
+
 def report(folder: Path, sample: list[str], population: int, seed: int) -> int:
     results = results_of(folder)
     statuses = {name: status_of(results[name]) for name in sample}
@@ -115,9 +126,7 @@ def report(folder: Path, sample: list[str], population: int, seed: int) -> int:
         by_file.setdefault(name.split(".")[2], Counter())[status in KILLED] += 1
     for name in sample:
         if statuses[name] not in KILLED:
-            lines = mutmut(folder, "show", name).splitlines()
-            text = "\n".join(line for line in lines if not line.startswith(("---", "+++")))
-            sys.stdout.write(f"{text}\n\n")
+            sys.stdout.write(f"# {name}: {statuses[name]}\n{diff_of(folder, name)}\n\n")
     for file, counts in sorted(by_file.items()):
         sys.stdout.write(f"{counts[True]:5} of {sum(counts.values()):4}  {file}.py\n")
     for status, count in Counter(statuses.values()).most_common():
