@@ -202,6 +202,12 @@ class Bench:
     def start(self, worker: int, container_id: int) -> None:
         self.frame(worker, m.ContainerStarted(container_id, 1000, 0.05))
 
+    def start_all(self, worker: int) -> list[m.Lease]:
+        """Whatever was ordered to start has started. Returns the leases that were given."""
+        for start in self.take_all(m.StartContainer, worker):
+            self.start(worker, start.container_id)
+        return self.take_all(m.Lease, worker)
+
     def finish(
         self,
         worker: int,
@@ -289,6 +295,12 @@ class Bench:
 def inputs(call_id: bytes, start: int, count: int, size: int = 1) -> m.Inputs:
     lengths, payload = table([bytes([i % 256]) * size for i in range(start, start + count)])
     return m.Inputs(call_id, start, lengths, [], payload)
+
+
+def exited(
+    container_id: int, reason: str = "stopped", payload: bytes = b"", **details: Any
+) -> m.ContainerExited:
+    return m.ContainerExited(container_id, reason, [], details, payload)
 
 
 def ack(call_id: bytes, start: int, count: int, consumed: int, size: int = 0) -> m.Ack:

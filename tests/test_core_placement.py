@@ -12,18 +12,7 @@ from fanout.protocol import messages as m
 from fanout_scheduler.core import placement
 from fanout_scheduler.core.placement import NOTICE_S
 from fanout_scheduler.core.state import App, Method, make_function
-from tests.core_kit import APP, Bench, ack, inputs
-
-
-def exited(container_id: int, reason: str = "stopped") -> m.ContainerExited:
-    return m.ContainerExited(container_id, reason, [], {}, b"")
-
-
-def start_all(bench: Bench, worker: int) -> list[m.Lease]:
-    """Whatever was ordered to start has started. Returns the leases that were given."""
-    for start in bench.take_all(m.StartContainer, worker):
-        bench.start(worker, start.container_id)
-    return bench.take_all(m.Lease, worker)
+from tests.core_kit import APP, Bench, ack, exited, inputs
 
 
 def sizes(leases: list[m.Lease]) -> list[tuple[int, int]]:
@@ -238,7 +227,7 @@ def test_a_worker_has_a_largest_number_of_containers(monkeypatch: pytest.MonkeyP
     worker = bench.worker(cpu=9)
     client = bench.client(f={}, g={})
     bench.open(client, count=3)
-    leases = start_all(bench, worker)
+    leases = bench.start_all(worker)
     assert len(leases) == 2
     assert waits_for(bench) == "a worker with room for another container"
     bench.finish(worker, leases[0], input_s=1.0)
@@ -290,7 +279,9 @@ def test_memory_that_is_held_by_those_who_wait_is_told_in_the_error() -> None:
     bench, _ = chain({"memory": 400}, 2)
     code, text = text_of(bench.take(m.CallFailed))
     assert code == "deadlock"
-    assert text.startswith("f -> f -> f: the memory that it needs is held in 2 containers by inputs")
+    assert text.startswith(
+        "f -> f -> f: the memory that it needs is held in 2 containers by inputs"
+    )
 
 
 def test_a_container_that_will_be_idle_is_room_for_who_waits(
@@ -318,7 +309,7 @@ def test_one_container_that_gets_on_is_enough() -> None:
     worker = bench.worker(cpu=9)
     client = bench.client(f={"max_containers": 2})
     bench.open(client, call=1, count=2)
-    leases = start_all(bench, worker)
+    leases = bench.start_all(worker)
     nested = [
         bench.connect("nested", worker=worker, container_id=lease.container_id) for lease in leases
     ]
@@ -341,7 +332,7 @@ def test_a_queue_is_spread_over_all_containers() -> None:
     worker = bench.worker(cpu=2)
     client = bench.client(f={})
     bench.open(client, count=42)
-    for lease in start_all(bench, worker):
+    for lease in bench.start_all(worker):
         bench.finish(worker, lease, input_s=0.0001)
     leases = bench.take_all(m.Lease)
     # Each is a quarter of what is left: two containers with two leases each.
@@ -515,156 +506,3 @@ def test_what_was_taken_back_runs_elsewhere_in_its_order() -> None:
     bench.finish(worker, first, count=5)
     bench.frame(client, ack(call_id, 0, 5, 5), inputs(call_id, 30, 1))
     assert first.lease_id not in bench.core.state.leases
-
-
-# --- the end of containers ------------------------------------------------------------------------
-
-
-def test_a_container_is_stopped_once_and_killed_once() -> None:
-    bench = Bench()
-    worker = bench.worker(cpu=2)
-    client = bench.client(f={})
-    call_id = bench.open(client, count=2)
-    leases = start_all(bench, worker)
-    bench.frame(client, m.AskFunction(1, b"f" * 16, {"max_containers": 1}))
-    patient = bench.take(m.StopContainer)
-    assert patient.kill is False
-    bench.frame(client, m.AskFunction(1, b"f" * 16, {"max_containers": 1}))
-    assert bench.take_all(m.StopContainer) == []
-    bench.frame(client, m.TerminateCall(call_id))
-    stops = bench.take_all(m.StopContainer)
-    assert sorted(stop.container_id for stop in stops) == sorted(o.container_id for o in leases)
-    assert all(stop.kill for stop in stops)
-    bench.frame(client, m.CloseApp(APP))
-    assert bench.take_all(m.StopContainer) == []
-
-
-def test_the_newest_idle_containers_leave_first_when_there_are_too_many() -> None:
-    bench = Bench()
-    worker = bench.worker(cpu=3)
-    client = bench.client(f={})
-    bench.open(client, count=3)
-    leases = start_all(bench, worker)
-    bench.finish(worker, leases[0], input_s=1.0)
-    bench.finish(worker, leases[1], input_s=1.0)
-    bench.frame(client, m.AskFunction(1, b"f" * 16, {"max_containers": 2}))
-    assert bench.take(m.StopContainer).container_id == leases[1].container_id
-    bench.frame(client, m.AskFunction(1, b"f" * 16, {"max_containers": 1}))
-    assert bench.take(m.StopContainer).container_id == leases[0].container_id
-
-
-# --- containers that no input asks for ------------------------------------------------------------
-
-
-def info(bench: Bench, client: int, **changes: Any) -> dict[str, Any]:
-    bench.frame(client, m.AskFunction(3, b"f" * 16, changes))
-    answer = bench.take(m.FunctionInfo, client)
-    assert answer.request_id == 3
-    return answer.info
-
-
-def test_the_numbers_of_a_function_are_told_exactly() -> None:
-    bench = Bench()
-    worker = bench.worker(cpu=2)
-    client = bench.client(f={"max_inputs": 3, "max_containers": 2, "scaledown_window": 4}, g={})
-    bench.open(client, call=1, count=7)
-    bench.open(client, "g", call=2, count=5)
-    leases = start_all(bench, worker)
-    assert info(bench, client) == {
-        "min_containers": 0, "max_containers": 2, "buffer_containers": 0, "scaledown_window": 4.0,
-        "backlog": 1, "containers": 2, "running": 6, "headroom": 0,
-    }  # fmt: skip
-    bench.finish(worker, leases[0], count=2)
-    assert info(bench, client)["headroom"] == 1
-    bench.frame(client, m.AskFunction(3, b"?" * 16, {}))
-    assert bench.take(m.FunctionInfo).info == {"error": "its function is not defined"}
-
-
-def test_containers_are_started_for_settings_although_no_core_is_free() -> None:
-    bench = Bench()
-    worker = bench.worker(cpu=1)
-    client = bench.client(f={}, g={})
-    bench.open(client, "g", call=1, count=1)
-    bench.started_lease(worker)
-    assert info(bench, client, min_containers=2, max_containers=2)["containers"] == 0
-    assert len(bench.take_all(m.StartContainer)) == 2
-    assert info(bench, client, min_containers=2, max_containers=2)["max_containers"] == 2
-
-
-def test_a_buffer_stays_below_the_maximum() -> None:
-    bench = Bench()
-    bench.worker(cpu=9)
-    client = bench.client(f={"buffer_containers": 5, "max_containers": 3})
-    bench.open(client, count=1)
-    assert len(bench.take_all(m.StartContainer)) == 3
-
-
-def test_nothing_is_started_for_settings_when_the_app_has_ended() -> None:
-    bench = Bench()
-    worker = bench.worker(cpu=2)
-    client = bench.client(f={"min_containers": 1})
-    bench.open(client, call=1, count=1, is_durable=True)
-    bench.store()
-    (lease,) = start_all(bench, worker)
-    bench.frame(client, m.CloseApp(APP))
-    assert info(bench, client, buffer_containers=1)["containers"] == 1
-    bench.frame(worker, exited(lease.container_id, "crash"))
-    assert len(bench.take_all(m.StartContainer)) == 1, "for the input alone"
-
-
-def test_a_container_that_is_leaving_does_not_count_for_the_minimum() -> None:
-    bench = Bench()
-    worker = bench.worker(cpu=2)
-    client = bench.client(f={"min_containers": 1})
-    bench.open(client, call=1, count=1)
-    (lease,) = start_all(bench, worker)
-    bench.frame(client, m.TerminateCall(lease.call_id))
-    assert bench.take(m.StopContainer).container_id == lease.container_id
-    assert len(bench.take_all(m.StartContainer)) == 1
-
-
-def test_settings_that_were_taken_back_are_not_looked_at_any_more() -> None:
-    bench = Bench()
-    bench.worker(cpu=2)
-    client = bench.client(f={"min_containers": 1})
-    assert list(bench.core.state.scaled) == [b"f" * 16]
-    info(bench, client, min_containers=0)
-    assert not bench.core.state.scaled
-    info(bench, client, buffer_containers=1)
-    assert list(bench.core.state.scaled) == [b"f" * 16]
-
-
-def test_a_shorter_window_counts_from_now_on_for_those_that_are_idle() -> None:
-    bench = Bench()
-    worker = bench.worker(cpu=1)
-    client = bench.client(f={"scaledown_window": 12})
-    bench.open(client, count=1)
-    bench.finish(worker, bench.started_lease(worker))
-    bench.later(5)
-    assert bench.take_all(m.StopContainer) == []
-    info(bench, client, scaledown_window=4)
-    bench.later(0.001)
-    bench.take(m.StopContainer)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"min_containers": -1}, "min_containers=-1 is not valid"),
-        ({"max_containers": 0}, "max_containers=0 is not valid"),
-        ({"min_containers": 1.5}, "min_containers=1.5 is not valid"),
-        ({"scaledown_window": -0.5}, "scaledown_window=-0.5 is not valid"),
-        ({"name": 1}, "name=1 is not valid"),
-        ({"min_containers": 3, "max_containers": 2},
-         "min_containers=3 would be above max_containers=2"),
-    ],
-)  # fmt: skip
-def test_settings_that_cannot_be_are_named(changes: dict[str, Any], words: str) -> None:
-    bench = Bench()
-    client = bench.client(f={})
-    assert info(bench, client, **changes) == {"error": words}
-    for allowed in (
-        {"min_containers": 2, "max_containers": 2}, {"scaledown_window": 0.5},
-        {"scaledown_window": 1}, {"min_containers": 0}, {"buffer_containers": 0},
-    ):  # fmt: skip
-        assert "error" not in info(bench, client, **allowed)

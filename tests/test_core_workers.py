@@ -20,17 +20,11 @@ from fanout_scheduler.core.events import (
     Stored,
     StoreFailed,
 )
-from tests.core_kit import APP, Bench, inputs, table
+from tests.core_kit import APP, Bench, exited, inputs, table
 
 BLOB = b"B" * 32
 CALL = b"\1" * 16
 OLD_CONTAINER = 1 << m.EPOCH_SHIFT | 7
-
-
-def exited(
-    container_id: int, reason: str, payload: bytes = b"", **details: Any
-) -> m.ContainerExited:
-    return m.ContainerExited(container_id, reason, [], details, payload)
 
 
 def ready(
