@@ -8,7 +8,8 @@ import pytest
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core import graph
-from tests.core_kit import Bench, ack
+from fanout_scheduler.core.events import PeerId
+from tests.core_kit import Bench, ack, table
 
 
 class Nest:
@@ -158,3 +159,58 @@ def test_terminating_a_call_kills_the_containers_that_run_it_and_charges_nobody(
     again = bench.started_lease(worker)
     assert again.call_id == innocent
     assert bench.core.state.calls[innocent].crashes == {}
+
+
+def run_nested(nest: Nest, statuses: list[m.Status], values: list[bytes]) -> None:
+    """The root waits for its nested call (2), whose inputs end like this."""
+    bench = nest.bench
+    nested = nest.call(2, count=len(values))
+    peer = bench.core.state.peers[PeerId(nest.nested)]
+    # Quick enough for several inputs in one report.
+    bench.core.state.functions[b"g" * 16].methods[""].input_s = 1e-6
+    done = 0
+    while done < len(values):
+        bench.frame(nest.nested, m.SessionWaits(peer.wait_frames))
+        for start in bench.take_all(m.StartContainer):
+            bench.start(nest.worker, start.container_id)
+        for lease in bench.take_all(m.Lease):
+            stop = lease.start + len(lease.lengths) // 4
+            lengths, payload = table(values[lease.start : stop])
+            codes = bytes(statuses[lease.start : stop])
+            report = m.LeaseOutputs(
+                1, lease.lease_id, nested, lease.start, 1, lengths, codes, [], payload
+            )
+            bench.frame(nest.worker, report)
+            done = stop
+
+
+def test_of_many_failures_the_first_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "FAILURES_MAX", 2)
+    for count in (2, 3):
+        nest = Nest()
+        run_nested(nest, [m.Status.ERROR] * count, [b"e"] * count)
+        assert nest.ask(nest.root)["is_cut"] is (count == 3)
+        assert [row[3] for row in nest.rows()[2:4]] == ["failure", "failure"]
+
+
+def test_a_nested_call_that_could_not_start_is_told_as_such_when_it_is_over() -> None:
+    nest = Nest()
+    bench = nest.bench
+    nested = nest.call(2)
+    bench.frame(nest.nested, m.SessionWaits(0))
+    container_id = bench.take(m.StartContainer).container_id
+    bench.frame(nest.worker, m.ContainerExited(container_id, "start", [], {}, b"pickled"))
+    assert nest.rows()[2:] == [("g", 0, 0, "init_failure")]
+    bench.frame(nest.nested, m.CallsFinished([nested]))
+    assert nested not in bench.core.state.calls
+    assert nest.rows()[2:] == [("g", 0, 0, "init_failure")]
+
+
+def test_failures_are_told_apart_by_their_place_and_their_bytes() -> None:
+    nest = Nest()
+    late, no_start = (m.failure_payload(code, "why") for code in ("timeout", "start"))
+    value, error, failure = m.Status.VALUE, m.Status.ERROR, m.Status.FAILURE
+    statuses = [value, failure, error, failure, value, failure]
+    run_nested(nest, statuses, [b"v", late, b"an error", no_start, b"w", late])
+    words = [row[3] for row in nest.rows()[2:]]
+    assert words == ["success", "timeout", "failure", "init_failure", "success", "timeout"]

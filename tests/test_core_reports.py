@@ -466,3 +466,47 @@ def test_many_reports_are_acknowledged_before_their_moment_is_over() -> None:
     bench.frame(client, ack(lease.call_id, 0, 33, 33), inputs(lease.call_id, 40, 1))
     bench.later(1)
     assert bench.take_all(m.OutputsAck) == []
+
+
+def test_a_container_that_died_without_a_word_is_told_without_one() -> None:
+    bench, worker, client, lease = running()
+    for number in range(3):
+        died = m.ContainerExited(lease.container_id, "crash", [(lease.lease_id, 0)], {}, b"")
+        bench.frame(worker, died)
+        if number < 2:
+            lease = bench.started_lease(worker)
+    ((_, _, payload, _),) = shown(bench, client)
+    assert msgpack.unpackb(payload)[1].endswith("while it ran input 0 of f: ")
+
+
+def test_what_only_workers_and_containers_say_is_nothing_from_others() -> None:
+    bench, worker, client, lease = running(is_generator=True)
+    orders = list(bench.orders)
+    bench.frame(client, report(lease, [0]), items(lease, 0, [b"a"]))
+    bench.frame(client, m.SessionWaits(0), m.SessionRuns())
+    bench.frame(worker, m.SessionWaits(0), m.SessionRuns())
+    lost = m.LeaseItems(1, 99, lease.call_id, 0, 0, b"\1\0\0\0", [], b"x")
+    bench.frame(worker, lost)
+    assert bench.orders == orders
+    assert bench.core.state.counts == {"items of an unknown lease": 1}
+    (container,) = bench.core.state.containers.values()
+    assert not container.is_waiting
+
+
+def test_an_output_and_its_blobs_come_back_from_disk() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={})
+    bench.open(client, count=1, is_durable=True)
+    records = [record for store in bench.store() for record in store.records]
+    bench.blob(BLOB)
+    bench.frame(worker, report(bench.started_lease(worker), [0], [(0, [BLOB])]))
+    records += [record for store in bench.store() for record in store.records]
+    again = Bench(epoch=2)
+    again.core.restore(records, again.now)
+    again.blob(BLOB)
+    assert again.core.state.blob_references == {BLOB: 1}
+    reader = again.connect()
+    again.frame(reader, m.FetchOutputs(1, b"\1" * 16, 0, 1))
+    assert shown(again, reader) == [(0, b"\0", b"v", [(0, [BLOB])])]
+    assert again.blobs_sent() == [(reader, BLOB)]

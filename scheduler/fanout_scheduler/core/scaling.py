@@ -18,7 +18,7 @@ SETTINGS = ("min_containers", "max_containers", "buffer_containers", "scaledown_
 
 def wanted_count(function: Function) -> int:
     """How many containers the settings ask for."""
-    if function.app.is_closing or not function.app.openers:
+    if not function.app.openers:
         return 0
     busy = sum(bool(c.leases) for c in living(function))
     buffer = function.buffer_containers if busy or function.ready else 0
