@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format sim bench bench-peers clean
+.PHONY: help install demo test check format sim mutation bench bench-peers clean
 
 help:
 	@echo "make demo         install into .venv and run the main example on this machine"
@@ -16,6 +16,8 @@ help:
 	@echo "make check        ruff and mypy"
 	@echo "make format       let ruff format and fix"
 	@echo "make sim          run the simulation over many seeds"
+	@echo "make mutation     change the scheduler's core at random and see whether its tests notice;"
+	@echo "                  SAMPLE=400 SEED=1 say how many changes and which (installs mutmut into .venv)"
 	@echo "make bench        compare with the standard library and joblib, about a minute"
 	@echo "make bench-peers  compare with mpire, Ray and Dask too (installs them into .venv)"
 	@echo "make clean        remove .venv and caches"
@@ -67,6 +69,13 @@ format: $(STAMP)
 
 sim: $(STAMP)
 	@$(BIN)/python tests/simulation.py
+
+SAMPLE ?= 400
+SEED ?= 1
+
+mutation: $(STAMP)
+	@$(PIP) install 'mutmut==3.8.1'
+	@$(BIN)/python tests/mutation.py --sample $(SAMPLE) --seed $(SEED)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.bench

@@ -261,7 +261,7 @@ class Bench:
 
     def take_commands(self, kind: type[C]) -> list[C]:
         """Remove and return the orders of a kind that are no frames."""
-        found = [order for order in self.orders if isinstance(order, kind)]
+        found: list[C] = [order for order in self.orders if isinstance(order, kind)]
         self.orders = [order for order in self.orders if not isinstance(order, kind)]
         return found
 

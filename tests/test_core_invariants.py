@@ -92,6 +92,11 @@ def offer_nothing(s: Any) -> None:
     s.call.waits_for = ""
 
 
+def finish_too_much(s: Any) -> None:
+    s.call.is_over = True
+    s.call.finished.add(6, 17)
+
+
 def give_to_two_sessions(s: Any) -> None:
     s.call.session = SimpleNamespace()
 
@@ -108,7 +113,7 @@ BROKEN: list[tuple[str, Break]] = [
     ("2: ", lambda s: setattr(s.call.chunk_of(1), "start", 2)),
     ("2: ", lambda s: setattr(s.call.chunk_of(1), "lengths", b"12345")),
     ("3: .* != ", lambda s: setattr(s.call, "leased_count", s.call.leased_count + 1)),
-    ("3: ", lambda s: (setattr(s.call, "is_over", True), s.call.finished.add(6, 17))),
+    ("3: ", finish_too_much),
     ("4: .* has queued inputs", offer_nothing),
     ("5: cores of w1", lambda s: setattr(s.worker, "cpu_free", s.worker.cpu_free + 1)),
     ("5: cores of w1", lambda s: setattr(s.worker, "cpu_free", s.worker.cpu_free - 1)),

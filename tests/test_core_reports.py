@@ -70,7 +70,7 @@ def test_time_and_size_of_outputs_are_moving_averages() -> None:
     # Slower than thought: a report counts for as much as it has inputs, of 64.
     bench.frame(worker, report(second, [0] * 8, busy_us=8 * 10_750))
     assert method.input_s == pytest.approx(0.00075 + 8 / 64 * 0.01)
-    before = method.input_s
+    before: float = method.input_s or 0.0
     bench.frame(worker, report(second, [0], start=second.start + 8, busy_us=1_000_000))
     assert method.input_s == pytest.approx(before + 0.05 * (1 - before)), "one among thousands"
 

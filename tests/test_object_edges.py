@@ -158,7 +158,8 @@ def test_pages_of_a_scan_end_at_a_size_and_at_a_count(monkeypatch: pytest.Monkey
     bench.forget(m.ObjectAnswer)
 
     def pages(has_keys: bool, has_values: bool) -> list[list[bytes]]:
-        found, after = [], 0
+        found: list[list[bytes]] = []
+        after = 0
         while True:
             bench.frame(peer, m.DictScan(bench.next(), OBJECT, after, has_keys, has_values))
             answer = bench.answer(peer)
