@@ -236,94 +236,6 @@ def test_a_worker_has_a_largest_number_of_containers(monkeypatch: pytest.MonkeyP
     assert bench.take(m.StopContainer).container_id == leases[0].container_id
 
 
-# --- deadlocks ------------------------------------------------------------------------------------
-
-
-def chain(options: dict[str, Any], depth: int, cpu: float = 9) -> tuple[Bench, list[m.Lease]]:
-    """Calls of f within each other, all of which wait for the next one."""
-    bench = Bench()
-    worker = bench.worker(cpu=cpu)
-    client = bench.client(f=options)
-    bench.open(client, count=1)
-    leases = []
-    for number in range(2, 2 + depth):
-        lease = bench.started_lease(worker)
-        leases.append(lease)
-        nested = bench.connect("nested", worker=worker, container_id=lease.container_id)
-        bench.open(nested, call=number, count=1, parent=(lease.lease_id, 0))
-        bench.frame(nested, m.SessionWaits(0))
-    return bench, leases
-
-
-def test_permits_that_are_held_by_those_who_wait_are_counted_in_the_error() -> None:
-    bench, _ = chain({"max_containers": 2}, 2)
-    code, text = text_of(bench.take(m.CallFailed))
-    assert code == "deadlock"
-    assert text == (
-        "f -> f -> f: all 2 permits of f (max_containers) are held by inputs that wait for calls "
-        "like this one. Raise max_containers, or call the function with .local()"
-    )
-
-
-def test_containers_that_are_held_by_those_who_wait_are_counted_in_the_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(placement, "CONTAINERS_MAX", 3)
-    bench, _ = chain({}, 3)
-    code, text = text_of(bench.take(m.CallFailed))
-    assert code == "deadlock"
-    assert text.startswith("f -> f -> f -> f: all 3 containers that the workers can hold are taken")
-
-
-def test_memory_that_is_held_by_those_who_wait_is_told_in_the_error() -> None:
-    bench, _ = chain({"memory": 400}, 2)
-    code, text = text_of(bench.take(m.CallFailed))
-    assert code == "deadlock"
-    assert text.startswith(
-        "f -> f -> f: the memory that it needs is held in 2 containers by inputs"
-    )
-
-
-def test_a_container_that_will_be_idle_is_room_for_who_waits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(placement, "CONTAINERS_MAX", 2)
-    bench = Bench()
-    worker = bench.worker(cpu=9)
-    client = bench.client(f={}, g={})
-    bench.open(client, "g", call=9, count=1)
-    other = bench.started_lease(worker)
-    bench.open(client, call=1, count=1)
-    outer = bench.started_lease(worker)
-    nested = bench.connect("nested", worker=worker, container_id=outer.container_id)
-    bench.open(nested, call=2, count=1, parent=(outer.lease_id, 0))
-    bench.frame(nested, m.SessionWaits(0))
-    assert bench.take_all(m.CallFailed) == []
-    bench.finish(worker, other)
-    bench.frame(worker, exited(bench.take(m.StopContainer).container_id))
-    assert bench.started_lease(worker).call_id == bytes([2]) * 16
-
-
-def test_one_container_that_gets_on_is_enough() -> None:
-    bench = Bench()
-    worker = bench.worker(cpu=9)
-    client = bench.client(f={"max_containers": 2})
-    bench.open(client, call=1, count=2)
-    leases = bench.start_all(worker)
-    nested = [
-        bench.connect("nested", worker=worker, container_id=lease.container_id) for lease in leases
-    ]
-    bench.open(nested[0], call=2, count=1, parent=(leases[0].lease_id, 0))
-    bench.frame(nested[0], m.SessionWaits(0))
-    # The other one waits too, but for nothing that it has called: it goes on by itself.
-    bench.frame(nested[1], m.SessionWaits(0))
-    assert bench.take_all(m.CallFailed) == []
-    assert waits_for(bench, 2) == "a permit: max_containers are in use"
-    bench.frame(nested[1], m.SessionRuns())
-    bench.finish(worker, leases[1], input_s=1.0)
-    assert bench.take(m.Lease).call_id == bytes([2]) * 16
-
-
 # --- leases ---------------------------------------------------------------------------------------
 
 
@@ -506,3 +418,104 @@ def test_what_was_taken_back_runs_elsewhere_in_its_order() -> None:
     bench.finish(worker, first, count=5)
     bench.frame(client, ack(call_id, 0, 5, 5), inputs(call_id, 30, 1))
     assert first.lease_id not in bench.core.state.leases
+
+
+STANDS_FIRST = ["one input", "more in its queue", "cancelled", "generator", "concurrent", "waits"]
+
+
+@pytest.mark.parametrize("what", STANDS_FIRST)
+def test_a_lease_of_which_nothing_can_be_taken_is_passed_over(what: str) -> None:
+    options: dict[str, Any] = {"max_containers": 1}
+    if what in ("generator", "concurrent"):
+        options |= {"is_generator": True} if what == "generator" else {"max_inputs": 2}
+    bench = Bench()
+    worker = bench.worker(cpu=3)
+    client = bench.client(e=options, f={}, g={})
+    bench.open(client, "e", call=7, count=1 if what in ("one input", "generator") else 2)
+    first = bench.started_lease(worker)
+    if what in ("cancelled", "waits"):
+        bench.finish(worker, first, input_s=0.001)
+        bench.open(client, "e", call=6, count=4)
+        first = bench.take_all(m.Lease)[0]
+    bench.open(client, "g", call=9, count=1)
+    blocker = bench.started_lease(worker)
+    bench.open(client, call=1, count=1)
+    bench.finish(worker, bench.started_lease(worker), input_s=0.01)
+    bench.open(client, call=2, count=3)
+    leases = bench.take_all(m.Lease)
+    assert sizes(leases) == [(0, 2), (2, 1)]
+    if what == "cancelled":
+        bench.frame(client, m.CancelCall(first.call_id))
+    elif what == "waits":
+        nested = bench.connect("nested", worker=worker, container_id=first.container_id)
+        bench.frame(nested, m.SessionWaits(0))
+    bench.finish(worker, blocker, input_s=1.0)
+    bench.later(0.01)
+    assert (leases[0].lease_id, 1) in reclaims(bench)
+
+
+# --- which container ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "chosen"), [({"max_inputs": 4}, 1), ({"batch": [4, 100]}, 0)])
+def test_an_input_goes_to_the_emptiest_container_and_to_the_fullest_batch(
+    options: dict[str, Any], chosen: int
+) -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=2)
+    client = bench.client(f=options)
+    bench.open(client, call=1, count=8)
+    leases = bench.start_all(worker)
+    bench.open(client, call=2, count=0, is_sealed=False)
+    containers = list(bench.core.state.containers.values())
+    for container, left in zip(containers, (3, 1), strict=True):
+        for lease in leases:
+            if lease.container_id == container.container_id:
+                count = min(len(lease.lengths) // 4, container.open_count - left)
+                bench.finish(worker, lease, count=count)
+    assert [container.open_count for container in containers] == [3, 1]
+    bench.frame(client, inputs(bytes([2]) * 16, 0, 1))
+    assert bench.take(m.Lease).container_id == containers[chosen].container_id
+
+
+def test_a_warm_container_without_a_core_waits_for_that_and_for_nothing_else() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={"max_containers": 1}, g={})
+    bench.open(client, call=1, count=1)
+    bench.finish(worker, bench.started_lease(worker))
+    bench.open(client, "g", call=2, count=1)
+    other = bench.started_lease(worker)
+    bench.open(client, call=3, count=1)
+    assert waits_for(bench, 3) == "a free core"
+    bench.finish(worker, other)
+    assert bench.take(m.Lease).call_id == bytes([3]) * 16
+    assert waits_for(bench, 3) == ""
+
+
+def test_an_input_drives_out_what_is_kept_for_no_input() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=2)
+    client = bench.client(f={"memory": 600}, g={"memory": 600, "min_containers": 1})
+    kept = bench.take(m.StartContainer).container_id
+    bench.start(worker, kept)
+    bench.open(client, call=1, count=1)
+    assert bench.take(m.StopContainer).container_id == kept
+
+
+def test_part_of_a_chunk_has_its_own_blobs() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={})
+    names = [bytes([letter]) * 32 for letter in b"ABC"]
+    for name in names:
+        bench.blob(name)
+    call_id = bench.open(client, is_sealed=False)
+    lengths = b"\1\0\0\0" * 4
+    blobs = [(0, [names[0]]), (1, [names[1]]), (3, [names[2]])]
+    bench.frame(client, m.Inputs(call_id, 0, lengths, blobs, b"wxyz"))
+    lease = bench.started_lease(worker)
+    assert (lease.blobs, bytes(lease.payload)) == ([(0, [names[0]])], b"w")
+    bench.finish(worker, lease, input_s=0.01)
+    told = [(o.start, o.blobs, bytes(o.payload)) for o in bench.take_all(m.Lease)]
+    assert told == [(1, [(0, [names[1]])], b"xy"), (3, [(0, [names[2]])], b"z")]
