@@ -540,3 +540,91 @@ def test_a_shutdown_that_is_not_asked_for_by_force_waits_for_nobody_when_idle() 
     assert (info.request_id, info.is_leaving, info.text) == (3, True, "")
     (order,) = bench.orders
     assert order.reason == "a client asked for it"  # type: ignore[union-attr]
+
+
+# --- what comes twice, in part, or from somebody else ---------------------------------------------
+
+
+def test_of_inputs_that_are_here_in_part_the_rest_is_taken() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={"max_inputs": 9})
+    call_id = bench.open(client, is_sealed=False)
+    bench.blob(b"B" * 32)
+    lengths, payload = table([b"cc", b"dd", b"ee", b"ff"])
+    bench.frame(client, inputs(call_id, 3, 1))
+    bench.frame(client, m.Inputs(call_id, 2, lengths, [(2, [b"B" * 32])], payload))
+    assert list(bench.core.state.calls[call_id].received) == [(2, 6)]
+    told = [(o.start, bytes(o.payload), o.blobs) for o in bench.take_all(m.Lease, worker)]
+    assert told == [(3, b"\3", []), (2, b"cc", []), (4, b"eeff", [(0, [b"B" * 32])])]
+    assert bench.core.state.blob_references == {b"B" * 32: 1}
+
+
+def test_inputs_whose_blobs_are_here_wait_for_none() -> None:
+    bench = Bench()
+    client = bench.client(f={})
+    bench.blob(b"B" * 32)
+    call_id = bench.open(client, is_sealed=False)
+    with bench.one_turn():
+        bench.frame(client, m.Inputs(call_id, 0, b"\1\0\0\0", [(0, [b"B" * 32])], b"x"))
+        assert bench.core.state.calls[call_id].waits_for == ""
+
+
+def test_who_has_not_opened_an_app_cannot_close_it() -> None:
+    bench = Bench()
+    client, other = bench.client(f={}), bench.connect()
+    call_id = bench.open(client, count=1)
+    bench.frame(other, m.CloseApp(APP))
+    assert call_id in bench.core.state.calls
+    assert not bench.core.state.apps[APP].is_closing
+
+
+def test_a_window_grows_while_its_client_is_away() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={})
+    call_id = bench.open(client, count=5000, is_sealed=False)
+    lease = bench.started_lease(worker)
+    bench.lose(client)
+    bench.finish(worker, lease, input_s=1e-6)
+    window_count = bench.core.state.calls[call_id].window_count
+    assert window_count > WINDOW_COUNT_MIN
+    again = bench.connect(session=client.to_bytes(16, "big"))
+    bench.frame(again, m.OpenCall(call_id, b"f" * 16, False, True, None, True))
+    assert bench.take(m.CallOpened, again).window_count == window_count
+
+
+@pytest.mark.parametrize(("left", "is_held"), [(1, False), (0, True)])
+def test_outputs_are_held_back_from_a_full_window_on(left: int, is_held: bool) -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=2)
+    client = bench.client(f={})
+    bench.open(client, call=1, count=9)
+    leases = bench.start_all(worker)
+    bench.finish(worker, leases[1], values=[bytes(WINDOW_BYTES - left)], input_s=1.0)
+    assert bool(bench.take_all(m.Lease)) is not is_held
+    held = bench.core.state.calls[CALL].waits_for
+    assert held.startswith("its consumer") is is_held
+
+
+def test_outputs_that_go_to_disk_wait_for_no_consumer() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=2)
+    client = bench.client(f={})
+    bench.open(client, call=1, count=9, is_durable=True)
+    bench.store()
+    leases = bench.start_all(worker)
+    bench.finish(worker, leases[1], values=[bytes(2 * WINDOW_BYTES)], input_s=1.0)
+    bench.store()
+    assert len(bench.take_all(m.Lease)) == 1
+
+
+def test_a_call_that_has_failed_waits_for_nothing() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={"max_containers": 1})
+    call_id = bench.open(client, count=3)
+    container_id = bench.started_lease(worker).container_id
+    assert bench.core.state.calls[call_id].waits_for
+    bench.frame(worker, m.ContainerExited(container_id, "start", [], {}, b"pickled"))
+    assert bench.core.state.calls[call_id].waits_for == ""
