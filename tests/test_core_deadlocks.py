@@ -18,24 +18,21 @@ def text_of(failed: m.CallFailed) -> tuple[str, str]:
     return code, text
 
 
-def chain(options: dict[str, Any], depth: int, cpu: float = 9) -> tuple[Bench, list[m.Lease]]:
+def nest(bench: Bench, options: dict[str, Any], depth: int) -> None:
     """Calls of f within each other, all of which wait for the next one."""
-    bench = Bench()
-    worker = bench.worker(cpu=cpu)
+    worker = bench.worker(cpu=9)
     client = bench.client(f=options)
     bench.open(client, count=1)
-    leases = []
     for number in range(2, 2 + depth):
         lease = bench.started_lease(worker)
-        leases.append(lease)
         nested = bench.connect("nested", worker=worker, container_id=lease.container_id)
         bench.open(nested, call=number, count=1, parent=(lease.lease_id, 0))
         bench.frame(nested, m.SessionWaits(0))
-    return bench, leases
 
 
 def test_permits_that_are_held_by_those_who_wait_are_counted_in_the_error() -> None:
-    bench, _ = chain({"max_containers": 2}, 2)
+    bench = Bench()
+    nest(bench, {"max_containers": 2}, 2)
     code, text = text_of(bench.take(m.CallFailed))
     assert code == "deadlock"
     assert text == (
@@ -48,14 +45,16 @@ def test_containers_that_are_held_by_those_who_wait_are_counted_in_the_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(placement, "CONTAINERS_MAX", 3)
-    bench, _ = chain({}, 3)
+    bench = Bench()
+    nest(bench, {}, 3)
     code, text = text_of(bench.take(m.CallFailed))
     assert code == "deadlock"
     assert text.startswith("f -> f -> f -> f: all 3 containers that the workers can hold are taken")
 
 
 def test_memory_that_is_held_by_those_who_wait_is_told_in_the_error() -> None:
-    bench, _ = chain({"memory": 400}, 2)
+    bench = Bench()
+    nest(bench, {"memory": 400}, 2)
     code, text = text_of(bench.take(m.CallFailed))
     assert code == "deadlock"
     assert text.startswith(
@@ -159,3 +158,40 @@ def test_who_waits_for_an_input_that_runs_gets_on_unless_that_one_waits_too() ->
     bench.frame(deepest, m.SessionWaits(0))
     chains = [text_of(failed)[1].partition(":")[0] for failed in bench.take_all(m.CallFailed)]
     assert chains == ["f -> g -> f"], "and the caller beside it gets on when that one does"
+
+
+def test_a_call_that_fits_beside_one_that_waits_gets_on() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(
+        f={"max_containers": 1}, h={"max_inputs": 2, "max_containers": 1}, g={}
+    )  # fmt: skip
+    bench.open(client, "f", call=1, count=1)
+    outer = bench.started_lease(worker)
+    caller = bench.connect("nested", worker=worker, container_id=outer.container_id)
+    bench.frame(caller, m.SessionWaits(0))
+    bench.open(client, "h", call=2, count=1)
+    beside = bench.started_lease(worker)
+    other = bench.connect("nested", worker=worker, container_id=beside.container_id)
+    bench.open(other, "f", call=3, count=1, parent=(beside.lease_id, 0))
+    bench.frame(other, m.SessionWaits(0))
+    bench.open(client, "g", call=4, count=1)
+    busy = bench.started_lease(worker)
+    bench.open(caller, "h", call=5, count=1, parent=(outer.lease_id, 0))
+    assert bench.take_all(m.CallFailed) == [], "it waits for the core alone"
+    bench.finish(worker, busy)
+    inner = bench.take(m.Lease)
+    assert (inner.call_id[0], inner.container_id) == (5, beside.container_id)
+
+
+@pytest.mark.parametrize(("cpu", "memory"), [(0.5, 9000), (9, 50)])
+def test_room_on_a_worker_where_the_call_does_not_fit_is_none(
+    monkeypatch: pytest.MonkeyPatch, cpu: float, memory: int
+) -> None:
+    monkeypatch.setattr(placement, "CONTAINERS_MAX", 2)
+    bench = Bench()
+    small = bench.connect("worker")
+    bench.frame(small, m.WorkerReady(b"s" * 16, "small", cpu, memory, True, [], []))
+    bench.forget(m.WorkerAccepted)
+    nest(bench, {"memory": 100}, 2)
+    assert text_of(bench.take(m.CallFailed))[0] == "deadlock"

@@ -579,3 +579,24 @@ def test_an_ephemeral_queue_has_no_name_to_say() -> None:
     bench, peer = bench_with_queue(is_ephemeral=True)
     bench.get(peer, block=False)
     assert bench.answer(peer, "empty").info == ["ephemeral queue is empty"]
+
+
+def test_an_item_that_is_given_back_after_a_restart_goes_to_its_own_partition() -> None:
+    bench, peer = bench_with_queue()
+    bench.put_stored(peer, b"a", key=b"p")
+    bench.get(peer, key=b"p")
+    bench.write()
+    bench = bench.restarted()
+    other = bench.connect(session=b"x" * 16)
+    bench.later(2 * CLIENT_GRACE_S)
+    bench.get(other, key=b"p", block=False)
+    bench.write()
+    assert bench.values(other) == [b"a"]
+
+
+def test_clearing_what_is_empty_is_done_at_once() -> None:
+    bench, peer = bench_with_queue()
+    for action in (m.Action.CLEAR, m.Action.CLEAR_ALL):
+        bench.act(peer, action)
+        assert bench.answer(peer).request_id == bench.request_id
+    bench.clean()
