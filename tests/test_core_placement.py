@@ -519,3 +519,43 @@ def test_part_of_a_chunk_has_its_own_blobs() -> None:
     bench.finish(worker, lease, input_s=0.01)
     told = [(o.start, o.blobs, bytes(o.payload)) for o in bench.take_all(m.Lease)]
     assert told == [(1, [(0, [names[1]])], b"xy"), (3, [(0, [names[2]])], b"z")]
+
+
+@pytest.mark.parametrize(("count", "is_told"), [(32, False), (33, True)])
+def test_a_window_that_would_grow_by_less_than_a_quarter_stays(count: int, is_told: bool) -> None:
+    bench = Bench()
+    bench.worker(cpu=1)
+    client = bench.client(f={"max_inputs": count})
+    bench.open(client, count=count)
+    assert bench.core.state.calls[bytes([1]) * 16].leased_count == count
+    assert bool(bench.take_all(m.Window)) is is_told
+
+
+def test_a_container_is_filled_up_to_its_target_before_another_one_is_started() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=2)
+    client = bench.client(f={"max_inputs": 4, "target_inputs": 2})
+    bench.open(client, call=1, count=1)
+    first = bench.started_lease(worker)
+    bench.open(client, call=2, count=1)
+    assert bench.take(m.Lease).container_id == first.container_id
+    bench.open(client, call=3, count=1)
+    assert bench.take(m.StartContainer).container_id == bench.take(m.Lease).container_id
+
+
+def test_inputs_beside_a_suspect_of_their_call_may_have_company() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={"max_inputs": 4})
+    older = bench.open(client, call=2, count=0, is_sealed=False)
+    bench.open(client, call=1, count=4)
+    lease = bench.started_lease(worker)
+    indexes = [(lease.lease_id, index) for index in (2, 3)]
+    with bench.one_turn():
+        crash = m.ContainerExited(lease.container_id, "crash", indexes, {}, b"")
+        bench.frame(worker, crash)
+        bench.frame(client, inputs(older, 0, 1))
+    leases = bench.take_all(m.Lease)
+    told = [(lease.call_id[0], lease.start, len(lease.lengths) // 4) for lease in leases]
+    assert told == [(2, 0, 1), (1, 0, 2)]
+    assert len({lease.container_id for lease in leases}) == 1

@@ -510,3 +510,19 @@ def test_an_output_and_its_blobs_come_back_from_disk() -> None:
     again.frame(reader, m.FetchOutputs(1, b"\1" * 16, 0, 1))
     assert shown(again, reader) == [(0, b"\0", b"v", [(0, [BLOB])])]
     assert again.blobs_sent() == [(reader, BLOB)]
+
+
+@pytest.mark.parametrize("is_durable", [False, True])
+def test_items_for_a_client_that_is_away_are_kept_for_it(is_durable: bool) -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={"is_generator": True})
+    bench.open(client, count=1, is_durable=is_durable)
+    bench.store()
+    lease = bench.started_lease(worker)
+    bench.blob(BLOB)
+    bench.lose(client)
+    bench.frame(worker, items(lease, 0, [b"a"], blobs=[(0, [BLOB])]))
+    assert bench.blobs_sent() == []
+    assert bench.take_all(m.Items) == []
+    assert bench.core.state.blob_references == {BLOB: 1}

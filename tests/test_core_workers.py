@@ -561,3 +561,13 @@ def test_the_client_of_a_restored_app_may_go_on_with_it() -> None:
     assert not again.core.state.apps[APP].is_closing
     again.define(peer, "f", {})
     assert len(again.core.state.functions) == 1
+
+
+def test_a_definition_that_is_on_disk_is_not_written_again() -> None:
+    bench = Bench()
+    bench.blob(BLOB)
+    client, records = spawned(bench, blobs=[BLOB])
+    bench.open(client, call=2, count=1, is_durable=True)
+    assert [type(record) for record in records_of(bench)] == [m.OpenCall, m.Inputs, m.SealCall]
+    assert bench.core.state.apps[APP].stored_blobs == [BLOB]
+    assert m.DefineFunction in [type(record) for record in records]

@@ -10,7 +10,6 @@ from fanout_scheduler.core import calls, durable, objects, outputs, reservation,
 from fanout_scheduler.core.events import Disconnect, PeerId
 from fanout_scheduler.core.leasing import (
     give_back_lease,
-    release_core,
     stop_container,
     watch_idle,
 )
@@ -157,9 +156,8 @@ def _lose_container(state: State, container: Container) -> None:
 
 
 def remove_container(state: State, container: Container) -> None:
-    release_core(container)
+    assert not container.holds_core, "it has no lease any more"
     state.containers.pop(container.container_id, None)
-    state.resuming.pop(container.container_id, None)
     container.worker.containers.pop(container.container_id, None)
     container.function.containers.pop(container.container_id, None)
     container.worker.memory_free_mib += container.function.memory_mib
