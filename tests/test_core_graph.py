@@ -109,11 +109,12 @@ def test_a_nested_call_that_was_given_up_ended_by_force() -> None:
     assert nest.rows()[2:] == [("g", 0, 0, "terminated"), ("g", 1, 0, "terminated")]
 
 
-def test_only_the_newest_of_what_ended_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_only_the_newest_of_what_ended_is_kept(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
     monkeypatch.setattr(graph, "ENDED_MAX", 2)
     nest = Nest()
     for number in range(2, 6):
-        nest.bench.frame(nest.nested, m.CancelCall(nest.call(number)))
+        nest.bench.frame(nest.nested, m.CancelCall(nest.call(number, index=index)))
     answer = nest.ask(nest.root)
     assert [call[0][:2] for call in answer["calls"]] == ["01", "04", "05"]
     assert answer["is_cut"]
@@ -214,3 +215,13 @@ def test_failures_are_told_apart_by_their_place_and_their_bytes() -> None:
     run_nested(nest, statuses, [b"v", late, b"an error", no_start, b"w", late])
     words = [row[3] for row in nest.rows()[2:]]
     assert words == ["success", "timeout", "failure", "init_failure", "success", "timeout"]
+
+
+def test_a_container_is_named_with_the_inputs_that_it_has_and_no_others() -> None:
+    nest = Nest()
+    bench = nest.bench
+    bench.finish(nest.worker, nest.lease, input_s=1.0)
+    bench.store()
+    second = bench.take(m.Lease)
+    rows = nest.ask(nest.root)["inputs"]
+    assert [row[4] for row in rows] == ["", f"ct-{second.container_id:x}"]

@@ -571,3 +571,36 @@ def test_a_definition_that_is_on_disk_is_not_written_again() -> None:
     assert [type(record) for record in records_of(bench)] == [m.OpenCall, m.Inputs, m.SealCall]
     assert bench.core.state.apps[APP].stored_blobs == [BLOB]
     assert m.DefineFunction in [type(record) for record in records]
+
+
+def test_an_output_of_a_call_that_was_forgotten_meanwhile_lets_its_blobs_go() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client, _ = spawned(bench, count=1)
+    bench.blob(BLOB)
+    lease = bench.started_lease(worker)
+    report = m.LeaseOutputs(1, lease.lease_id, CALL, 0, 1, b"\1\0\0\0", b"\0", [(0, [BLOB])], b"v")
+    bench.frame(worker, report)
+    (output,) = bench.take_commands(Store)
+    bench.frame(client, m.CancelCall(CALL))
+    bench.later(RESULT_RETENTION_S + 1)
+    assert CALL not in bench.core.state.calls
+    assert bench.core.state.blob_references == {BLOB: 1}
+    bench.tell(Stored(output.sequence))
+    assert not bench.core.state.blob_references
+    assert bench.blobs_dropped() == [BLOB]
+
+
+def test_inputs_of_a_restored_call_may_make_calls() -> None:
+    bench = Bench()
+    _, records = spawned(bench, count=1)
+    again = reborn(bench, records)
+    worker = again.worker(cpu=2)
+    lease = again.started_lease(worker)
+    nested = again.connect("nested", worker=worker, container_id=lease.container_id)
+    inner = again.open(nested, call=2, count=1, parent=(lease.lease_id, 0))
+    call = again.core.state.calls[inner]
+    assert (call.depth, [c.container_id for c in call.ancestors]) == (1, [lease.container_id])
+    text = m.ContainerLog(lease.container_id, CALL, 0, m.Source.STDOUT, b"hello")
+    again.frame(worker, text)
+    assert again.core.state.counts == {"log text that nobody read": 1}

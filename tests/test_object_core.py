@@ -12,7 +12,7 @@ from fanout.protocol import messages as m
 from fanout_scheduler.core import objects
 from fanout_scheduler.core.events import ForgetRecord, Store, Stored, StoreFailed
 from fanout_scheduler.core.object_requests import split
-from fanout_scheduler.core.object_state import entry_key, item_key, receipt_key
+from fanout_scheduler.core.object_state import OVERHEAD_BYTES, entry_key, item_key, receipt_key
 from tests.object_kit import OBJECT, ObjectBench, bench_with_dict, bench_with_queue
 
 # --- finding and making --------------------------------------------------------------------------
@@ -330,3 +330,26 @@ def test_records_have_the_names_that_databases_know() -> None:
     assert receipt_key(b"s" * 16, 3) == b"r" + b"s" * 16 + b"\0\0\0\0\0\0\0\3"
     digest = "2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683"
     assert entry_key(b"key").hex() == "65" + digest
+
+
+def test_a_restart_counts_as_use_of_an_entry() -> None:
+    bench, peer = bench_with_dict()
+    bench.set(peer, b"k", b"value")
+    bench.write()
+    bench.later(DICT_ENTRY_RETENTION_S - 10)
+    bench = bench.restarted()
+    peer = bench.connect(session=b"x" * 16)
+    bench.later(DICT_ENTRY_RETENTION_S - 10)
+    assert bench.length(peer) == 1
+    bench.later(3700)
+    bench.write()
+    assert bench.length(peer) == 0
+
+
+def test_an_entry_costs_its_bytes_and_a_fixed_overhead() -> None:
+    bench, peer = bench_with_dict()
+    assert bench.core.state.objects.size_bytes == OVERHEAD_BYTES
+    bench.set(peer, b"key", b"value")
+    assert bench.core.state.objects.size_bytes == OVERHEAD_BYTES + 8
+    bench.write()
+    assert bench.core.state.objects.size_bytes == 2 * OVERHEAD_BYTES + 8
