@@ -249,6 +249,7 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
         is_ordered=message.is_ordered,
         depth=depth,
         ancestors=ancestors,
+        service_s=state.service_clock_s,
     )
     add_call(state, call)
     session.calls[call.call_id] = call

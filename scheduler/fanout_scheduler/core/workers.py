@@ -10,6 +10,7 @@ from fanout_scheduler.core import calls, durable, objects, outputs, reservation,
 from fanout_scheduler.core.events import Disconnect, PeerId
 from fanout_scheduler.core.leasing import (
     give_back_lease,
+    release_core,
     stop_container,
     watch_idle,
 )
@@ -156,8 +157,9 @@ def _lose_container(state: State, container: Container) -> None:
 
 
 def remove_container(state: State, container: Container) -> None:
-    assert not container.holds_core, "it has no lease any more"
+    release_core(container)
     state.containers.pop(container.container_id, None)
+    state.resuming.pop(container.container_id, None)
     container.worker.containers.pop(container.container_id, None)
     container.function.containers.pop(container.container_id, None)
     container.worker.memory_free_mib += container.function.memory_mib
