@@ -38,6 +38,7 @@ def test_all_that_a_person_may_ask_for_is_there() -> None:
                 "memory": 1000,
                 "containers": 2,
                 "is_connected": True,
+                "reserved_for": "",
             }
         ],
         "containers": [
