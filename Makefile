@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format sim mutants bench bench-peers clean
+.PHONY: help install demo test check format sim mutants mutation bench bench-peers clean
 
 help:
 	@echo "make demo         install into .venv and run the main example on this machine"
@@ -17,6 +17,8 @@ help:
 	@echo "make format       let ruff format and fix"
 	@echo "make sim          run the simulation, 10 million events; or SEEDS=500, or SEEDS=1000-1999"
 	@echo "make mutants      plant mistakes one at a time: the simulation must see each"
+	@echo "make mutation     change the scheduler's core at random and see whether its tests notice;"
+	@echo "                  SAMPLE=400 SEED=1 say how many changes and which (installs mutmut into .venv)"
 	@echo "make bench        compare with the standard library and joblib, about a minute"
 	@echo "make bench-peers  compare with mpire, Ray and Dask too (installs them into .venv)"
 	@echo "make clean        remove .venv and caches"
@@ -71,6 +73,13 @@ sim: $(STAMP)
 
 mutants: $(STAMP)
 	@$(BIN)/python tests/mutants.py
+
+SAMPLE ?= 400
+SEED ?= 1
+
+mutation: $(STAMP)
+	@$(PIP) install 'mutmut==3.8.1'
+	@$(BIN)/python tests/mutation.py --sample $(SAMPLE) --seed $(SEED)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.bench

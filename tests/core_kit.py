@@ -6,25 +6,34 @@ fails it. Invariants are checked after each step.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import msgpack
+
 from fanout.protocol import messages as m
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
+    BlobCompleted,
     Command,
+    Disconnect,
+    DropBlob,
+    Exit,
     FrameReceived,
     PeerConnected,
     PeerId,
     PeerLost,
     Send,
+    SendBlob,
     Store,
     Stored,
     TimePassed,
 )
 
 T = TypeVar("T", bound=m.Message)
+C = TypeVar("C")
 APP = b"a" * 16
 ZERO = b"\0" * 16
 
@@ -33,6 +42,42 @@ def table(values: list[bytes]) -> tuple[bytes, bytes]:
     """Length table and payload of some values."""
     lengths = b"".join(len(value).to_bytes(4, "little") for value in values)
     return lengths, b"".join(values)
+
+
+def assert_well_formed(order: Command) -> None:
+    """What is ordered can be sent, or written down: the other side would take each message."""
+    if isinstance(order, Send):
+        assert_decodes(order.message)
+    elif isinstance(order, Store):
+        assert order.records, "nothing to write"
+        for record in order.records:
+            if isinstance(record, m.Message):
+                assert_decodes(record)
+            else:
+                fields = [getattr(record, name) for name in type(record).__slots__]
+                assert all(type(value) is bytes for value in fields), record
+    elif isinstance(order, Disconnect):
+        assert_decodes(m.Goodbye(order.code, order.text))
+    elif isinstance(order, Exit):
+        assert order.reason
+    else:
+        assert type(order.blob_id) is bytes, order
+
+
+def assert_decodes(message: m.Message) -> None:
+    """Also, whoever is refused something is told why."""
+    m.decode(m.encode_header(message), bytes(getattr(message, "payload", b"")))
+    if isinstance(message, m.ObjectAnswer):
+        assert message.code in m.ANSWER_CODES, message
+        assert message.code == "ok" or " " in message.info[0], message
+    elif isinstance(message, m.CallFailed) and message.status == m.Status.FAILURE:
+        code, text, _ = msgpack.unpackb(message.payload)
+        assert code in m.FAILURE_CODES, message
+        assert " " in text, message
+
+
+#: What is unusual is counted by a name in plain words.
+NOTE = re.compile(r"[a-z][a-z' ]+")
 
 
 class Bench:
@@ -54,8 +99,12 @@ class Bench:
             self.core.handle(event, self.now)
             self.core.check()
         if not self.is_turn_held:
-            self.orders += self.core.decide(self.now)
+            orders = self.core.decide(self.now)
             self.core.check()
+            assert all(NOTE.fullmatch(name) for name in self.core.state.counts)
+            for order in orders:
+                assert_well_formed(order)
+            self.orders += orders
 
     @contextmanager
     def one_turn(self) -> Iterator[None]:
@@ -130,6 +179,10 @@ class Bench:
         self.frame(client, *messages)
         return call_id
 
+    def blob(self, blob_id: bytes, size_bytes: int = 8) -> None:
+        """A blob has arrived whole."""
+        self.tell(BlobCompleted(blob_id, size_bytes))
+
     def store(self) -> list[Store]:
         """Write down what is to be stored, and say so."""
         stores = [order for order in self.orders if isinstance(order, Store)]
@@ -140,6 +193,12 @@ class Bench:
 
     def start(self, worker: int, container_id: int) -> None:
         self.frame(worker, m.ContainerStarted(container_id, 1000, 0.05))
+
+    def start_all(self, worker: int) -> list[m.Lease]:
+        """Whatever was ordered to start has started. Returns the leases that were given."""
+        for start in self.take_all(m.StartContainer, worker):
+            self.start(worker, start.container_id)
+        return self.take_all(m.Lease, worker)
 
     def finish(
         self,
@@ -192,6 +251,19 @@ class Bench:
         assert len(found) == 1, f"expected one {kind.__name__}, got {found}; left: {self.orders}"
         return found[0]
 
+    def take_commands(self, kind: type[C]) -> list[C]:
+        """Remove and return the orders of a kind that are no frames."""
+        found: list[C] = [order for order in self.orders if isinstance(order, kind)]
+        self.orders = [order for order in self.orders if not isinstance(order, kind)]
+        return found
+
+    def blobs_sent(self) -> list[tuple[int, bytes]]:
+        """Which blobs were ordered to be streamed, and to whom."""
+        return [(order.peer_id, order.blob_id) for order in self.take_commands(SendBlob)]
+
+    def blobs_dropped(self) -> list[bytes]:
+        return [order.blob_id for order in self.take_commands(DropBlob)]
+
     def forget(self, *kinds: type[m.Message]) -> None:
         """Take orders that the test does not care about."""
         for kind in kinds:
@@ -215,6 +287,12 @@ class Bench:
 def inputs(call_id: bytes, start: int, count: int, size: int = 1) -> m.Inputs:
     lengths, payload = table([bytes([i % 256]) * size for i in range(start, start + count)])
     return m.Inputs(call_id, start, lengths, [], payload)
+
+
+def exited(
+    container_id: int, reason: str = "stopped", payload: bytes = b"", **details: Any
+) -> m.ContainerExited:
+    return m.ContainerExited(container_id, reason, [], details, payload)
 
 
 def ack(call_id: bytes, start: int, count: int, consumed: int, size: int = 0) -> m.Ack:

@@ -8,7 +8,8 @@ import pytest
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core import graph
-from tests.core_kit import Bench, ack
+from fanout_scheduler.core.events import PeerId
+from tests.core_kit import Bench, ack, table
 
 
 class Nest:
@@ -108,11 +109,12 @@ def test_a_nested_call_that_was_given_up_ended_by_force() -> None:
     assert nest.rows()[2:] == [("g", 0, 0, "terminated"), ("g", 1, 0, "terminated")]
 
 
-def test_only_the_newest_of_what_ended_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_only_the_newest_of_what_ended_is_kept(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
     monkeypatch.setattr(graph, "ENDED_MAX", 2)
     nest = Nest()
     for number in range(2, 6):
-        nest.bench.frame(nest.nested, m.CancelCall(nest.call(number)))
+        nest.bench.frame(nest.nested, m.CancelCall(nest.call(number, index=index)))
     answer = nest.ask(nest.root)
     assert [call[0][:2] for call in answer["calls"]] == ["01", "04", "05"]
     assert answer["is_cut"]
@@ -158,3 +160,68 @@ def test_terminating_a_call_kills_the_containers_that_run_it_and_charges_nobody(
     again = bench.started_lease(worker)
     assert again.call_id == innocent
     assert bench.core.state.calls[innocent].crashes == {}
+
+
+def run_nested(nest: Nest, statuses: list[m.Status], values: list[bytes]) -> None:
+    """The root waits for its nested call (2), whose inputs end like this."""
+    bench = nest.bench
+    nested = nest.call(2, count=len(values))
+    peer = bench.core.state.peers[PeerId(nest.nested)]
+    # Quick enough for several inputs in one report.
+    bench.core.state.functions[b"g" * 16].methods[""].input_s = 1e-6
+    done = 0
+    while done < len(values):
+        bench.frame(nest.nested, m.SessionWaits(peer.wait_frames))
+        for start in bench.take_all(m.StartContainer):
+            bench.start(nest.worker, start.container_id)
+        for lease in bench.take_all(m.Lease):
+            stop = lease.start + len(lease.lengths) // 4
+            lengths, payload = table(values[lease.start : stop])
+            codes = bytes(statuses[lease.start : stop])
+            report = m.LeaseOutputs(
+                1, lease.lease_id, nested, lease.start, 1, lengths, codes, [], payload
+            )
+            bench.frame(nest.worker, report)
+            done = stop
+
+
+def test_of_many_failures_the_first_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "FAILURES_MAX", 2)
+    for count in (2, 3):
+        nest = Nest()
+        run_nested(nest, [m.Status.ERROR] * count, [b"e"] * count)
+        assert nest.ask(nest.root)["is_cut"] is (count == 3)
+        assert [row[3] for row in nest.rows()[2:4]] == ["failure", "failure"]
+
+
+def test_a_nested_call_that_could_not_start_is_told_as_such_when_it_is_over() -> None:
+    nest = Nest()
+    bench = nest.bench
+    nested = nest.call(2)
+    bench.frame(nest.nested, m.SessionWaits(0))
+    container_id = bench.take(m.StartContainer).container_id
+    bench.frame(nest.worker, m.ContainerExited(container_id, "start", [], {}, b"pickled"))
+    assert nest.rows()[2:] == [("g", 0, 0, "init_failure")]
+    bench.frame(nest.nested, m.CallsFinished([nested]))
+    assert nested not in bench.core.state.calls
+    assert nest.rows()[2:] == [("g", 0, 0, "init_failure")]
+
+
+def test_failures_are_told_apart_by_their_place_and_their_bytes() -> None:
+    nest = Nest()
+    late, no_start = (m.failure_payload(code, "why") for code in ("timeout", "start"))
+    value, error, failure = m.Status.VALUE, m.Status.ERROR, m.Status.FAILURE
+    statuses = [value, failure, error, failure, value, failure]
+    run_nested(nest, statuses, [b"v", late, b"an error", no_start, b"w", late])
+    words = [row[3] for row in nest.rows()[2:]]
+    assert words == ["success", "timeout", "failure", "init_failure", "success", "timeout"]
+
+
+def test_a_container_is_named_with_the_inputs_that_it_has_and_no_others() -> None:
+    nest = Nest()
+    bench = nest.bench
+    bench.finish(nest.worker, nest.lease, input_s=1.0)
+    bench.store()
+    second = bench.take(m.Lease)
+    rows = nest.ask(nest.root)["inputs"]
+    assert [row[4] for row in rows] == ["", f"ct-{second.container_id:x}"]

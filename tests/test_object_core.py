@@ -10,8 +10,9 @@ from fanout.config import (
 )
 from fanout.protocol import messages as m
 from fanout_scheduler.core import objects
-from fanout_scheduler.core.events import ForgetRecord, Store, StoreFailed
+from fanout_scheduler.core.events import ForgetRecord, Store, Stored, StoreFailed
 from fanout_scheduler.core.object_requests import split
+from fanout_scheduler.core.object_state import OVERHEAD_BYTES, entry_key, item_key, receipt_key
 from tests.object_kit import OBJECT, ObjectBench, bench_with_dict, bench_with_queue
 
 # --- finding and making --------------------------------------------------------------------------
@@ -272,3 +273,83 @@ def test_an_object_without_a_name_is_not_made() -> None:
     bench.frame(peer, m.OpenObject(1, OBJECT, 1, "", m.OpenMode.MAKE))
     bench.answer(peer, "invalid")
     bench.clean()
+
+
+def test_what_expires_is_kept_apart_from_what_is_changed_meanwhile() -> None:
+    bench, peer = bench_with_dict()
+    bench.set(peer, b"old", b"1")
+    bench.write()
+    bench.later(DICT_ENTRY_RETENTION_S / 2)
+    bench.set(peer, b"new", b"2")
+    bench.forget(m.ObjectAnswer)
+    bench.later(DICT_ENTRY_RETENTION_S / 2 + 3600)
+    change, removal = bench.take_commands(Store)
+    assert [type(record) for record in removal.records] == [ForgetRecord]
+    other = bench.connect()
+    bench.set(other, b"new", b"3", if_missing=True)
+    assert bench.take_commands(Store) == [], "it waits for the change before it"
+    bench.tell(Stored(change.sequence), Stored(removal.sequence))
+    bench.write()
+    assert bench.answer(other).number == 0
+    bench.forget(m.ObjectAnswer)
+    assert bench.length(peer) == 1
+
+
+def test_changes_that_wait_behind_a_deletion_are_refused() -> None:
+    bench, peer = bench_with_dict()
+    bench.act(peer, m.Action.DELETE)
+    (delete,) = bench.take_commands(Store)
+    bench.set(peer, b"k", b"1")
+    waiting = bench.connect()
+    bench.set(waiting, b"k", b"2")
+    bench.tell(Stored(delete.sequence))
+    bench.answer(peer)
+    assert bench.answer(waiting, "missing").info == ["dict 'q' has been deleted"]
+    bench.write()
+    bench.answer(peer, "missing")
+    assert bench.core.state.objects.size_bytes == 0
+    assert not bench.core.state.objects.clients
+
+
+def test_a_repeated_pop_says_again_that_there_was_a_value() -> None:
+    bench, peer = bench_with_dict()
+    bench.set(peer, b"k", b"1")
+    bench.write()
+    bench.answer(peer)
+    request = bench.look(peer, b"k", m.Look.POP)
+    bench.write()
+    bench = bench.restarted()
+    peer = bench.connect(session=peer.to_bytes(16, "big"))
+    bench.frame(peer, request)
+    answer = bench.answer(peer)
+    assert (answer.number, split(answer.lengths, answer.payload)) == (1, [b"1"])
+
+
+def test_records_have_the_names_that_databases_know() -> None:
+    assert item_key(258) == b"i\0\0\0\0\0\0\1\2"
+    assert receipt_key(b"s" * 16, 3) == b"r" + b"s" * 16 + b"\0\0\0\0\0\0\0\3"
+    digest = "2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683"
+    assert entry_key(b"key").hex() == "65" + digest
+
+
+def test_a_restart_counts_as_use_of_an_entry() -> None:
+    bench, peer = bench_with_dict()
+    bench.set(peer, b"k", b"value")
+    bench.write()
+    bench.later(DICT_ENTRY_RETENTION_S - 10)
+    bench = bench.restarted()
+    peer = bench.connect(session=b"x" * 16)
+    bench.later(DICT_ENTRY_RETENTION_S - 10)
+    assert bench.length(peer) == 1
+    bench.later(3700)
+    bench.write()
+    assert bench.length(peer) == 0
+
+
+def test_an_entry_costs_its_bytes_and_a_fixed_overhead() -> None:
+    bench, peer = bench_with_dict()
+    assert bench.core.state.objects.size_bytes == OVERHEAD_BYTES
+    bench.set(peer, b"key", b"value")
+    assert bench.core.state.objects.size_bytes == OVERHEAD_BYTES + 8
+    bench.write()
+    assert bench.core.state.objects.size_bytes == 2 * OVERHEAD_BYTES + 8

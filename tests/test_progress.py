@@ -6,6 +6,7 @@ import pytest
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core import progress
+from fanout_scheduler.core.events import PeerId, PeerWritable
 from tests.core_kit import Bench, ack
 
 KINDS = (m.CallProgress, m.FunctionProgress)
@@ -201,3 +202,83 @@ def test_a_look_goes_through_no_more_than_a_person_reads() -> None:
 def test_a_client_in_a_container_may_not_watch() -> None:
     assert m.WatchProgress not in m.FROM_NESTED_CLIENT
     assert m.WatchProgress not in m.FROM_WORKER
+
+
+def test_each_number_is_that_of_the_call() -> None:
+    bench, worker, client = watching(f={"max_containers": 1}, g={})
+    call_id = bench.open(client, call=1, count=5, is_sealed=False)
+    bench.finish(worker, bench.started_lease(worker), input_s=1.0)
+    bench.later(progress.INTERVAL_S)
+    (row,) = call_rows(bench)
+    assert row == m.CallProgress(
+        call_id=call_id, name="f", is_durable=False, is_nested=False, is_sealed=False,
+        is_over=False, input_count=5, finished_count=1, running=1, starting=0,
+        waits_for="a permit: max_containers are in use",
+    )  # fmt: skip
+    bench.frame(client, m.SealCall(call_id, 7))
+    bench.later(progress.INTERVAL_S)
+    (row,) = call_rows(bench)
+    assert (row.is_sealed, row.input_count) == (True, 7)
+
+
+def test_the_end_of_a_call_is_told_with_what_it_had() -> None:
+    bench, worker, client = watching(f={"max_containers": 1})
+    call_id = bench.open(client, count=2, is_durable=True)
+    bench.store()
+    lease = bench.started_lease(worker)
+    bench.later(progress.INTERVAL_S)
+    (last,) = call_rows(bench)
+    assert (last.running, last.finished_count, last.waits_for != "") == (1, 0, True)
+    bench.finish(worker, lease, input_s=1.0)
+    bench.finish(worker, bench.take(m.Lease), input_s=1.0)
+    bench.store()
+    bench.later(progress.INTERVAL_S)
+    (end,) = call_rows(bench)
+    told = (end.call_id, end.is_over, end.finished_count, end.running, end.starting, end.waits_for)
+    assert told == (call_id, True, 2, 0, 0, "")
+
+
+def test_a_function_that_is_gone_runs_nothing() -> None:
+    bench, worker, client = watching(f={"max_containers": 1})
+    bench.open(client, count=1)
+    bench.started_lease(worker)
+    bench.later(progress.INTERVAL_S)
+    (seen,) = bench.take_all(m.FunctionProgress)
+    assert (seen.function_id, seen.name, seen.running) == (b"f" * 16, "f", 1)
+    bench.frame(client, m.CloseApp(b"a" * 16))
+    bench.later(progress.INTERVAL_S)
+    (seen,) = bench.take_all(m.FunctionProgress)
+    told = (seen.function_id, seen.name, seen.running, seen.starting)
+    assert told == (b"f" * 16, "f", 0, 0)
+    bench.later(10)
+    assert bench.take_all(m.FunctionProgress) == []
+    assert not any(kind == "progress" for _, _, kind, _ in bench.core.state.deadlines)
+
+
+def test_of_many_functions_the_newest_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "FUNCTIONS_MAX", 2)
+    monkeypatch.setattr(progress, "CALLS_MAX", 3)
+    monkeypatch.setattr(progress, "WAITS_FOR_MAX", 6)
+    bench, worker, client = watching(f={}, g={}, h={}, i={})
+    worker = bench.worker(cpu=9, number=2)
+    for number, name in enumerate("fghi", 1):
+        bench.open(client, name, call=number, count=1)
+    bench.later(progress.INTERVAL_S)
+    assert {row.name for row in bench.take_all(m.FunctionProgress)} == {"h", "i"}
+    assert sorted(row.call_id[0] for row in call_rows(bench)) == [2, 3, 4]
+    assert worker
+    bench.lose(worker)
+    bench.lose(1)
+    bench.later(progress.INTERVAL_S)
+    assert {row.waits_for for row in call_rows(bench)} == {"a work"}
+
+
+def test_a_client_that_does_not_read_is_told_when_it_does() -> None:
+    bench, _, client = watching()
+    bench.tell(PeerWritable(PeerId(client), False))
+    bench.open(client, count=3)
+    bench.later(1)
+    assert not any(bench.take_all(kind) for kind in KINDS)
+    bench.tell(PeerWritable(PeerId(client), True))
+    bench.later(progress.INTERVAL_S)
+    assert len(call_rows(bench)) == 1

@@ -409,6 +409,14 @@ def test_an_item_that_was_given_back_belongs_to_its_next_taker_after_a_restart()
     bench.frame(other, second)
     assert bench.values(other) == [b"a"]
     assert not bench.take_all(m.ObjectAnswer, peer)
+    # It is a new request, as soon as nothing on disk says that it was done.
+    assert [request.request_id for request in bench.core.state.objects.ending.values()] == [
+        first.request_id
+    ]
+    bench.put_stored(other, b"b")
+    bench.write()
+    assert bench.values(peer) == [b"b"]
+    assert not bench.core.state.objects.ending
 
 
 def test_peeking_leaves_items_and_waits_for_new_ones() -> None:
@@ -533,3 +541,62 @@ def test_answers_go_only_to_who_asked() -> None:
     bench.write()
     sends = [order for order in bench.orders if isinstance(order, Send)]
     assert [send.peer_id for send in sends] == [peer]
+
+
+def test_who_waits_for_room_is_let_in_however_room_is_made() -> None:
+    for how in ("clear", "expiry", "cancel"):
+        bench, peer = bench_with_queue(is_ephemeral=True)
+        producer = bench.connect()
+        bench.put(peer, *[b"x"] * (QUEUE_PARTITION_ITEMS_MAX - 1), ttl_s=100)
+        bench.answer(peer)
+        large = bench.put(producer, b"1", b"2", block=True)
+        bench.put(producer, b"3", block=True)
+        assert not bench.take_all(m.ObjectAnswer)
+        if how == "clear":
+            bench.act(peer, m.Action.CLEAR)
+        elif how == "expiry":
+            bench.later(101)
+        else:
+            bench.frame(producer, m.CancelRequest(bench.next(), large.request_id, False))
+        answers = bench.take_all(m.ObjectAnswer)
+        assert len(answers) == (2 if how == "expiry" else 3 - (how == "cancel"))
+        bench.get(peer, count=QUEUE_PARTITION_ITEMS_MAX)
+        assert bench.values(peer)[-1] == b"3"
+
+
+def test_a_put_that_was_written_behind_a_deletion_leaves_nothing() -> None:
+    bench, peer = bench_with_queue()
+    bench.act(peer, m.Action.DELETE)
+    bench.put(peer, b"abc")
+    bench.write()
+    assert sorted(answer.code for answer in bench.take_all(m.ObjectAnswer)) == ["missing", "ok"]
+    assert bench.core.state.objects.size_bytes == 0
+    assert not bench.disk
+    bench.clean()
+
+
+def test_an_ephemeral_queue_has_no_name_to_say() -> None:
+    bench, peer = bench_with_queue(is_ephemeral=True)
+    bench.get(peer, block=False)
+    assert bench.answer(peer, "empty").info == ["ephemeral queue is empty"]
+
+
+def test_an_item_that_is_given_back_after_a_restart_goes_to_its_own_partition() -> None:
+    bench, peer = bench_with_queue()
+    bench.put_stored(peer, b"a", key=b"p")
+    bench.get(peer, key=b"p")
+    bench.write()
+    bench = bench.restarted()
+    other = bench.connect(session=b"x" * 16)
+    bench.later(2 * CLIENT_GRACE_S)
+    bench.get(other, key=b"p", block=False)
+    bench.write()
+    assert bench.values(other) == [b"a"]
+
+
+def test_clearing_what_is_empty_is_done_at_once() -> None:
+    bench, peer = bench_with_queue()
+    for action in (m.Action.CLEAR, m.Action.CLEAR_ALL):
+        bench.act(peer, action)
+        assert bench.answer(peer).request_id == bench.request_id
+    bench.clean()

@@ -124,7 +124,7 @@ def _place_ready(state: State) -> None:
                 reservation.was_passed_over(state, function)
             if reason in (NO_WORKER, NO_FIT):
                 _tell_of_wait(state, call, reason)
-            if reason in (NO_PERMIT, NO_ROOM):
+            if reason in (NO_PERMIT, NO_ROOM, NO_MEMORY):
                 _fail_if_deadlocked(state, call, reason)
     for function_id, reason in held.items():
         others_wait = any(r == NO_CORE for f, r in held.items() if f != function_id)
@@ -401,8 +401,9 @@ def scale(state: State) -> None:
 
 
 def _fail_if_deadlocked(state: State, call: Call, reason: str) -> None:
-    """A nested call that can run only when somebody gives back a permit or a place, while all who
-    hold one wait, directly or not, for calls like it: it can never run. Say so, with the chain."""
+    """A nested call that can run only when somebody gives back a permit, a place or memory, while
+    all who hold one wait, directly or not, for calls like it: it can never run. Say so, with the
+    chain."""
     function = call.function
     # Nobody need wait for a spawned call: its caller ends and gives the permit back.
     if call.is_durable or not call.ancestors:
@@ -418,13 +419,17 @@ def _fail_if_deadlocked(state: State, call: Call, reason: str) -> None:
         return
     names = [c.function.definition.name for c in reversed(call.ancestors)]
     chain = " -> ".join([*names, function.definition.name])
+    hint = "Nest less deeply"
     if reason == NO_PERMIT:
         why = f"all {len(holders)} permits of {function.definition.name} (max_containers) are held"
-    else:
+        hint = "Raise max_containers"
+    elif reason == NO_ROOM:
         why = f"all {len(holders)} containers that the workers can hold are taken"
+    else:
+        why = f"the memory that it needs is held in {len(holders)} containers"
     text = (
-        f"{chain}: {why} by inputs that wait for calls like this one. Raise max_containers, or "
-        f"call the function with .local()"
+        f"{chain}: {why} by inputs that wait for calls like this one. {hint}, or call the function "
+        f"with .local()"
     )
     payload = m.failure_payload("deadlock", text)
     fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
@@ -440,7 +445,7 @@ def _moving_containers(state: State) -> set[int]:
     }
     waiting = [c for c in state.containers.values() if c.container_id not in moving]
     while True:
-        found = [c for c in waiting if _gets_on(state, c, moving)]
+        found = [container for container in waiting if _gets_on(state, container, moving)]
         if not found:
             return moving
         moving.update(container.container_id for container in found)
@@ -460,10 +465,10 @@ def _gets_on(state: State, container: Container, moving: set[int]) -> bool:
         if not call.is_over
     ]
     # Without a nested call it waits for its consumer, or for the result of a spawned call.
-    return not nested or any(_gets_further(call, moving) for call in nested)
+    return not nested or any(_gets_further(state, call, moving) for call in nested)
 
 
-def _gets_further(call: Call, moving: set[int]) -> bool:
+def _gets_further(state: State, call: Call, moving: set[int]) -> bool:
     function = call.function
     if call.failure is not None or any(
         lease.container.container_id in moving for lease in call.leases.values()
@@ -473,11 +478,22 @@ def _gets_further(call: Call, moving: set[int]) -> bool:
         # It waits for time, blobs, the store or its caller; or for leases that do not get on.
         return not call.leases
     limit = function.max_containers
-    if limit is None or len(function.containers) < limit:
+    has_permit = limit is None or len(function.containers) < limit
+    if has_permit and any(_gets_room(w, function, moving) for w in state.workers.values()):
         return True
     if any(container.has_room(function.slots) for container in function.containers.values()):
         return True
     return any(container_id in moving for container_id in function.containers)
+
+
+def _gets_room(worker: Worker, function: Function, moving: set[int]) -> bool:
+    """Whether a worker can have another container of a function, now or when one of those that it
+    has, and that get on, makes room."""
+    if worker.cpu + EPSILON < function.cpu or worker.memory_mib < function.memory_mib:
+        return False
+    if worker.memory_free_mib >= function.memory_mib and len(worker.containers) < CONTAINERS_MAX:
+        return True
+    return not moving.isdisjoint(worker.containers)
 
 
 # --- 3. tails ------------------------------------------------------------------------------------

@@ -17,14 +17,12 @@ SETTINGS = ("min_containers", "max_containers", "buffer_containers", "scaledown_
 
 
 def wanted_count(function: Function) -> int:
-    """How many containers the settings ask for."""
-    if function.app.is_closing or not function.app.openers:
+    """How many containers the settings ask for; where they begin, `max_containers` is minded."""
+    if not function.app.openers:
         return 0
     busy = sum(bool(c.leases) for c in living(function))
     buffer = function.buffer_containers if busy or function.ready else 0
-    wanted = max(function.min_containers, busy + buffer)
-    limit = function.max_containers
-    return wanted if limit is None else min(wanted, limit)
+    return max(function.min_containers, busy + buffer)
 
 
 def living(function: Function) -> list[Container]:
