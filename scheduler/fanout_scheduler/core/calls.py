@@ -63,9 +63,8 @@ def _detach(state: State, session: Session, peer_id: PeerId) -> None:
     """Nothing is owed to a connection that is gone."""
     session.peer_id = None
     objects.on_detached(state, session)
-    for call in state.calls.values():
-        for key in [key for key in call.fetches if key[0] == peer_id]:
-            del call.fetches[key]
+    for fetch in list(session.fetches.values()):
+        durable.end_fetch(fetch)
     if session.container is not None:
         session.container.nested_peers.pop(peer_id, None)
 
@@ -394,6 +393,8 @@ def drop_call(state: State, call: Call) -> None:
         graph.leave(state, call)
     call.outputs.clear()
     call.generators.clear()
+    for fetch in list(call.fetches.values()):
+        durable.end_fetch(fetch)
     state.calls.pop(call.call_id, None)
     if call.session is not None:
         call.session.calls.pop(call.call_id, None)
@@ -465,12 +466,14 @@ def on_fetch_outputs(state: State, peer: Peer, message: m.FetchOutputs) -> None:
     if call is None or not call.is_durable:
         on_ask_call(state, peer, m.AskCall(message.request_id, message.call_id))
         return
-    durable.on_fetch(state, peer.peer_id, call, message)
+    durable.on_fetch(state, peer, call, message)
 
 
 def on_stop_fetch(state: State, peer: Peer, message: m.StopFetch) -> None:
-    for call in state.calls.values():
-        call.fetches.pop((peer.peer_id, message.request_id), None)
+    assert peer.session is not None
+    fetch = peer.session.fetches.get(message.request_id)
+    if fetch is not None:
+        durable.end_fetch(fetch)
 
 
 def on_ask_call(state: State, peer: Peer, message: m.AskCall) -> None:

@@ -29,7 +29,7 @@ def _check_call(call: Call) -> None:
         places = [
             list(call.queued),
             list(call.parked),
-            [(i, i + 1) for i in sorted(call.backing_off)],
+            list(call.backing_off),
             list(call.finished),
             list(call.storing),
         ]

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from fanout.config import RESULT_RETENTION_S
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs
-from fanout_scheduler.core.events import ForgetApp, ForgetCall, PeerId, Record, Store
-from fanout_scheduler.core.state import Call, Chunk, Fetch, State
+from fanout_scheduler.core.events import ForgetApp, ForgetCall, Record, Store
+from fanout_scheduler.core.state import Call, Chunk, Fetch, Peer, State
 
 if TYPE_CHECKING:
     from fanout_scheduler.core.state import App
@@ -152,8 +153,9 @@ def forget_app(state: State, app: App) -> None:
 def on_stored(state: State, sequence: int) -> None:
     """Everything up to `sequence` is on disk: keep the promises that waited for it."""
     pending_stores = state.pending_stores
-    # They were ordered with growing numbers, so those that are done stand first.
-    while pending_stores and (first := next(iter(pending_stores))) <= sequence:
+    # They were ordered with growing numbers, so those that are done stand first. All of these are
+    # looked up at once: to ask a dictionary for its first key passes over what was removed there.
+    for first in list(takewhile(lambda number: number <= sequence, pending_stores)):
         pending: PendingStore = pending_stores.pop(first)
         state.unsafe_stores.discard(pending.first_sequence)
         if pending.stored is not None:
@@ -284,22 +286,36 @@ def end_call(state: State, call: Call) -> None:
 # --- fetching -------------------------------------------------------------------------------------
 
 
-def on_fetch(state: State, peer_id: PeerId, call: Call, message: m.FetchOutputs) -> None:
+def on_fetch(state: State, peer: Peer, call: Call, message: m.FetchOutputs) -> None:
     """Send what is there, and remember what is owed."""
-    fetch = Fetch(peer_id, message.request_id, IntervalSet([(message.start, message.stop)]))
-    call.fetches[(peer_id, message.request_id)] = fetch
-    for outputs in call.outputs:
+    session = peer.session
+    assert session is not None
+    known = session.fetches.get(message.request_id)
+    if known is not None:
+        end_fetch(known)
+    owed = IntervalSet([(message.start, message.stop)])
+    fetch = Fetch(call, session, peer.peer_id, message.request_id, owed)
+    session.fetches[message.request_id] = fetch
+    call.fetches[(peer.peer_id, message.request_id)] = fetch
+    for outputs in call.outputs.among(message.start, message.stop):
         _serve(state, fetch, outputs)
     serve_failure(state, call)
     if not fetch.owed:
-        call.fetches.pop((peer_id, message.request_id), None)
+        end_fetch(fetch)
+
+
+def end_fetch(fetch: Fetch) -> None:
+    """Nothing more is owed; harmless to repeat."""
+    fetch.call.fetches.pop((fetch.peer_id, fetch.request_id), None)
+    if fetch.session.fetches.get(fetch.request_id) is fetch:
+        del fetch.session.fetches[fetch.request_id]
 
 
 def serve_fetches(state: State, call: Call, outputs: m.Outputs) -> None:
-    for key, fetch in list(call.fetches.items()):
+    for fetch in list(call.fetches.values()):
         _serve(state, fetch, outputs)
         if not fetch.owed:
-            del call.fetches[key]
+            end_fetch(fetch)
 
 
 def _serve(state: State, fetch: Fetch, outputs: m.Outputs) -> None:
@@ -317,7 +333,7 @@ def serve_failure(state: State, call: Call) -> None:
     if call.failure is None:
         return
     count = call.received.end if call.sealed_count is None else call.sealed_count
-    for key, fetch in list(call.fetches.items()):
+    for fetch in list(call.fetches.values()):
         for start, stop in fetch.owed:
             # What is on its way to disk is an output, and comes when it is there.
             for low, high in call.storing.missing(start, min(stop, count)):
@@ -326,4 +342,4 @@ def serve_failure(state: State, call: Call) -> None:
                     output = single_output(call, index, call.failure.status, call.failure.payload)
                     state.send(fetch.peer_id, output)
         if not fetch.owed.common(0, count):
-            del call.fetches[key]
+            end_fetch(fetch)

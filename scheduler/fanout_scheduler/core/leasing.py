@@ -110,7 +110,8 @@ def _among_suspects(call: Call, first: int, count: int, stop_max: int) -> tuple[
     """How many inputs a lease may have, and where it ends at the latest: a suspect goes alone."""
     if first in call.suspects:
         return 1, stop_max
-    return count, min([stop_max, *(index for index in call.suspects if index > first)])
+    behind = call.suspects.common(first + 1, stop_max)
+    return count, behind[0][0] if behind else stop_max
 
 
 def send_blob_once(state: State, worker: Worker, blob_id: bytes) -> None:

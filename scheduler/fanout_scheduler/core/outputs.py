@@ -171,7 +171,7 @@ def _retry(state: State, call: Call, index: int) -> bool:
     call.attempts[index] = failed
     delay_s = min(delay_max_s, initial_s * coefficient ** (failed - 1))
     call.queued.remove(index, index + 1)
-    call.backing_off.add(index)
+    call.backing_off.add(index, index + 1)
     state.at(state.now + delay_s, "retry", (call, index))
     return True
 
@@ -179,7 +179,7 @@ def _retry(state: State, call: Call, index: int) -> bool:
 def on_retry_due(state: State, call: Call, index: int) -> None:
     """The delay of an input is over; neighbours that are due merge into ranges in the queue."""
     if index in call.backing_off:
-        call.backing_off.discard(index)
+        call.backing_off.remove(index, index + 1)
         call.queued.add(index, index + 1)
         wake_call(state, call)
 
@@ -192,8 +192,7 @@ def deliver(state: State, call: Call, outputs: m.Outputs) -> int:
     start, stop = outputs.start, outputs.start + len(outputs.statuses)
     call.queued.remove(start, stop)
     call.parked.remove(start, stop)
-    if call.backing_off:
-        call.backing_off.difference_update(range(start, stop))
+    call.backing_off.remove(start, stop)
     blobs.keep(state, blobs.ids(outputs.blobs))
     if call.is_durable:
         call.storing.add(start, stop)
@@ -209,14 +208,14 @@ def finish(state: State, call: Call, outputs: m.Outputs) -> None:
     if call.failure is None:
         release_inputs(state, call, start, stop)
     call.output_bytes += len(outputs.payload) + blobs.size_bytes(state, outputs.blobs)
-    call.outputs.append(outputs)
+    call.outputs.add(outputs)
     if call.node is not None:
         graph.note(call, outputs)
-    if call.attempts or call.crashes or call.suspects:
+    call.suspects.remove(start, stop)
+    if call.attempts or call.crashes:
         for index in range(start, stop):
             call.attempts.pop(index, None)
             call.crashes.pop(index, None)
-            call.suspects.discard(index)
     if call.is_durable:
         durable.serve_fetches(state, call, outputs)
         if call.is_done and not call.is_over:
@@ -259,12 +258,8 @@ def on_ack(state: State, call: Call, message: m.Ack) -> None:
     """The client has these outputs, and its user has taken so many."""
     for start, count in message.received:
         call.acknowledged.add(start, start + count)
-    while call.outputs:
-        head = call.outputs[0]
-        if not call.acknowledged.covers(head.start, head.start + len(head.statuses)):
-            break
-        call.outputs.popleft()
-        blobs.release(state, blobs.ids(head.blobs))
+    for kept in call.outputs.take(call.acknowledged):
+        blobs.release(state, blobs.ids(kept.blobs))
     call.consumed_count = max(call.consumed_count, message.consumed_count)
     call.consumed_bytes = max(call.consumed_bytes, message.consumed_bytes)
     # After a restart the client's counts begin before ours.
@@ -372,7 +367,7 @@ def suspect(lease: Lease, index: int) -> None:
     """One of several inputs that ran when their container died: it runs alone the next time, and
     is charged if it dies alone too."""
     if _may_crash(lease, index):
-        lease.call.suspects.add(index)
+        lease.call.suspects.add(index, index + 1)
 
 
 def _may_crash(lease: Lease, index: int) -> bool:

@@ -96,7 +96,7 @@ def _call(call: Call) -> dict[str, Any]:
         "function": call.function.definition.name,
         "state": "over" if call.is_over else "open" if call.sealed_count is None else "sealed",
         "inputs": call.received.count,
-        "queued": call.queued.count + call.parked.count + len(call.backing_off),
+        "queued": call.queued.count + call.parked.count + call.backing_off.count,
         "running": call.leased_count,
         "done": call.finished.count,
         "durable": call.is_durable,

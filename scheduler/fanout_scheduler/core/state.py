@@ -19,6 +19,7 @@ from fanout.config import SCALEDOWN_WINDOW_S, TIMEOUT_S, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import Command, PeerId, Send
+from fanout_scheduler.core.kept import KeptOutputs
 from fanout_scheduler.core.object_state import Objects
 
 BlobRef = tuple[int, list[bytes]]
@@ -141,32 +142,31 @@ def _methods_of(options: dict[str, Any]) -> dict[str, Method]:
 class Chunk:
     """Consecutive inputs as they came in one frame. Part of it is cut out by its length table."""
 
-    __slots__ = ("_offsets", "blobs", "lengths", "open_count", "payload", "start")
+    __slots__ = ("_offsets", "blobs", "lengths", "open_count", "payload", "start", "stop")
 
     def __init__(self, message: m.Inputs) -> None:
         self.start = message.start
-        self.lengths = memoryview(message.lengths).cast("I")
-        self.payload = memoryview(message.payload)
+        #: As it came: views would cost a call of one input as much as all else of its chunk.
+        self.lengths = message.lengths
+        self.payload = message.payload
         self.blobs = message.blobs
         #: Inputs of it that have no output yet; at zero the chunk is dropped.
-        self.open_count = len(self.lengths)
+        self.open_count = len(message.lengths) // 4
+        self.stop = self.start + self.open_count
         self._offsets: array[int] | None = None
 
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.lengths)
-
-    def cut(self, start: int, stop: int) -> tuple[bytes, list[BlobRef], memoryview]:
+    def cut(self, start: int, stop: int) -> tuple[bytes, list[BlobRef], m.Payload]:
         """Length table, blob references and bytes of inputs `start` to `stop`; nothing is
         re-encoded, and the bytes are not copied."""
         low, high = start - self.start, stop - self.start
-        if low == 0 and high == len(self.lengths):
-            return self.lengths.tobytes(), self.blobs, self.payload
+        if start == self.start and stop == self.stop:
+            return self.lengths, self.blobs, self.payload
         if self._offsets is None:
-            self._offsets = array("L", accumulate(self.lengths, initial=0))
-        payload = self.payload[self._offsets[low] : self._offsets[high]]
+            lengths = memoryview(self.lengths).cast("I")
+            self._offsets = array("L", accumulate(lengths, initial=0))
+        payload = memoryview(self.payload)[self._offsets[low] : self._offsets[high]]
         blobs = [(at - low, ids) for at, ids in self.blobs if low <= at < high]
-        return self.lengths[low:high].tobytes(), blobs, payload
+        return self.lengths[4 * low : 4 * high], blobs, payload
 
 
 @dataclass(slots=True)
@@ -202,10 +202,10 @@ class Call:
     #: Received, and their blobs are not all here.
     parked: IntervalSet = field(default_factory=IntervalSet)
     queued: IntervalSet = field(default_factory=IntervalSet)
-    backing_off: set[int] = field(default_factory=set)
+    backing_off: IntervalSet = field(default_factory=IntervalSet)
     #: Inputs that ran beside others when their container died. Each runs alone the next time, so
     #: that the one to blame is found.
-    suspects: set[int] = field(default_factory=set)
+    suspects: IntervalSet = field(default_factory=IntervalSet)
     #: Inputs whose output is here (of a durable call: stored), whether or not acknowledged.
     finished: IntervalSet = field(default_factory=IntervalSet)
     #: Outputs of a durable call that are on their way to disk.
@@ -217,9 +217,8 @@ class Call:
     attempts: dict[int, int] = field(default_factory=dict)
     crashes: dict[int, int] = field(default_factory=dict)
     generators: dict[int, GeneratorState] = field(default_factory=dict)
-    #: Outputs the client has not acknowledged, in the order in which they were sent; of a durable
-    #: call all outputs, kept for whoever fetches them.
-    outputs: deque[m.Outputs] = field(default_factory=deque)
+    #: Outputs the client has not acknowledged; of a durable call all of them.
+    outputs: KeptOutputs = field(default_factory=KeptOutputs)
     acknowledged: IntervalSet = field(default_factory=IntervalSet)
     sealed_count: int | None = None
     #: How the rest of the call ended, when it failed or was cancelled as a whole.
@@ -309,6 +308,8 @@ class Node:
 class Fetch:
     """A client reads outputs of a durable call: these are still owed to it."""
 
+    call: Call
+    session: Session
     peer_id: PeerId
     request_id: int
     owed: IntervalSet
@@ -427,6 +428,8 @@ class Session:
     container: Container | None = None
     calls: dict[bytes, Call] = field(default_factory=dict)
     apps: dict[bytes, App] = field(default_factory=dict)
+    #: Its requests for outputs of spawned calls that are not answered in full.
+    fetches: dict[int, Fetch] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
