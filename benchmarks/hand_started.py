@@ -25,7 +25,7 @@ class HandStarted:
 
     def __init__(self, folder: Path, profile: str | None = None) -> None:
         self.folder = folder
-        #: Where to write a profile of the scheduler by cProfile, which makes it about twice as slow.
+        #: Where to write a profile of the scheduler by cProfile, under which it is half as fast.
         self.profile = profile
         self.scheduler = self._start("scheduler", "fanout_scheduler", ["--port", "0"], {})
         self.address = self._record("scheduler", self.scheduler)

@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.hand_started import HandStarted, hand_started, wait_until
@@ -63,11 +64,17 @@ def open_call_count(cluster: HandStarted) -> int:
     return int(status["open_call_count"])
 
 
+def wait_for_open(cluster: HandStarted, predicate: Callable[[int], bool]) -> None:
+    """Until the number of open calls is as it should be."""
+    what = "the number of open calls is right"
+    wait_until(lambda: predicate(open_call_count(cluster)), what, DRAIN_TIMEOUT_S)
+
+
 def drain(cluster: HandStarted) -> float:
     """Seconds until a worker has run all that waits."""
     cluster.start_worker()
     begin = time.perf_counter()
-    wait_until(lambda: open_call_count(cluster) == 0, "everything ran", DRAIN_TIMEOUT_S)
+    wait_for_open(cluster, lambda n: n == 0)
     return time.perf_counter() - begin
 
 
@@ -152,8 +159,7 @@ async def measure_calls(count: int, profile: str | None) -> None:
             before = cluster.scheduler_bytes()
             begin = time.perf_counter()
             waiting = [asyncio.ensure_future(bench.unplaceable.remote.aio(x)) for x in range(count)]
-            while await asyncio.to_thread(open_call_count, cluster) < count:
-                await asyncio.sleep(0.02)
+            await asyncio.to_thread(wait_for_open, cluster, lambda n: n >= count)
             open_s = time.perf_counter() - begin
             used = cluster.scheduler_bytes() - before
             say(f"{count:,} attached calls opened in {open_s:.1f} s")
@@ -164,8 +170,7 @@ async def measure_calls(count: int, profile: str | None) -> None:
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
-            while await asyncio.to_thread(open_call_count, cluster):
-                await asyncio.sleep(0.02)
+            await asyncio.to_thread(wait_for_open, cluster, lambda n: n == 0)
             say(f"cancelled in {time.perf_counter() - begin:.1f} s")
             begin = time.perf_counter()
             done = await asyncio.gather(*[bench.noop.remote.aio(x) for x in range(count)])

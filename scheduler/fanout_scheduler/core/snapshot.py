@@ -50,6 +50,8 @@ def snapshot(state: State) -> dict[str, Any]:
         ],
         "object_bytes": state.objects.size_bytes,
         "calls": [_call(call) for call in list(state.calls.values())[:ROWS_MAX]],
+        "worker_count": len(state.workers),
+        "container_count": len(state.containers),
         "call_count": len(state.calls),
         "open_call_count": sum(not call.is_over for call in state.calls.values()),
         "counts": dict(state.counts),
