@@ -28,7 +28,7 @@ WORKER_COUNT = 1_000
 CONTAINER_COUNT = 8
 PROCESS_COUNT = 4
 INPUT_COUNT = 300_000
-IDLE_S = 10.0
+IDLE_S = float(os.environ.get("IDLE_S", "10"))
 CONNECT_TIMEOUT_S = 120.0
 #: Descriptors of the scheduler beside its connections.
 SPARE_DESCRIPTORS = 100

@@ -124,7 +124,7 @@ class Scheduler:
                 peer.is_writable = event.is_writable
         elif isinstance(event, Stored):
             durable.on_stored(state, event.sequence)
-            self._acknowledge_all()
+            workers.acknowledge_stored(self.state)
         elif isinstance(event, StoreFailed):
             durable.on_store_failed(state, event.sequence, event.text)
         elif isinstance(event, BlobCompleted):
@@ -222,11 +222,6 @@ class Scheduler:
             calls.on_inputs(state, peer, call, message)
         else:
             CALL_MESSAGES[kind](state, call, message)
-
-    def _acknowledge_all(self) -> None:
-        for worker in self.state.workers.values():
-            if worker.unsafe:
-                self.state.acknowledging[worker.worker_id] = worker
 
     # --- deadlines --------------------------------------------------------------------------------
 

@@ -20,11 +20,15 @@ from fanout_scheduler.core.leasing import (
     requeue,
     wake_call,
 )
-from fanout_scheduler.core.state import Call, GeneratorState, Lease, Method, State
+from fanout_scheduler.core.state import Call, GeneratorState, Lease, Method, State, Worker
 
 #: Weight of the newest report in the moving averages, at most and when it makes them grow.
 WEIGHT_MAX = 0.5
 WEIGHT_GROW_MIN = 0.05
+
+#: Reports of a worker that wait to be acknowledged, at most, and for how long.
+ACKNOWLEDGE_COUNT = 32
+ACKNOWLEDGE_DELAY_S = 0.02
 
 
 def on_lease_outputs(state: State, peer_id: PeerId, message: m.LeaseOutputs) -> None:
@@ -32,8 +36,20 @@ def on_lease_outputs(state: State, peer_id: PeerId, message: m.LeaseOutputs) -> 
     if worker is None:
         return
     store_sequence = _accept(state, message)
-    worker.unsafe.append((message.sequence, store_sequence))
-    state.acknowledging[worker.worker_id] = worker
+    note_report(state, worker, message.sequence, store_sequence)
+
+
+def note_report(state: State, worker: Worker, sequence: int, store_sequence: int) -> None:
+    """A report is to be acknowledged, once the store has this sequence."""
+    worker.unsafe.append((sequence, store_sequence))
+    if worker.worker_id in state.storing_workers:
+        # The one before it waits for the disk, and so does it.
+        return
+    if worker.worker_id not in state.acknowledging:
+        worker.acknowledge_at = state.now + ACKNOWLEDGE_DELAY_S
+        state.acknowledging[worker.worker_id] = worker
+    if len(worker.unsafe) >= ACKNOWLEDGE_COUNT:
+        state.acknowledging_now[worker.worker_id] = worker
 
 
 def _accept(state: State, message: m.LeaseOutputs) -> int:
@@ -274,8 +290,7 @@ def on_lease_items(state: State, peer_id: PeerId, message: m.LeaseItems) -> None
     worker = state.peers[peer_id].worker
     if worker is None:
         return
-    worker.unsafe.append((message.sequence, 0))
-    state.acknowledging[worker.worker_id] = worker
+    note_report(state, worker, message.sequence, 0)
     lease = state.leases.get(message.lease_id)
     if lease is None or lease.call.call_id != message.call_id or lease.call.is_over:
         state.note("items of an unknown lease")

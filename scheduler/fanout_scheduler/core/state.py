@@ -6,6 +6,7 @@ objects live in the modules beside this one; `check.py` states them as invariant
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_right, insort
 from collections import deque
@@ -18,6 +19,7 @@ from typing import Any
 from fanout.config import SCALEDOWN_WINDOW_S, TIMEOUT_S, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
+from fanout_scheduler.core.capacity import NOT_FILED, Filed, FreeCores
 from fanout_scheduler.core.events import Command, PeerId, Send
 from fanout_scheduler.core.kept import KeptOutputs
 from fanout_scheduler.core.object_state import Objects
@@ -81,6 +83,14 @@ class Function:
     #: (max_retries, initial_delay_s, backoff_coefficient, max_delay_s) or None.
     retries: tuple[int, float, float, float] | None
     containers: dict[int, Container] = field(default_factory=dict)
+    #: See capacity.py. Containers that have room for an input, by how many they have and by id;
+    #: those that may have a second lease; leases of which a part could be taken back.
+    rooms: dict[int, dict[int, Container]] = field(default_factory=dict)
+    singles: dict[int, Container] = field(default_factory=dict)
+    tails: dict[int, Lease] = field(default_factory=dict)
+    #: Containers that are not leaving, and those of them that have a lease.
+    living_count: int = 0
+    busy_count: int = 0
     #: Calls that have inputs to lease, as a heap of (-depth, service time, number, call).
     ready: list[tuple[int, float, int, Call]] = field(default_factory=list)
     #: Containers in a row that died before they were ready.
@@ -372,6 +382,8 @@ class Container:
     #: When it is looked at next whether it has been idle for long enough.
     idle_due_at: float | None = None
     nested_peers: dict[PeerId, Peer] = field(default_factory=dict)
+    #: What its function knows of it; see capacity.py.
+    filed: Filed = NOT_FILED
 
     @property
     def is_idle(self) -> bool:
@@ -407,6 +419,11 @@ class Worker:
     acknowledged: int = 0
     #: When its reports are acknowledged at the latest.
     acknowledge_at: float = 0.0
+    #: Its containers that are in `State.resuming`.
+    resuming_count: int = 0
+    #: The free cores that its entry in `State.free_cores` says.
+    cpu_filed: float = -math.inf
+    is_lost: bool = False
 
 
 @dataclass(slots=True)
@@ -486,6 +503,9 @@ class State:
     ready_functions: dict[bytes, Function] = field(default_factory=dict)
     #: Functions that have containers without inputs that need them; see scaling.py.
     scaled: dict[bytes, Function] = field(default_factory=dict)
+    #: Functions that have leases of which a part could be taken back.
+    tailed: dict[bytes, Function] = field(default_factory=dict)
+    free_cores: FreeCores = field(default_factory=FreeCores)
     #: Containers that have deferred frames and no core.
     resuming: dict[int, Container] = field(default_factory=dict)
     #: (when, order, kind, what); entries may be stale, the kinds check.
@@ -504,8 +524,11 @@ class State:
     blob_waiters: dict[bytes, list[BlobWait]] = field(default_factory=dict)
     #: What is kept of nested calls that are over, the oldest first; see graph.py.
     ended_nodes: deque[Node] = field(default_factory=deque)
-    #: Workers that have reports to be acknowledged at the end of this turn.
+    #: Workers that have reports to be acknowledged before long, those that are due first in front;
+    #: those that have so many that it is to be now; those whose oldest report is not on disk yet.
     acknowledging: dict[bytes, Worker] = field(default_factory=dict)
+    acknowledging_now: dict[bytes, Worker] = field(default_factory=dict)
+    storing_workers: dict[bytes, Worker] = field(default_factory=dict)
     #: Only one function at a time has a worker kept free.
     reservation: Reservation | None = None
     #: Tails are not looked at again before this time.
@@ -558,4 +581,10 @@ class State:
 
     def defer(self, container: Container, command: Send) -> None:
         container.deferred.append(command)
-        self.resuming[container.container_id] = container
+        if container.container_id not in self.resuming:
+            self.resuming[container.container_id] = container
+            container.worker.resuming_count += 1
+
+    def stop_resuming(self, container: Container) -> None:
+        if self.resuming.pop(container.container_id, None) is not None:
+            container.worker.resuming_count -= 1
