@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fanout.protocol import messages as m
-from fanout_scheduler.core.events import FrameReceived, PeerId
+from fanout_scheduler.core.check import check
+from fanout_scheduler.core.events import FrameReceived, PeerId, Send, TimePassed
 from tests.core_kit import Bench, inputs, steps, table
 
 #: What is few and what is many; a step beside the many may cost this much more.
@@ -22,13 +23,18 @@ GROWTH_MAX = 1.5
 
 def cost_beside(count: int, prepare: Callable[[Bench, int], Callable[[], Any]]) -> int:
     """Lines that a step takes in a core in which `prepare` made `count` of something."""
-    bench = Bench()
+    bench = unchecked()
     action = prepare(bench, count)
-    checks = bench.core.check
-    bench.core.check = lambda: None  # type: ignore[method-assign]
     cost = steps(action)
-    checks()
+    check(bench.core.state)
     return cost
+
+
+def unchecked() -> Bench:
+    """A bench that checks nothing after each step: that is a search through all there is."""
+    bench = Bench()
+    bench.core.check = lambda: None  # type: ignore[method-assign]
+    return bench
 
 
 def assert_flat(prepare: Callable[[Bench, int], Callable[[], Any]]) -> None:
@@ -90,6 +96,136 @@ def test_fetching_one_output_costs_the_same_however_many_the_call_has() -> None:
         client = bench.client(f={})
         call_id = finished_call(bench, client, count)
         return lambda: bench.frame(client, m.FetchOutputs(7, call_id, count - 2, count - 1))
+
+    assert_flat(prepare)
+
+
+# --- a fleet --------------------------------------------------------------------------------------
+
+
+def add_workers(bench: Bench, count: int, cpu: float = 1.0) -> list[int]:
+    """So many workers; their peers."""
+    peers = []
+    for number in range(count):
+        peers.append(bench.connect("worker"))
+        worker_id = number.to_bytes(16, "big")
+        ready = m.WorkerReady(worker_id, f"w{number}", cpu, 1000, False, [], [])
+        bench.frame(peers[-1], ready)
+    bench.orders.clear()
+    return peers
+
+
+def busy_fleet(
+    bench: Bench, count: int, waiting_count: int, **options: Any
+) -> dict[int, m.Lease]:
+    """So many workers with one container each that runs one input, while others wait; the leases
+    by the peers of their workers."""
+    peers = add_workers(bench, count)
+    client = bench.client(f=options)
+    bench.open(client, count=count + waiting_count)
+    leases = {}
+    for order in bench.orders:
+        if isinstance(order, Send) and isinstance(order.message, m.Lease):
+            leases[int(order.peer_id)] = order.message
+    assert len(leases) == count
+    with bench.one_turn():
+        for peer, lease in leases.items():
+            bench.start(peer, lease.container_id)
+    bench.orders.clear()
+    assert leases.keys() == set(peers)
+    return leases
+
+
+def test_a_container_that_is_done_gets_its_next_input_however_many_others_there_are() -> None:
+    def prepare(bench: Bench, count: int) -> Callable[[], Any]:
+        peer, lease = busy_fleet(bench, count, waiting_count=50).popitem()
+
+        def act() -> None:
+            bench.finish(peer, lease, input_s=10.0)
+            assert bench.take_all(m.Lease)
+
+        return act
+
+    assert_flat(prepare)
+
+
+def test_a_turn_costs_the_same_however_many_containers_run_and_nothing_waits() -> None:
+    def prepare(bench: Bench, count: int) -> Callable[[], Any]:
+        peers = list(busy_fleet(bench, count, waiting_count=0))
+        add = m.WorkerReady(b"idle" * 4, "idle", 1.0, 1000, False, [], [])
+        bench.frame(bench.connect("worker"), add)
+        bench.now += 1.0
+        return lambda: bench.frame(peers[0], m.Heartbeat(1))
+
+    assert_flat(prepare)
+
+
+def test_a_container_starts_at_the_same_cost_however_many_workers_there_are() -> None:
+    def prepare(bench: Bench, count: int) -> Callable[[], Any]:
+        add_workers(bench, count)
+        client = bench.client(f={})
+
+        def act() -> None:
+            bench.open(client, count=1)
+            bench.take(m.StartContainer)
+
+        return act
+
+    assert_flat(prepare)
+
+
+def test_many_containers_start_at_a_cost_for_each_that_does_not_grow() -> None:
+    def cost_of_each(count: int) -> float:
+        bench = unchecked()
+        add_workers(bench, count)
+        client = bench.client(f={})
+        cost = steps(lambda: bench.open(client, count=count))
+        assert len(bench.take_all(m.StartContainer)) == count
+        return cost / count
+
+    assert cost_of_each(MANY) <= GROWTH_MAX * cost_of_each(FEW)
+
+
+def test_a_container_leaves_when_idle_however_many_others_there_are() -> None:
+    def prepare(bench: Bench, count: int) -> Callable[[], Any]:
+        leases = busy_fleet(bench, count, waiting_count=0, scaledown_window=1.0)
+        peer, lease = leases.popitem()
+        bench.finish(peer, lease)
+        bench.orders.clear()
+
+        def act() -> None:
+            bench.now += 2.0
+            bench.tell(TimePassed())
+            assert bench.take(m.StopContainer).container_id == lease.container_id
+
+        return act
+
+    assert_flat(prepare)
+
+
+def test_a_report_is_acknowledged_however_many_workers_have_others() -> None:
+    def prepare(bench: Bench, count: int) -> Callable[[], Any]:
+        leases = busy_fleet(bench, count, waiting_count=0)
+        last = leases.popitem()
+        with bench.one_turn():
+            for peer, lease in leases.items():
+                bench.finish(peer, lease, input_s=10.0)
+        return lambda: bench.finish(*last, input_s=10.0)
+
+    assert_flat(prepare)
+
+
+def test_what_waits_for_the_disk_costs_other_workers_nothing() -> None:
+    def prepare(bench: Bench, count: int) -> Callable[[], Any]:
+        leases = busy_fleet(bench, count, waiting_count=0)
+        with bench.one_turn():
+            for peer, lease in leases.items():
+                bench.finish(peer, lease, input_s=10.0)
+        client = bench.connect()
+        call_id = os.urandom(16)
+        bench.orders.clear()
+        bench.frame(client, m.OpenCall(call_id, b"f" * 16, True, True, None))
+        return bench.store
 
     assert_flat(prepare)
 
