@@ -3,7 +3,7 @@
 ::
 
     python -m benchmarks.fleet                 1,000 connections of 8 containers, in 4 processes
-    python -m benchmarks.fleet --input-s 1     inputs of a second instead of none
+    python -m benchmarks.fleet --input-s 1     inputs of a second instead of a tenth
 
 Each worker is a real connection over a socket, and the state behind it is the one that the worker
 daemon ships (`fanout_worker.worker_state`); only its containers are made up: they wait as long as
@@ -19,16 +19,19 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from typing import Any
 
-from benchmarks.hand_started import HandStarted, hand_started, wait_until
+from benchmarks.hand_started import HandStarted, cpu_s_of, hand_started, wait_until
 from benchmarks.limits import connect_to, mib, say
 from benchmarks.process import ROOT, BenchmarkError, variables
 
 WORKER_COUNT = 1_000
 CONTAINER_COUNT = 8
 PROCESS_COUNT = 4
-INPUT_COUNT = 300_000
-IDLE_S = float(os.environ.get("IDLE_S", "10"))
+INPUT_COUNT = 200_000
+#: So 8,000 containers want 80,000 inputs a second, more than there is.
+INPUT_S = 0.1
+IDLE_S = 10.0
 CONNECT_TIMEOUT_S = 120.0
 #: Descriptors of the scheduler beside its connections.
 SPARE_DESCRIPTORS = 100
@@ -84,36 +87,48 @@ def start_workers(
     return processes
 
 
-def say_cost(what: str, cluster: HandStarted, begin_cpu_s: float, begin: float) -> None:
-    share = (cluster.scheduler_cpu_s() - begin_cpu_s) / (time.perf_counter() - begin)
+def measure_idle(what: str, cluster: HandStarted, seconds: float) -> None:
+    before_s = cluster.scheduler_cpu_s()
+    time.sleep(seconds)
+    share = (cluster.scheduler_cpu_s() - before_s) / seconds
     say(f"{what}: {100 * share:.1f} % of a core, {mib(cluster.scheduler_bytes())}")
 
 
-def measure_idle(what: str, cluster: HandStarted) -> None:
-    cpu_s, begin = cluster.scheduler_cpu_s(), time.perf_counter()
-    time.sleep(IDLE_S)
-    say_cost(what, cluster, cpu_s, begin)
+class Fleet:
+    """The scheduler, and the processes that hold the workers."""
 
+    def __init__(self, cluster: HandStarted, processes: list[subprocess.Popen[bytes]]) -> None:
+        self.cluster = cluster
+        self.processes = processes
 
-def measure_busy(cluster: HandStarted, options: argparse.Namespace) -> None:
-    bench = connect_to(cluster)
-    container_count = options.workers * options.containers
-    with bench.app.run():
-        # Every container is started by an input of its own.
-        begin = time.perf_counter()
-        bench.noop.for_each(range(8 * container_count))
-        started = status_of(cluster)["containers"]
-        say(f"first {8 * container_count:,} inputs in {time.perf_counter() - begin:.1f} s")
-        say(f"  {started:,} containers started")
-        cpu_s, begin = cluster.scheduler_cpu_s(), time.perf_counter()
-        results = bench.noop.map(range(options.inputs), order_outputs=False)
-        count = sum(1 for _ in results)
+    def cpu_s(self) -> tuple[float, float, float]:
+        """Seconds of a core that scheduler, workers and client have used."""
+        workers = sum(cpu_s_of(process.pid) for process in self.processes)
+        return self.cluster.scheduler_cpu_s(), workers, cpu_s_of(os.getpid())
+
+    def measure_map(self, what: str, bench: Any, count: int) -> None:
+        """All of them share the cores of this machine: how much each uses says which is slow."""
+        before, begin = self.cpu_s(), time.perf_counter()
+        found = sum(1 for _ in bench.noop.map(range(count), order_outputs=False))
         seconds = time.perf_counter() - begin
-        if count != options.inputs:
-            raise BenchmarkError(f"{count} results of {options.inputs} inputs")
-        say(f"{count:,} inputs in {seconds:.1f} s, {count / seconds:,.0f}/s")
-        say_cost("busy", cluster, cpu_s, begin)
-        measure_idle(f"idle with {started:,} warm containers", cluster)
+        if found != count:
+            raise BenchmarkError(f"{found} results of {count} inputs")
+        used = [after - first for after, first in zip(self.cpu_s(), before, strict=True)]
+        each = [f"{1e6 * cpu_s / count:.0f}" for cpu_s in used]
+        say(f"{what}: {count:,} inputs in {seconds:.1f} s, {count / seconds:,.0f}/s")
+        say(f"  scheduler {100 * used[0] / seconds:.0f} % of a core")
+        say(f"  an input: scheduler {each[0]} us, all workers {each[1]} us, client {each[2]} us")
+
+
+def measure_busy(fleet: Fleet, options: argparse.Namespace) -> None:
+    cluster = fleet.cluster
+    bench = connect_to(cluster)
+    with bench.app.run():
+        first_count = 2 * options.workers * options.containers
+        fleet.measure_map("first, with the start of containers", bench, first_count)
+        started = status_of(cluster)["containers"]
+        fleet.measure_map(f"busy with {started:,} containers", bench, options.inputs)
+        measure_idle(f"idle with {started:,} containers", cluster, options.idle_s)
 
 
 def main() -> None:
@@ -122,7 +137,8 @@ def main() -> None:
     parser.add_argument("--containers", type=int, default=CONTAINER_COUNT, help="of each worker")
     parser.add_argument("--processes", type=int, default=PROCESS_COUNT)
     parser.add_argument("--inputs", type=int, default=INPUT_COUNT)
-    parser.add_argument("--input-s", type=float, default=0.0, help="seconds that an input takes")
+    parser.add_argument("--input-s", type=float, default=INPUT_S, help="length of an input")
+    parser.add_argument("--idle-s", type=float, default=IDLE_S, help="how long to watch it idle")
     parser.add_argument("--profile", metavar="FILE", help="write a profile of the scheduler")
     options = parser.parse_args()
     require_descriptors(options.workers)
@@ -134,13 +150,13 @@ def main() -> None:
             for process in processes:
                 if process.poll() is not None:
                     raise BenchmarkError("a process of workers has ended; it says above why")
-            return status_of(cluster)["workers"] == options.workers
+            return bool(status_of(cluster)["workers"] == options.workers)
 
         wait_until(are_connected, "all workers are connected", CONNECT_TIMEOUT_S)
         seconds = time.perf_counter() - begin
         say(f"{options.workers:,} workers connected in {seconds:.1f} s")
-        measure_idle("idle", cluster)
-        measure_busy(cluster, options)
+        measure_idle("idle", cluster, options.idle_s)
+        measure_busy(Fleet(cluster, processes), options)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,7 @@ class HandStarted:
 
     def scheduler_cpu_s(self) -> float:
         """Seconds of a core that the scheduler has used since its start."""
-        fields = Path(f"/proc/{self.scheduler.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+        return cpu_s_of(self.scheduler.pid)
 
     # --- processes ---
 
@@ -95,6 +94,12 @@ class HandStarted:
         wait_until(is_ready, f"the {name} is ready", START_TIMEOUT_S)
         record: dict[str, Any] = json.loads(path.read_text())
         return record
+
+
+def cpu_s_of(pid: int) -> float:
+    """Seconds of a core that a process has used since its start."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
 @contextmanager
