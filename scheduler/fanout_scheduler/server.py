@@ -144,6 +144,7 @@ class Peer:
         "role",
         "sessions",
         "transport",
+        "worker",
     )
 
     def __init__(
@@ -162,6 +163,8 @@ class Peer:
         )
         #: Of a worker: its nested clients by session id.
         self.sessions: dict[bytes, Peer] = {}
+        #: Of a nested client: the worker through which it speaks.
+        self.worker: Peer | None = None
         self.is_gone = False
         self.reason = ""
 
@@ -387,6 +390,7 @@ class SchedulerServer:
         carrier = worker.transport
         session = self._add_peer("nested", VirtualTransport(carrier, opened.session_id))
         worker.sessions[opened.session_id] = session
+        session.worker = worker
         info = {"worker": worker.peer_id, "container_id": opened.container_id}
         self.events.append(PeerConnected(session.peer_id, "nested", opened.session_id, info))
         if isinstance(carrier, Transport) and not carrier.is_writable:
@@ -402,17 +406,13 @@ class SchedulerServer:
             self.lose(session, f"its worker is gone: {reason}")
         peer.exchange.close()
         del self._peers[peer.peer_id]
-        if isinstance(peer.transport, VirtualTransport):
-            self._forget_session(peer.transport.session_id, peer)
+        if isinstance(peer.transport, VirtualTransport) and peer.worker is not None:
+            session_id = peer.transport.session_id
+            if peer.worker.sessions.get(session_id) is peer:
+                del peer.worker.sessions[session_id]
         log.info("= peer %d (%s) lost: %s", peer.peer_id, peer.role, reason)
         self.events.append(PeerLost(peer.peer_id, reason))
         self.schedule_turn()
-
-    def _forget_session(self, session_id: bytes, session: Peer) -> None:
-        for peer in self._peers.values():
-            if peer.sessions.get(session_id) is session:
-                del peer.sessions[session_id]
-                return
 
     # --- turns -----------------------------------------------------------------------------------
 
@@ -608,7 +608,7 @@ class SchedulerServer:
         """No client is connected and no call is open. Workers alone keep nobody busy."""
         if self.events or any(peer.role != "worker" for peer in self._peers.values()):
             return False
-        return not self.core.snapshot()["open_call_count"]
+        return not self.core.open_call_count
 
 
 def _noting_blobs(records: Iterator[Record], wanted: set[bytes]) -> Iterator[Record]:

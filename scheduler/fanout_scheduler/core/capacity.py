@@ -2,7 +2,7 @@
 
 A fleet has thousands of containers and leases, of which a turn changes a few. Placement finds what
 it needs here, so that a turn costs what it does and not what there is. `check` compares all of it
-with what a search finds (invariant 15).
+with what a search finds (invariant 16).
 
 - `file_container` follows each change of a container's state, leases, inputs or wait;
 - `file_lease` follows each change of a lease's open inputs, or of its place in its container;
@@ -172,27 +172,27 @@ class FreeCores:
 
 
 def check(state: State) -> None:
-    """15. What is filed is what a search would find."""
+    """16. What is filed is what a search would find."""
     for function in state.functions.values():
         _check_function(state, function)
     for container in state.containers.values():
-        assert container.filed == _filed_of(container), f"15: container {container.container_id}"
+        assert container.filed == _filed_of(container), f"16: container {container.container_id}"
     for worker in state.workers.values():
-        assert worker.cpu_free <= worker.cpu_filed, f"15: free cores of {worker.name}"
+        assert worker.cpu_free <= worker.cpu_filed, f"16: free cores of {worker.name}"
         resuming = sum(c.worker is worker for c in state.resuming.values())
-        assert worker.resuming_count == resuming, f"15: who waits for a core of {worker.name}"
+        assert worker.resuming_count == resuming, f"16: who waits for a core of {worker.name}"
     tailed = {f.function_id for f in state.functions.values() if f.tails}
-    assert state.tailed.keys() >= tailed, "15: a function with tails is not known"
+    assert state.tailed.keys() >= tailed, "16: a function with tails is not known"
 
 
 def _check_function(state: State, function: Function) -> None:
     name = function.definition.name
     filed = [container.filed for container in function.containers.values()]
-    assert function.living_count == sum(f[2] for f in filed), f"15: living containers of {name}"
-    assert function.busy_count == sum(f[3] for f in filed), f"15: busy containers of {name}"
-    assert len(function.singles) == sum(f[1] for f in filed), f"15: single leases of {name}"
+    assert function.living_count == sum(f[2] for f in filed), f"16: living containers of {name}"
+    assert function.busy_count == sum(f[3] for f in filed), f"16: busy containers of {name}"
+    assert len(function.singles) == sum(f[1] for f in filed), f"16: single leases of {name}"
     roomy = {c: n for n, bucket in function.rooms.items() for c in bucket}
     found = {c.container_id: c.filed[0] for c in function.containers.values()}
-    assert roomy == {c: n for c, n in found.items() if n is not None}, f"15: rooms of {name}"
+    assert roomy == {c: n for c, n in found.items() if n is not None}, f"16: rooms of {name}"
     leases = [x for c in function.containers.values() for x in c.leases.values()]
-    assert function.tails.keys() == {x.lease_id for x in leases if _has_tail(x)}, f"15: {name}"
+    assert function.tails.keys() == {x.lease_id for x in leases if _has_tail(x)}, f"16: {name}"

@@ -17,6 +17,8 @@ def check(state: State) -> None:
         _check_worker(worker)
         is_overdrawn = worker.cpu_free < -1e-6
         assert not is_overdrawn or state.counts.get("core taken back early"), "5: cores overdrawn"
+    open_count = sum(not call.is_over for call in state.calls.values())
+    assert sum(app.open_count for app in state.apps.values()) == open_count, "3: open calls"
     _check_leases(state)
     _check_references(state)
     object_restore.check(state)

@@ -154,6 +154,11 @@ class Scheduler:
     def snapshot(self) -> dict[str, Any]:
         return snapshot(self.state)
 
+    @property
+    def open_call_count(self) -> int:
+        """How many calls are not over."""
+        return sum(app.open_count for app in self.state.apps.values())
+
     # --- events -----------------------------------------------------------------------------------
 
     def _on_peer_connected(self, event: PeerConnected) -> None:

@@ -44,6 +44,8 @@ class KeptOutputs:
 
     def among(self, start: int, stop: int) -> list[m.Outputs]:
         """The frames that have an output of an input from `start` to `stop`."""
+        if start >= stop:
+            return []
         low = max(bisect_right(self._starts, start) - 1, 0)
         high = bisect_left(self._starts, stop)
         if low < high and stop_of(self._frames[low]) <= start:
