@@ -115,9 +115,7 @@ def add_workers(bench: Bench, count: int, cpu: float = 1.0) -> list[int]:
     return peers
 
 
-def busy_fleet(
-    bench: Bench, count: int, waiting_count: int, **options: Any
-) -> dict[int, m.Lease]:
+def busy_fleet(bench: Bench, count: int, waiting_count: int, **options: Any) -> dict[int, m.Lease]:
     """So many workers with one container each that runs one input, while others wait; the leases
     by the peers of their workers."""
     peers = add_workers(bench, count)

@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from fanout.config import IDLE_TIMEOUT_S, number_from_env
+from fanout.config import (
+    IDLE_TIMEOUT_S,
+    SPAWNED_MEMORY_SHARE,
+    SPAWNED_SIZE_BYTES_MAX,
+    number_from_env,
+)
 from fanout.exceptions import Error, InvalidError, StorageError
 from fanout_scheduler.home import Home
 from fanout_scheduler.server import Options, SchedulerServer
@@ -76,6 +81,7 @@ def _serve(home: Home, options: argparse.Namespace) -> int:
             port=options.port,
             idle_timeout_s=idle_timeout_s,
             tls=None if is_loopback(options.host) else _identity(home),
+            spawned_bytes_max=_spawned_bytes_max(),
         ),
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -96,6 +102,13 @@ async def _run(server: SchedulerServer, is_quiet: bool) -> int:
             _tell_how_to_join(address)
 
     return await server.run(ready)
+
+
+def _spawned_bytes_max() -> int:
+    """How much memory spawned calls may take."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    default = min(SPAWNED_SIZE_BYTES_MAX, int(memory * SPAWNED_MEMORY_SHARE))
+    return int(number_from_env("FANOUT_SPAWNED_MEMORY", default >> 20)) << 20
 
 
 def _identity(home: Home) -> TlsIdentity:

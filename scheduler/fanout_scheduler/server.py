@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fanout.config import SPAWNED_SIZE_BYTES_MAX
 from fanout.exceptions import InternalError, ProtocolError, StorageError
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import BlobExchange
@@ -130,6 +131,8 @@ class Options:
     #: Seconds without clients and open calls after which it leaves; None for never.
     idle_timeout_s: float | None
     tls: TlsIdentity | None = None
+    #: How much memory spawned calls may take.
+    spawned_bytes_max: int = SPAWNED_SIZE_BYTES_MAX
 
 
 class Peer:
@@ -261,7 +264,7 @@ class SchedulerServer:
         )
         self.epoch = self.store.epoch()
         self.clock = Clock()
-        self.core = Scheduler(self.epoch)
+        self.core = Scheduler(self.epoch, options.spawned_bytes_max)
         wanted: set[bytes] = set()
         records = _noting_blobs(self.store.load(), wanted)
         self.core.restore(records, self.clock.now(), time.time())

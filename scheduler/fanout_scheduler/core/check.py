@@ -5,7 +5,7 @@ Run after each step in tests and in the simulation; a broken one is a bug in the
 
 from __future__ import annotations
 
-from fanout_scheduler.core import capacity, object_restore
+from fanout_scheduler.core import capacity, object_restore, spawned
 from fanout_scheduler.core.state import Call, State, Worker
 
 
@@ -23,6 +23,7 @@ def check(state: State) -> None:
     _check_references(state)
     object_restore.check(state)
     capacity.check(state)
+    spawned.check(state)
 
 
 def _check_call(call: Call) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from heapq import heappop
 from typing import Any
 
+from fanout.config import SPAWNED_SIZE_BYTES_MAX
 from fanout.protocol import messages as m
 from fanout_scheduler.core import (
     advice,
@@ -94,10 +95,15 @@ LEASE_MESSAGES: dict[type[m.Message], Callable[[State, Any, Any], None]] = {
 
 
 class Scheduler:
-    """See the module's docstring. `epoch` is the number of this life; it only grows."""
+    """See the module's docstring.
 
-    def __init__(self, epoch: int) -> None:
-        self.state = State(epoch)
+    Args:
+        epoch: the number of this life; it only grows.
+        spawned_bytes_max: how much memory spawned calls may take; see spawned.py.
+    """
+
+    def __init__(self, epoch: int, spawned_bytes_max: int = SPAWNED_SIZE_BYTES_MAX) -> None:
+        self.state = State(epoch, spawned_bytes_max=spawned_bytes_max)
 
     def restore(self, records: Iterable[Record], now: float, wall_time_s: float = 0.0) -> None:
         """Take what the store kept, before any event. `wall_time_s`: seconds since 1970."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from fanout.config import RESULT_RETENTION_S
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs
+from fanout_scheduler.core import blobs, spawned
 from fanout_scheduler.core.events import ForgetApp, ForgetCall, Record, Store
 from fanout_scheduler.core.state import Call, Chunk, Fetch, Peer, State
 
@@ -106,6 +106,7 @@ def _store_whole_inputs(state: State, call: Call, message: m.Inputs) -> None:
     if call.is_over or call.failure is not None:
         blobs.release(state, blobs.ids(message.blobs))
     else:
+        state.arriving_bytes += spawned.size_of(message)
         _store(state, call, [message])
 
 
@@ -180,6 +181,7 @@ def _promise_kept(state: State, call: Call, record: Record) -> None:
     elif isinstance(record, m.OpenCall):
         send_opened(state, call)
     elif isinstance(record, m.Inputs):
+        state.arriving_bytes -= spawned.size_of(record)
         queue_inputs(state, call, record)
         count = len(record.lengths) // 4
         tell_stored(state, call, [(record.start, count)])
@@ -218,6 +220,7 @@ def on_store_failed(state: State, sequence: int, text: str) -> None:
     state.unsafe_stores.discard(pending.first_sequence)
     for record in pending.records:
         if isinstance(record, m.Inputs):
+            state.arriving_bytes -= spawned.size_of(record)
             blobs.release(state, blobs.ids(record.blobs))
     payload = m.failure_payload("store", f"the scheduler could not store the call: {text}")
     fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
@@ -248,6 +251,7 @@ def queue_inputs(state: State, call: Call, message: m.Inputs) -> None:
         if call.is_over or call.failure is not None:
             continue
         call.add_chunk(chunk)
+        spawned.grew(state, call, chunk)
         blobs.keep(state, blobs.ids(chunk.blobs))
         blobs.queue_chunk(state, call, chunk)
     # The frame's own hold on its blobs ends; its chunks have theirs.

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from fanout.config import CRASH_LIMIT
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs, durable, graph
+from fanout_scheduler.core import blobs, durable, graph, spawned
 from fanout_scheduler.core.events import PeerId, Send, SendBlob
 from fanout_scheduler.core.leasing import (
     close_inputs,
@@ -225,6 +225,7 @@ def finish(state: State, call: Call, outputs: m.Outputs) -> None:
         release_inputs(state, call, start, stop)
     call.output_bytes += len(outputs.payload) + blobs.size_bytes(state, outputs.blobs)
     call.outputs.add(outputs)
+    spawned.grew(state, call, outputs)
     if call.node is not None:
         graph.note(call, outputs)
     call.suspects.remove(start, stop)
@@ -249,6 +250,7 @@ def release_inputs(state: State, call: Call, start: int, stop: int) -> None:
         end = min(stop, chunk.stop)
         call.settle(start, end)
         if chunk.open_count == 0:
+            spawned.shrank(state, call, chunk)
             blobs.release(state, blobs.ids(chunk.blobs))
         start = end
 
@@ -259,6 +261,7 @@ def release_all_inputs(state: State, call: Call) -> None:
     call.parked.clear()
     call.backing_off.clear()
     for chunk in call.chunks.values():
+        spawned.shrank(state, call, chunk)
         blobs.release(state, blobs.ids(chunk.blobs))
     call.chunks.clear()
     call.chunk_starts.clear()
@@ -275,6 +278,7 @@ def on_ack(state: State, call: Call, message: m.Ack) -> None:
     for start, count in message.received:
         call.acknowledged.add(start, start + count)
     for kept in call.outputs.take(call.acknowledged):
+        spawned.shrank(state, call, kept)
         blobs.release(state, blobs.ids(kept.blobs))
     call.consumed_count = max(call.consumed_count, message.consumed_count)
     call.consumed_bytes = max(call.consumed_bytes, message.consumed_bytes)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from fanout.config import CLIENT_GRACE_S
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs, durable
+from fanout_scheduler.core import blobs, durable, spawned
 from fanout_scheduler.core.calls import add_call
 from fanout_scheduler.core.events import Record
 from fanout_scheduler.core.object_restore import Restorer
@@ -115,4 +115,5 @@ def _restore_call_record(state: State, call: Call, record: Record) -> None:
             part = cut_outputs(record, low, high)
             blobs.keep(state, blobs.ids(part.blobs))
             call.outputs.add(part)
+            spawned.grew(state, call, part)
         call.finished.add(start, stop)

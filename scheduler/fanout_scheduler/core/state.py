@@ -16,7 +16,7 @@ from heapq import heappush
 from itertools import accumulate
 from typing import Any
 
-from fanout.config import SCALEDOWN_WINDOW_S, TIMEOUT_S, WINDOW_COUNT_MIN
+from fanout.config import SCALEDOWN_WINDOW_S, SPAWNED_SIZE_BYTES_MAX, TIMEOUT_S, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core.capacity import NOT_FILED, Filed, FreeCores
@@ -515,6 +515,10 @@ class State:
     expired: dict[bytes, float] = field(default_factory=dict)
     #: What was given to the store and is not on disk yet, by sequence; see durable.py.
     pending_stores: dict[int, Any] = field(default_factory=dict)
+    #: Memory of spawned calls, of their inputs on the way to disk, and how much it may be in all.
+    spawned_bytes: int = 0
+    arriving_bytes: int = 0
+    spawned_bytes_max: int = SPAWNED_SIZE_BYTES_MAX
     #: First sequences of what is not on disk, also while it waits to be tried again.
     unsafe_stores: set[int] = field(default_factory=set)
     #: How many frames that are kept refer to each blob, and the sizes of those that are here whole.
