@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fanout.config import SPAWNED_SIZE_BYTES_MAX
-from fanout.exceptions import InternalError, ProtocolError, StorageError
+from fanout.exceptions import AuthError, InternalError, ProtocolError, StorageError
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import BlobExchange
 from fanout.protocol.join import JoinString
@@ -133,6 +133,8 @@ class Options:
     tls: TlsIdentity | None = None
     #: How much memory spawned calls may take.
     spawned_bytes_max: int = SPAWNED_SIZE_BYTES_MAX
+    #: More clients and workers are refused.
+    connection_count_max: int = 1 << 20
 
 
 class Peer:
@@ -274,6 +276,7 @@ class SchedulerServer:
         self.late_relay_count = 0
         self._peers: dict[PeerId, Peer] = {}
         self._peer_count = 0
+        self._connection_count = 0
         self._is_turn_due = False
         self._turn_ended_at = 0.0
         self._decide_failures = 0
@@ -370,11 +373,19 @@ class SchedulerServer:
     # --- peers -----------------------------------------------------------------------------------
 
     def _welcome(self, hello: m.Hello, role: str) -> m.Welcome:
+        if self._connection_count >= self.options.connection_count_max:
+            text = (
+                f"the scheduler has {self._connection_count} connections, and its limit of open "
+                f"files allows no more. Start it again with a higher one (`ulimit -n`)"
+            )
+            log.warning("a %s was refused: %s", role, text)
+            raise AuthError(text)
         info = {"fanout": _version(), "python": platform.python_version(), "pid": os.getpid()}
         return m.Welcome(self.epoch, info)
 
     def _connected(self, transport: Transport, hello: m.Hello, role: str) -> Peer:
         peer = self._add_peer(role, transport)
+        self._connection_count += 1
         self.events.append(PeerConnected(peer.peer_id, role, hello.session_id, hello.info))
         self.schedule_turn()
         return peer
@@ -409,6 +420,7 @@ class SchedulerServer:
             self.lose(session, f"its worker is gone: {reason}")
         peer.exchange.close()
         del self._peers[peer.peer_id]
+        self._connection_count -= isinstance(peer.transport, Transport)
         if isinstance(peer.transport, VirtualTransport) and peer.worker is not None:
             session_id = peer.transport.session_id
             if peer.worker.sessions.get(session_id) is peer:
