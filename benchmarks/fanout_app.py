@@ -15,3 +15,9 @@ def noop(x: int) -> int:
 @app.function()
 def echo(data: bytes) -> bytes:
     return data
+
+
+@app.function(cpu=1000)
+def unplaceable(x: int) -> int:
+    """No machine has so many cores: its calls wait."""
+    return x

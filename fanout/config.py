@@ -9,6 +9,7 @@ Times are seconds, sizes bytes unless the name says otherwise.
 | `FANOUT_CPU` | cores the embedded worker gives out | affinity and cgroup quota |
 | `FANOUT_IDLE_TIMEOUT` | seconds without work after which embedded daemons leave | 600 |
 | `FANOUT_KILL_GRACE` | seconds between asking code to stop and SIGKILL | 10 |
+| `FANOUT_SPAWNED_MEMORY` | MiB that spawned calls may take in the scheduler | 4096, at most half |
 | `FANOUT_LOG` | log level of the daemons and of the client's own log | warning |
 """
 
@@ -33,6 +34,11 @@ WINDOW_BYTES = 32 << 20
 #: Inputs in flight beyond what containers hold at the moment; the floor of the count window.
 WINDOW_COUNT_MIN = 1024
 WINDOW_COUNT_MAX = 64 << 10
+
+#: Memory that spawned calls may take in the scheduler, unless FANOUT_SPAWNED_MEMORY says how much.
+SPAWNED_SIZE_BYTES_MAX = 4 << 30
+#: And this part of the machine's memory at most.
+SPAWNED_MEMORY_SHARE = 0.5
 
 #: Items a generator may send before its consumer has said anything.
 ITEM_CREDIT_INITIAL = 4

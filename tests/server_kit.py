@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -140,19 +141,29 @@ def submit(is_durable: bool = False) -> list[m.Message]:
 class Daemon:
     """A scheduler process; `start` again after it has ended, in the same home."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(
+        self, home: Path, descriptors: tuple[int, int] | None = None, **variables: str
+    ) -> None:
         self.home = home
+        #: The soft and the hard limit of open files that it begins with.
+        self.descriptors = descriptors
+        self.variables = variables
         self.process: subprocess.Popen[str] | None = None
         self.address: dict[str, Any] = {}
 
     def spawn(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "fanout_scheduler", "--home", str(self.home), *arguments],
-            env=environment(**variables),
+            env=environment(**self.variables, **variables),
+            preexec_fn=self._limit,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def _limit(self) -> None:
+        if self.descriptors is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, self.descriptors)
 
     def start(self, *arguments: str) -> Daemon:
         process = self.process = self.spawn(*arguments)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import ipaddress
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,8 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from fanout.config import IDLE_TIMEOUT_S, number_from_env
+from fanout.config import (
+    IDLE_TIMEOUT_S,
+    SPAWNED_MEMORY_SHARE,
+    SPAWNED_SIZE_BYTES_MAX,
+    number_from_env,
+)
 from fanout.exceptions import Error, InvalidError, StorageError
+from fanout.protocol.transport import UNPROVED_COUNT_MAX
 from fanout_scheduler.home import Home
 from fanout_scheduler.server import Options, SchedulerServer
 
@@ -31,6 +39,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("fanout.scheduler")
 
 LOG_SIZE_BYTES_MAX = 5 << 20
+#: Open files that are no connection of a peer: the store's, blobs that are being received or sent,
+#: and strangers in their handshake.
+DESCRIPTORS_RESERVED = 64 + UNPROVED_COUNT_MAX
 
 EXIT_REFUSED = 1
 
@@ -76,6 +87,8 @@ def _serve(home: Home, options: argparse.Namespace) -> int:
             port=options.port,
             idle_timeout_s=idle_timeout_s,
             tls=None if is_loopback(options.host) else _identity(home),
+            spawned_bytes_max=_spawned_bytes_max(),
+            connection_count_max=_connection_count_max(),
         ),
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -96,6 +109,23 @@ async def _run(server: SchedulerServer, is_quiet: bool) -> int:
             _tell_how_to_join(address)
 
     return await server.run(ready)
+
+
+def _spawned_bytes_max() -> int:
+    """How much memory spawned calls may take."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    default = min(SPAWNED_SIZE_BYTES_MAX, int(memory * SPAWNED_MEMORY_SHARE))
+    return int(number_from_env("FANOUT_SPAWNED_MEMORY", default >> 20)) << 20
+
+
+def _connection_count_max() -> int:
+    """How many peers the limit of open files leaves room for; it is raised as far as it may be,
+    since a soft limit is often too low for a thousand workers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return max(1, soft - DESCRIPTORS_RESERVED) if soft != resource.RLIM_INFINITY else 1 << 20
 
 
 def _identity(home: Home) -> TlsIdentity:

@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fanout.exceptions import InternalError, ProtocolError, StorageError
+from fanout.config import SPAWNED_SIZE_BYTES_MAX
+from fanout.exceptions import AuthError, InternalError, ProtocolError, StorageError
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import BlobExchange
 from fanout.protocol.join import JoinString
@@ -131,6 +132,10 @@ class Options:
     #: Seconds without clients and open calls after which it leaves; None for never.
     idle_timeout_s: float | None
     tls: TlsIdentity | None = None
+    #: How much memory spawned calls may take.
+    spawned_bytes_max: int = SPAWNED_SIZE_BYTES_MAX
+    #: More clients and workers are refused.
+    connection_count_max: int = 1 << 20
 
 
 class Peer:
@@ -146,6 +151,7 @@ class Peer:
         "sessions",
         "transport",
         "unfinished_count",
+        "worker",
     )
 
     def __init__(
@@ -164,6 +170,8 @@ class Peer:
         )
         #: Of a worker: its nested clients by session id.
         self.sessions: dict[bytes, Peer] = {}
+        #: Of a nested client: the worker through which it speaks.
+        self.worker: Peer | None = None
         self.is_gone = False
         self.reason = ""
         #: As last seen; see `Transport`.
@@ -261,7 +269,7 @@ class SchedulerServer:
         self.store = StoreThread(home.database, key, self._on_stored, sync_blobs=self._sync_blobs)
         self.epoch = self.store.epoch()
         self.clock = Clock()
-        self.core = Scheduler(self.epoch)
+        self.core = Scheduler(self.epoch, options.spawned_bytes_max)
         wanted: set[bytes] = set()
         records = _noting_blobs(self.store.load(), wanted)
         self.core.restore(records, self.clock.now(), time.time())
@@ -271,6 +279,7 @@ class SchedulerServer:
         self.late_relay_count = 0
         self._peers: dict[PeerId, Peer] = {}
         self._peer_count = 0
+        self._connection_count = 0
         self._is_turn_due = False
         self._turn_ended_at = 0.0
         self._decide_failures = 0
@@ -367,11 +376,19 @@ class SchedulerServer:
     # --- peers -----------------------------------------------------------------------------------
 
     def _welcome(self, hello: m.Hello, role: str) -> m.Welcome:
+        if self._connection_count >= self.options.connection_count_max:
+            text = (
+                f"the scheduler has {self._connection_count} connections, and its limit of open "
+                f"files allows no more. Start it again with a higher one (`ulimit -n`)"
+            )
+            log.warning("a %s was refused: %s", role, text)
+            raise AuthError(text)
         info = {"fanout": _version(), "python": platform.python_version(), "pid": os.getpid()}
         return m.Welcome(self.epoch, info)
 
     def _connected(self, transport: Transport, hello: m.Hello, role: str) -> Peer:
         peer = self._add_peer(role, transport)
+        self._connection_count += 1
         self.events.append(PeerConnected(peer.peer_id, role, hello.session_id, hello.info))
         self.schedule_turn()
         return peer
@@ -390,6 +407,7 @@ class SchedulerServer:
         carrier = worker.transport
         session = self._add_peer("nested", VirtualTransport(carrier, opened.session_id))
         worker.sessions[opened.session_id] = session
+        session.worker = worker
         info = {"worker": worker.peer_id, "container_id": opened.container_id}
         self.events.append(PeerConnected(session.peer_id, "nested", opened.session_id, info))
         if isinstance(carrier, Transport) and not carrier.is_writable:
@@ -405,17 +423,14 @@ class SchedulerServer:
             self.lose(session, f"its worker is gone: {reason}")
         peer.exchange.close()
         del self._peers[peer.peer_id]
-        if isinstance(peer.transport, VirtualTransport):
-            self._forget_session(peer.transport.session_id, peer)
+        self._connection_count -= isinstance(peer.transport, Transport)
+        if isinstance(peer.transport, VirtualTransport) and peer.worker is not None:
+            session_id = peer.transport.session_id
+            if peer.worker.sessions.get(session_id) is peer:
+                del peer.worker.sessions[session_id]
         log.info("= peer %d (%s) lost: %s", peer.peer_id, peer.role, reason)
         self.events.append(PeerLost(peer.peer_id, reason))
         self.schedule_turn()
-
-    def _forget_session(self, session_id: bytes, session: Peer) -> None:
-        for peer in self._peers.values():
-            if peer.sessions.get(session_id) is session:
-                del peer.sessions[session_id]
-                return
 
     # --- turns -----------------------------------------------------------------------------------
 
@@ -624,7 +639,7 @@ class SchedulerServer:
         """No client is connected and no call is open. Workers alone keep nobody busy."""
         if self.events or any(peer.role != "worker" for peer in self._peers.values()):
             return False
-        return not self.core.snapshot()["open_call_count"]
+        return not self.core.open_call_count
 
 
 def _noting_blobs(records: Iterator[Record], wanted: set[bytes]) -> Iterator[Record]:

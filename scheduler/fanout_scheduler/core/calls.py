@@ -5,7 +5,16 @@ from __future__ import annotations
 from fanout.config import CLIENT_GRACE_S, WINDOW_BYTES, WINDOW_COUNT_MAX, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs, durable, graph, objects, outputs, progress, reservation
+from fanout_scheduler.core import (
+    blobs,
+    durable,
+    graph,
+    objects,
+    outputs,
+    progress,
+    reservation,
+    spawned,
+)
 from fanout_scheduler.core.events import Disconnect, Exit, PeerId
 from fanout_scheduler.core.leasing import cancel_lease, run_again, stop_container
 from fanout_scheduler.core.snapshot import describe_busy, snapshot
@@ -22,6 +31,7 @@ from fanout_scheduler.core.state import (
 
 #: Inputs in flight for each one that containers hold, so that quick functions never run dry.
 WINDOW_PER_LEASED = 8
+REFUSED = "the scheduler did not take the call: "
 
 
 # --- sessions -------------------------------------------------------------------------------------
@@ -63,9 +73,8 @@ def _detach(state: State, session: Session, peer_id: PeerId) -> None:
     """Nothing is owed to a connection that is gone."""
     session.peer_id = None
     objects.on_detached(state, session)
-    for call in state.calls.values():
-        for key in [key for key in call.fetches if key[0] == peer_id]:
-            del call.fetches[key]
+    for fetch in list(session.fetches.values()):
+        durable.end_fetch(fetch)
     if session.container is not None:
         session.container.nested_peers.pop(peer_id, None)
 
@@ -180,6 +189,9 @@ def on_open_call(state: State, peer: Peer, message: m.OpenCall) -> None:
     if known is not None:
         _resume_call(state, session, known)
         return
+    if message.is_durable and (why := spawned.refusal(state, None)):
+        _refuse_call(state, peer, message, "store", why)
+        return
     call = _new_call(state, peer, message)
     if call is None:
         return
@@ -201,6 +213,9 @@ def on_submit_call(state: State, peer: Peer, message: m.SubmitCall) -> None:
     )
     if message.call_id in state.calls:
         state.note("duplicate call")
+        return
+    if message.is_durable and (why := spawned.refusal(state, message)):
+        _refuse_call(state, peer, opening, "store", why)
         return
     call = _new_call(state, peer, opening)
     if call is None:
@@ -263,10 +278,12 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
 def add_call(state: State, call: Call) -> None:
     state.calls[call.call_id] = call.function.app.calls[call.call_id] = call
     call.function.app.open_count += 1
+    if call.is_durable:
+        state.spawned_bytes += spawned.CALL_SIZE_BYTES
 
 
 def _refuse_call(state: State, peer: Peer, message: m.OpenCall, code: str, why: str) -> None:
-    text = f"the scheduler did not take the call: {why}"
+    text = f"{REFUSED}{why}"
     payload = m.failure_payload(code, text)
     state.send(peer.peer_id, m.CallFailed(message.call_id, m.Status.FAILURE, payload))
 
@@ -332,7 +349,11 @@ def on_inputs(state: State, peer: Peer, call: Call, message: m.Inputs) -> None:
             durable.tell_stored(state, call, [(message.start, count)])
         return
     if call.is_durable:
-        durable.store_inputs(state, call, message)
+        if why := spawned.refusal(state, message):
+            payload = m.failure_payload("store", f"{REFUSED}{why}")
+            fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+        else:
+            durable.store_inputs(state, call, message)
         return
     blobs.keep(state, blobs.ids(message.blobs))
     durable.queue_inputs(state, call, message)
@@ -386,6 +407,7 @@ def drop_call(state: State, call: Call) -> None:
         cancel_lease(state, lease)
     outputs.release_all_inputs(state, call)
     for kept in call.outputs:
+        spawned.shrank(state, call, kept)
         blobs.release(state, blobs.ids(kept.blobs))
     for generator in call.generators.values():
         for items in generator.unconfirmed:
@@ -394,7 +416,10 @@ def drop_call(state: State, call: Call) -> None:
         graph.leave(state, call)
     call.outputs.clear()
     call.generators.clear()
-    state.calls.pop(call.call_id, None)
+    for fetch in list(call.fetches.values()):
+        durable.end_fetch(fetch)
+    if state.calls.pop(call.call_id, None) is not None and call.is_durable:
+        state.spawned_bytes -= spawned.CALL_SIZE_BYTES
     if call.session is not None:
         call.session.calls.pop(call.call_id, None)
     app = call.function.app
@@ -472,12 +497,14 @@ def on_fetch_outputs(state: State, peer: Peer, message: m.FetchOutputs) -> None:
     if call is None or not call.is_durable:
         on_ask_call(state, peer, m.AskCall(message.request_id, message.call_id))
         return
-    durable.on_fetch(state, peer.peer_id, call, message)
+    durable.on_fetch(state, peer, call, message)
 
 
 def on_stop_fetch(state: State, peer: Peer, message: m.StopFetch) -> None:
-    for call in state.calls.values():
-        call.fetches.pop((peer.peer_id, message.request_id), None)
+    assert peer.session is not None
+    fetch = peer.session.fetches.get(message.request_id)
+    if fetch is not None:
+        durable.end_fetch(fetch)
 
 
 def on_ask_call(state: State, peer: Peer, message: m.AskCall) -> None:

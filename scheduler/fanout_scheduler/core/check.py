@@ -5,7 +5,7 @@ Run after each step in tests and in the simulation; a broken one is a bug in the
 
 from __future__ import annotations
 
-from fanout_scheduler.core import object_restore
+from fanout_scheduler.core import capacity, object_restore, spawned
 from fanout_scheduler.core.state import Call, State, Worker
 
 
@@ -17,9 +17,13 @@ def check(state: State) -> None:
         _check_worker(worker)
         is_overdrawn = worker.cpu_free < -1e-6
         assert not is_overdrawn or state.counts.get("core taken back early"), "5: cores overdrawn"
+    open_count = sum(not call.is_over for call in state.calls.values())
+    assert sum(app.open_count for app in state.apps.values()) == open_count, "3: open calls"
     _check_leases(state)
     _check_references(state)
     object_restore.check(state)
+    capacity.check(state)
+    spawned.check(state)
 
 
 def _check_call(call: Call) -> None:
@@ -29,7 +33,7 @@ def _check_call(call: Call) -> None:
         places = [
             list(call.queued),
             list(call.parked),
-            [(i, i + 1) for i in sorted(call.backing_off)],
+            list(call.backing_off),
             list(call.finished),
             list(call.storing),
         ]

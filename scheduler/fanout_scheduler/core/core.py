@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from heapq import heappop
 from typing import Any
 
+from fanout.config import SPAWNED_SIZE_BYTES_MAX
 from fanout.protocol import messages as m
 from fanout_scheduler.core import (
     advice,
@@ -96,10 +97,15 @@ LEASE_MESSAGES: dict[type[m.Message], Callable[[State, Any, Any], None]] = {
 
 
 class Scheduler:
-    """See the module's docstring. `epoch` is the number of this life; it only grows."""
+    """See the module's docstring.
 
-    def __init__(self, epoch: int) -> None:
-        self.state = State(epoch)
+    Args:
+        epoch: the number of this life; it only grows.
+        spawned_bytes_max: how much memory spawned calls may take; see spawned.py.
+    """
+
+    def __init__(self, epoch: int, spawned_bytes_max: int = SPAWNED_SIZE_BYTES_MAX) -> None:
+        self.state = State(epoch, spawned_bytes_max=spawned_bytes_max)
 
     def restore(self, records: Iterable[Record], now: float, wall_time_s: float = 0.0) -> None:
         """Take what the store kept, before any event. `wall_time_s`: seconds since 1970."""
@@ -130,7 +136,7 @@ class Scheduler:
                 peer.is_writable = event.is_writable
         elif isinstance(event, Stored):
             durable.on_stored(state, event.sequence)
-            self._acknowledge_all()
+            workers.acknowledge_stored(self.state)
         elif isinstance(event, StoreFailed):
             durable.on_store_failed(state, event.sequence, event.text)
         elif isinstance(event, BlobCompleted):
@@ -159,6 +165,11 @@ class Scheduler:
 
     def snapshot(self) -> dict[str, Any]:
         return snapshot(self.state)
+
+    @property
+    def open_call_count(self) -> int:
+        """How many calls are not over."""
+        return sum(app.open_count for app in self.state.apps.values())
 
     # --- events -----------------------------------------------------------------------------------
 
@@ -232,11 +243,6 @@ class Scheduler:
             calls.on_inputs(state, peer, call, message)
         else:
             CALL_MESSAGES[kind](state, call, message)
-
-    def _acknowledge_all(self) -> None:
-        for worker in self.state.workers.values():
-            if worker.unsafe:
-                self.state.acknowledging[worker.worker_id] = worker
 
     # --- deadlines --------------------------------------------------------------------------------
 

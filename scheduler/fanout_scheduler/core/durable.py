@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from fanout.config import RESULT_RETENTION_S
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs
-from fanout_scheduler.core.events import ForgetApp, ForgetCall, PeerId, Record, Store
-from fanout_scheduler.core.state import Call, Chunk, Fetch, State
+from fanout_scheduler.core import blobs, spawned
+from fanout_scheduler.core.events import ForgetApp, ForgetCall, Record, Store
+from fanout_scheduler.core.state import Call, Chunk, Fetch, Peer, State
 
 if TYPE_CHECKING:
     from fanout_scheduler.core.state import App
@@ -105,6 +106,7 @@ def _store_whole_inputs(state: State, call: Call, message: m.Inputs) -> None:
     if call.is_over or call.failure is not None:
         blobs.release(state, blobs.ids(message.blobs))
     else:
+        state.arriving_bytes += spawned.size_of(message)
         _store(state, call, [message])
 
 
@@ -163,8 +165,9 @@ def forget_app(state: State, app: App) -> None:
 def on_stored(state: State, sequence: int) -> None:
     """Everything up to `sequence` is on disk: keep the promises that waited for it."""
     pending_stores = state.pending_stores
-    # They were ordered with growing numbers, so those that are done stand first.
-    while pending_stores and (first := next(iter(pending_stores))) <= sequence:
+    # They were ordered with growing numbers, so those that are done stand first. All of these are
+    # looked up at once: to ask a dictionary for its first key passes over what was removed there.
+    for first in list(takewhile(lambda number: number <= sequence, pending_stores)):
         pending: PendingStore = pending_stores.pop(first)
         state.unsafe_stores.discard(pending.first_sequence)
         if pending.stored is not None:
@@ -190,6 +193,7 @@ def _promise_kept(state: State, call: Call, record: Record) -> None:
     elif isinstance(record, m.OpenCall):
         send_opened(state, call)
     elif isinstance(record, m.Inputs):
+        state.arriving_bytes -= spawned.size_of(record)
         queue_inputs(state, call, record)
         count = len(record.lengths) // 4
         tell_stored(state, call, [(record.start, count)])
@@ -228,6 +232,7 @@ def on_store_failed(state: State, sequence: int, text: str) -> None:
     state.unsafe_stores.discard(pending.first_sequence)
     for record in pending.records:
         if isinstance(record, m.Inputs):
+            state.arriving_bytes -= spawned.size_of(record)
             blobs.release(state, blobs.ids(record.blobs))
     payload = m.failure_payload("store", f"the scheduler could not store the call: {text}")
     fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
@@ -258,6 +263,7 @@ def queue_inputs(state: State, call: Call, message: m.Inputs) -> None:
         if call.is_over or call.failure is not None:
             continue
         call.add_chunk(chunk)
+        spawned.grew(state, call, chunk)
         blobs.keep(state, blobs.ids(chunk.blobs))
         blobs.queue_chunk(state, call, chunk)
     # The frame's own hold on its blobs ends; its chunks have theirs.
@@ -296,22 +302,36 @@ def end_call(state: State, call: Call) -> None:
 # --- fetching -------------------------------------------------------------------------------------
 
 
-def on_fetch(state: State, peer_id: PeerId, call: Call, message: m.FetchOutputs) -> None:
+def on_fetch(state: State, peer: Peer, call: Call, message: m.FetchOutputs) -> None:
     """Send what is there, and remember what is owed."""
-    fetch = Fetch(peer_id, message.request_id, IntervalSet([(message.start, message.stop)]))
-    call.fetches[(peer_id, message.request_id)] = fetch
-    for outputs in call.outputs:
+    session = peer.session
+    assert session is not None
+    known = session.fetches.get(message.request_id)
+    if known is not None:
+        end_fetch(known)
+    owed = IntervalSet([(message.start, message.stop)])
+    fetch = Fetch(call, session, peer.peer_id, message.request_id, owed)
+    session.fetches[message.request_id] = fetch
+    call.fetches[(peer.peer_id, message.request_id)] = fetch
+    for outputs in call.outputs.among(message.start, message.stop):
         _serve(state, fetch, outputs)
     serve_failure(state, call)
     if not fetch.owed:
-        call.fetches.pop((peer_id, message.request_id), None)
+        end_fetch(fetch)
+
+
+def end_fetch(fetch: Fetch) -> None:
+    """Nothing more is owed; harmless to repeat."""
+    fetch.call.fetches.pop((fetch.peer_id, fetch.request_id), None)
+    if fetch.session.fetches.get(fetch.request_id) is fetch:
+        del fetch.session.fetches[fetch.request_id]
 
 
 def serve_fetches(state: State, call: Call, outputs: m.Outputs) -> None:
-    for key, fetch in list(call.fetches.items()):
+    for fetch in list(call.fetches.values()):
         _serve(state, fetch, outputs)
         if not fetch.owed:
-            del call.fetches[key]
+            end_fetch(fetch)
 
 
 def _serve(state: State, fetch: Fetch, outputs: m.Outputs) -> None:
@@ -329,7 +349,7 @@ def serve_failure(state: State, call: Call) -> None:
     if call.failure is None:
         return
     count = call.received.end if call.sealed_count is None else call.sealed_count
-    for key, fetch in list(call.fetches.items()):
+    for fetch in list(call.fetches.values()):
         for start, stop in fetch.owed:
             # What is on its way to disk is an output, and comes when it is there.
             for low, high in call.storing.missing(start, min(stop, count)):
@@ -338,4 +358,4 @@ def serve_failure(state: State, call: Call) -> None:
                     output = single_output(call, index, call.failure.status, call.failure.payload)
                     state.send(fetch.peer_id, output)
         if not fetch.owed.common(0, count):
-            del call.fetches[key]
+            end_fetch(fetch)

@@ -18,6 +18,7 @@ from heapq import heappush
 from fanout.config import ITEM_CREDIT_INITIAL, WINDOW_BYTES
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
+from fanout_scheduler.core.capacity import file_container, file_lease
 from fanout_scheduler.core.events import PeerId, SendBlob
 from fanout_scheduler.core.state import Call, Container, Lease, State, Worker
 
@@ -84,6 +85,8 @@ def grant(state: State, container: Container, call: Call, count: int) -> Lease:
     call.stranded_since = None
     call.blocked_since = None
     hold_core(container)
+    file_container(container)
+    file_lease(state, lease)
     for _, blob_ids in blobs:
         for blob_id in blob_ids:
             send_blob_once(state, container.worker, blob_id)
@@ -110,7 +113,8 @@ def _among_suspects(call: Call, first: int, count: int, stop_max: int) -> tuple[
     """How many inputs a lease may have, and where it ends at the latest: a suspect goes alone."""
     if first in call.suspects:
         return 1, stop_max
-    return count, min([stop_max, *(index for index in call.suspects if index > first)])
+    behind = call.suspects.common(first + 1, stop_max)
+    return count, behind[0][0] if behind else stop_max
 
 
 def send_blob_once(state: State, worker: Worker, blob_id: bytes) -> None:
@@ -126,10 +130,11 @@ def hold_core(container: Container) -> None:
         container.worker.cpu_free -= container.function.cpu
 
 
-def release_core(container: Container) -> None:
+def release_core(state: State, container: Container) -> None:
     if container.holds_core:
         container.holds_core = False
         container.worker.cpu_free += container.function.cpu
+        state.free_cores.grew(container.worker)
 
 
 def close_inputs(state: State, lease: Lease, start: int, stop: int) -> None:
@@ -139,6 +144,10 @@ def close_inputs(state: State, lease: Lease, start: int, stop: int) -> None:
     lease.container.open_count -= removed
     if not lease.open:
         end_lease(state, lease)
+    elif lease.call.function.is_concurrent:
+        file_container(lease.container)
+    elif lease.open.count == 1:
+        file_lease(state, lease)
 
 
 def end_lease(state: State, lease: Lease) -> None:
@@ -147,19 +156,22 @@ def end_lease(state: State, lease: Lease) -> None:
     lease.call.leased_count -= lease.open.count
     container.open_count -= lease.open.count
     lease.open = IntervalSet()
+    file_lease(state, lease)
     state.leases.pop(lease.lease_id, None)
     lease.call.leases.pop(lease.lease_id, None)
     container.leases.pop(lease.lease_id, None)
     if container.leases:
-        if not was_first:
-            return
-        # The second lease begins only now; it was not slow while it waited. If the container
-        # waits, then it does in that one: what its client says may overtake its outputs.
-        next(iter(container.leases.values())).heard_at = state.now
+        if was_first:
+            # The second lease begins only now; it was not slow while it waited. If the container
+            # waits, then it does in that one: what its client says may overtake its outputs.
+            second = next(iter(container.leases.values()))
+            second.heard_at = state.now
+            file_lease(state, second)
+        file_container(container)
         return
-    end_wait(state, container)
-    release_core(container)
     container.is_exclusive = False
+    end_wait(state, container)
+    release_core(state, container)
     container.idle_since = state.now
     if container.function.is_single_use:
         stop_container(state, container)
@@ -184,6 +196,7 @@ def stop_container(state: State, container: Container, is_patient: bool = False)
     if container.state != "stopping" or (kill and not container.is_killed):
         container.state = "stopping"
         container.is_killed = kill
+        file_container(container)
         state.send(container.worker.peer_id, m.StopContainer(container.container_id, kill))
 
 
@@ -214,7 +227,8 @@ def begin_wait(state: State, container: Container) -> None:
     if container.is_waiting or not container.leases:
         return
     container.is_waiting = True
-    release_core(container)
+    release_core(state, container)
+    file_container(container)
     for lease in list(container.leases.values()):
         reclaim(state, lease, keep=0)
 
@@ -223,7 +237,8 @@ def end_wait(state: State, container: Container) -> None:
     """Send what was kept back; the container runs again."""
     container.is_waiting = False
     container.waiting_peer = None
-    state.resuming.pop(container.container_id, None)
+    state.stop_resuming(container)
+    file_container(container)
     deferred, container.deferred = container.deferred, []
     state.commands.extend(deferred)
 

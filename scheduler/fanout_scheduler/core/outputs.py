@@ -13,18 +13,22 @@ from itertools import accumulate
 
 from fanout.config import CRASH_LIMIT
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs, durable, graph
+from fanout_scheduler.core import blobs, durable, graph, spawned
 from fanout_scheduler.core.events import PeerId, Send, SendBlob
 from fanout_scheduler.core.leasing import (
     close_inputs,
     requeue,
     wake_call,
 )
-from fanout_scheduler.core.state import Call, GeneratorState, Lease, Method, State
+from fanout_scheduler.core.state import Call, GeneratorState, Lease, Method, State, Worker
 
 #: Weight of the newest report in the moving averages, at most and when it makes them grow.
 WEIGHT_MAX = 0.5
 WEIGHT_GROW_MIN = 0.05
+
+#: Reports of a worker that wait to be acknowledged, at most, and for how long.
+ACKNOWLEDGE_COUNT = 32
+ACKNOWLEDGE_DELAY_S = 0.02
 
 
 def on_lease_outputs(state: State, peer_id: PeerId, message: m.LeaseOutputs) -> None:
@@ -34,8 +38,20 @@ def on_lease_outputs(state: State, peer_id: PeerId, message: m.LeaseOutputs) -> 
     *waits, last = _accept(state, message) or (0,)
     # Of several records any may come last. Until all are there, only what was before is safe.
     worker.unsafe += [(message.sequence - 1, store_sequence) for store_sequence in waits]
-    worker.unsafe.append((message.sequence, last))
-    state.acknowledging[worker.worker_id] = worker
+    note_report(state, worker, message.sequence, last)
+
+
+def note_report(state: State, worker: Worker, sequence: int, store_sequence: int) -> None:
+    """A report is to be acknowledged, once the store has this sequence."""
+    worker.unsafe.append((sequence, store_sequence))
+    if worker.worker_id in state.storing_workers:
+        # The one before it waits for the disk, and so does it.
+        return
+    if worker.worker_id not in state.acknowledging:
+        worker.acknowledge_at = state.now + ACKNOWLEDGE_DELAY_S
+        state.acknowledging[worker.worker_id] = worker
+    if len(worker.unsafe) >= ACKNOWLEDGE_COUNT:
+        state.acknowledging_now[worker.worker_id] = worker
 
 
 def _accept(state: State, message: m.LeaseOutputs) -> list[int]:
@@ -176,7 +192,7 @@ def _retry(state: State, call: Call, index: int) -> bool:
     call.attempts[index] = failed
     delay_s = min(delay_max_s, initial_s * coefficient ** (failed - 1))
     call.queued.remove(index, index + 1)
-    call.backing_off.add(index)
+    call.backing_off.add(index, index + 1)
     state.at(state.now + delay_s, "retry", (call, index))
     return True
 
@@ -184,7 +200,7 @@ def _retry(state: State, call: Call, index: int) -> bool:
 def on_retry_due(state: State, call: Call, index: int) -> None:
     """The delay of an input is over; neighbours that are due merge into ranges in the queue."""
     if index in call.backing_off:
-        call.backing_off.discard(index)
+        call.backing_off.remove(index, index + 1)
         call.queued.add(index, index + 1)
         wake_call(state, call)
 
@@ -198,8 +214,7 @@ def deliver(state: State, call: Call, outputs: m.Outputs) -> list[int]:
     start, stop = outputs.start, outputs.start + len(outputs.statuses)
     call.queued.remove(start, stop)
     call.parked.remove(start, stop)
-    if call.backing_off:
-        call.backing_off.difference_update(range(start, stop))
+    call.backing_off.remove(start, stop)
     blobs.keep(state, blobs.ids(outputs.blobs))
     if call.is_durable:
         call.storing.add(start, stop)
@@ -215,14 +230,15 @@ def finish(state: State, call: Call, outputs: m.Outputs) -> None:
     if call.failure is None:
         release_inputs(state, call, start, stop)
     call.output_bytes += len(outputs.payload) + blobs.size_bytes(state, outputs.blobs)
-    call.outputs.append(outputs)
+    call.outputs.add(outputs)
+    spawned.grew(state, call, outputs)
     if call.node is not None:
         graph.note(call, outputs)
-    if call.attempts or call.crashes or call.suspects:
+    call.suspects.remove(start, stop)
+    if call.attempts or call.crashes:
         for index in range(start, stop):
             call.attempts.pop(index, None)
             call.crashes.pop(index, None)
-            call.suspects.discard(index)
     if call.is_durable:
         durable.serve_fetches(state, call, outputs)
         if call.is_done and not call.is_over:
@@ -240,6 +256,7 @@ def release_inputs(state: State, call: Call, start: int, stop: int) -> None:
         end = min(stop, chunk.stop)
         call.settle(start, end)
         if chunk.open_count == 0:
+            spawned.shrank(state, call, chunk)
             blobs.release(state, blobs.ids(chunk.blobs))
         start = end
 
@@ -250,6 +267,7 @@ def release_all_inputs(state: State, call: Call) -> None:
     call.parked.clear()
     call.backing_off.clear()
     for chunk in call.chunks.values():
+        spawned.shrank(state, call, chunk)
         blobs.release(state, blobs.ids(chunk.blobs))
     call.chunks.clear()
     call.chunk_starts.clear()
@@ -265,12 +283,9 @@ def on_ack(state: State, call: Call, message: m.Ack) -> None:
     """The client has these outputs, and its user has taken so many."""
     for start, count in message.received:
         call.acknowledged.add(start, start + count)
-    while call.outputs:
-        head = call.outputs[0]
-        if not call.acknowledged.covers(head.start, head.start + len(head.statuses)):
-            break
-        call.outputs.popleft()
-        blobs.release(state, blobs.ids(head.blobs))
+    for kept in call.outputs.take(call.acknowledged):
+        spawned.shrank(state, call, kept)
+        blobs.release(state, blobs.ids(kept.blobs))
     call.consumed_count = max(call.consumed_count, message.consumed_count)
     call.consumed_bytes = max(call.consumed_bytes, message.consumed_bytes)
     # After a restart the client's counts begin before ours.
@@ -285,8 +300,7 @@ def on_lease_items(state: State, peer_id: PeerId, message: m.LeaseItems) -> None
     worker = state.peers[peer_id].worker
     if worker is None:
         return
-    worker.unsafe.append((message.sequence, 0))
-    state.acknowledging[worker.worker_id] = worker
+    note_report(state, worker, message.sequence, 0)
     lease = state.leases.get(message.lease_id)
     if lease is None or lease.call.call_id != message.call_id or lease.call.is_over:
         state.note("items of an unknown lease")
@@ -378,7 +392,7 @@ def suspect(lease: Lease, index: int) -> None:
     """One of several inputs that ran when their container died: it runs alone the next time, and
     is charged if it dies alone too."""
     if _may_crash(lease, index):
-        lease.call.suspects.add(index)
+        lease.call.suspects.add(index, index + 1)
 
 
 def _may_crash(lease: Lease, index: int) -> bool:

@@ -18,11 +18,12 @@ containers of many functions share a core, and a quick call waits for one lease 
 from __future__ import annotations
 
 import math
-from heapq import heappop
+from heapq import heappop, heappush
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core import eviction, objects, reservation
 from fanout_scheduler.core.calls import fail_call, update_window
+from fanout_scheduler.core.capacity import EPSILON
 from fanout_scheduler.core.leasing import (
     HELD_BY_CONSUMER,
     end_wait,
@@ -53,10 +54,13 @@ LEASE_INPUTS_MAX = m.CHUNK_INPUTS_MAX
 START_WORTH_S = 0.005
 #: Waiting containers hold memory; at this many on one worker, deeper nesting is refused.
 CONTAINERS_MAX = 256
-EPSILON = 1e-9
+#: The first ready call of a function: its place in the order (as in `Function.ready`), and whose.
+Offer = tuple[float, float, int, Function]
 #: A wait for a worker that is not there is told to the client after this time.
 NOTICE_S = 5.0
+#: Between two looks at the tails, at least and for each of them: looking takes about a microsecond.
 RECLAIM_INTERVAL_S = 0.002
+RECLAIM_INTERVAL_EACH_S = 10e-6
 
 NO_WORKER = "a worker: none is connected"
 NO_CORE = "a free core"
@@ -76,9 +80,9 @@ def place(state: State) -> None:
         # A call that failed just now may be what a container waited for.
         if state.resuming:
             _resume(state)
-    if state.leases and state.now >= state.reclaim_after:
+    if state.tailed and state.now >= state.reclaim_after:
         _reclaim_tails(state)
-    elif state.leases:
+    elif state.tailed:
         # What happened now may be what a tail waited for.
         state.look(state.reclaim_after)
 
@@ -100,9 +104,17 @@ def _resume(state: State) -> None:
 def _is_reserved(state: State, worker: Worker, function: Function, call: Call | None) -> bool:
     """Whether a core that is free on this worker is somebody else's: a container of it waits for
     its core to come back, or it is kept for another function."""
-    if any(c.worker is worker for c in state.resuming.values()):
+    if worker.resuming_count:
         return True
     return reservation.is_for_another(state, worker, function, call)
+
+
+def _may_run(state: State, container: Container, call: Call) -> bool:
+    """Whether it has a core for an input of the call, or its worker has one to give."""
+    worker, function = container.worker, call.function
+    if container.holds_core:
+        return True
+    return _has_core(worker, function) and not _is_reserved(state, worker, function, call)
 
 
 # --- 2. ready calls ------------------------------------------------------------------------------
@@ -110,14 +122,18 @@ def _is_reserved(state: State, worker: Worker, function: Function, call: Call | 
 
 def _place_ready(state: State) -> None:
     held: dict[bytes, str] = {}
-    while (function := _next_function(state, held)) is not None:
+    offers: list[Offer] = []
+    while (function := _next_function(state, held, offers)) is not None:
         call = function.ready[0][3]
         reason = _place_call(state, call)
-        if reason:
+        if not reason:
+            _offer(function, offers)
+        else:
             call.waits_for = reason
             if reason in (NO_PERMIT, NO_ROOM, NO_MEMORY) and eviction.evict_for(
                 state, function, reason == NO_PERMIT
             ):
+                _offer(function, offers)
                 continue
             held[function.function_id] = reason
             if reason in (NO_CORE, NO_MEMORY):
@@ -126,8 +142,9 @@ def _place_ready(state: State) -> None:
                 _tell_of_wait(state, call, reason)
             if reason in (NO_PERMIT, NO_ROOM, NO_MEMORY):
                 _fail_if_deadlocked(state, call, reason)
+    waiting_count = sum(reason == NO_CORE for reason in held.values())
     for function_id, reason in held.items():
-        others_wait = any(r == NO_CORE for f, r in held.items() if f != function_id)
+        others_wait = waiting_count > (reason == NO_CORE)
         if reason in (NO_CORE, NO_PERMIT, NO_ROOM, NO_MEMORY, "") and not others_wait:
             prefetched = state.functions.get(function_id)
             if prefetched is not None:
@@ -148,16 +165,29 @@ def _tell_of_wait(state: State, call: Call, reason: str) -> None:
         state.look(call.stranded_since + NOTICE_S)
 
 
-def _next_function(state: State, held: dict[bytes, str]) -> Function | None:
-    """The function whose first ready call is to be served next; held ones are passed over."""
-    best: Function | None = None
-    for function in list(state.ready_functions.values()):
+def _next_function(state: State, held: dict[bytes, str], offers: list[Offer]) -> Function | None:
+    """The function whose first ready call is to be served next; held ones are passed over.
+
+    A function that was served is offered anew, with what is its first call then. All are looked at
+    only when `offers` is empty: at first, and in the end, to see that none was passed over.
+    """
+    if not offers:
+        for function in list(state.ready_functions.values()):
+            if function.function_id not in held:
+                _drop_stale(state, function)
+                _offer(function, offers)
+    while offers:
+        *first, function = heappop(offers)
         _drop_stale(state, function)
-        if not function.ready or function.function_id in held:
-            continue
-        if best is None or function.ready[0][:3] < best.ready[0][:3]:
-            best = function
-    return best
+        if function.ready and first == list(function.ready[0][:3]):
+            return function
+        _offer(function, offers)
+    return None
+
+
+def _offer(function: Function, offers: list[Offer]) -> None:
+    if function.ready:
+        heappush(offers, (*function.ready[0][:3], function))
 
 
 def _drop_stale(state: State, function: Function) -> None:
@@ -197,7 +227,7 @@ def _place_call(state: State, call: Call) -> str:
             container = _with_room(state, call, function.slots)
     if container is None:
         limit = 1 if is_alone else function.slots
-        if reason != NO_FIT and any(c.has_room(limit) for c in function.containers.values()):
+        if reason != NO_FIT and any(count < limit for count in function.rooms):
             # One of its own has room, and runs it as soon as it has its core.
             reason = NO_CORE
         return _final_reason(state, call, reason)
@@ -207,23 +237,18 @@ def _place_call(state: State, call: Call) -> str:
 
 def _with_room(state: State, call: Call, limit: int) -> Container | None:
     """A container that may have another input and has a core for it: for batches the fullest one,
-    else the emptiest."""
+    else the emptiest; of equal ones the one that worked last, so that others can be spared."""
     function = call.function
-    best: Container | None = None
-    for container in function.containers.values():
-        if not container.has_room(limit):
-            continue
-        if not container.holds_core and (
-            not _has_core(container.worker, function)
-            or _is_reserved(state, container.worker, function, call)
-        ):
-            continue
-        if not function.is_concurrent:
-            return container
-        is_better = best is None or (container.open_count > best.open_count) == function.is_batched
-        if is_better and (best is None or container.open_count != best.open_count):
-            best = container
-    return best
+    if not function.rooms:
+        return None
+    if not function.is_concurrent and not state.free_cores.has(function.cpu):
+        return None
+    for count in sorted(function.rooms, reverse=function.is_batched):
+        if count < limit:
+            for container in reversed(function.rooms[count].values()):
+                if _may_run(state, container, call):
+                    return container
+    return None
 
 
 def _is_worth_a_container(state: State, call: Call) -> bool:
@@ -235,7 +260,7 @@ def _is_worth_a_container(state: State, call: Call) -> bool:
     waiting_count = call.queued.count + len(function.ready) - 1
     if waiting_count * input_s > START_WORTH_S:
         return True
-    if not any(_can_prefetch(state, c) for c in function.containers.values()):
+    if not any(_can_prefetch(state, c) for c in function.singles.values()):
         return True
     # Should that container get stuck, the question is asked again.
     state.look(state.now + STUCK_S)
@@ -251,24 +276,30 @@ def _choose_worker(
     limit = function.max_containers
     if limit is not None and len(function.containers) >= limit:
         return None, NO_PERMIT
-    reason = NO_FIT
-    best: Worker | None = None
-    for worker in state.workers.values():
-        if worker.cpu + EPSILON < function.cpu or worker.memory_mib < function.memory_mib:
-            continue
-        if (
-            not _has_core(worker, function) or _is_reserved(state, worker, function, call)
-            if needs_core
-            else reservation.is_for_another(state, worker, function, call)
-        ):
-            reason = NO_CORE
-            continue
-        if not _make_room(state, worker, function, is_needed=needs_core):
-            reason = NO_ROOM if function.memory_mib <= worker.memory_free_mib else NO_MEMORY
-            continue
-        if best is None or worker.cpu_free > best.cpu_free:
-            best = worker
-    return best, reason
+    reason = NO_CORE
+
+    def is_fit(worker: Worker) -> bool:
+        nonlocal reason
+        if not _can_hold(worker, function):
+            return False
+        if reservation.is_for_another(state, worker, function, call):
+            return False
+        if needs_core and worker.resuming_count:
+            return False
+        if _make_room(state, worker, function, is_needed=needs_core):
+            return True
+        reason = NO_ROOM if function.memory_mib <= worker.memory_free_mib else NO_MEMORY
+        return False
+
+    found = state.free_cores.find(function.cpu if needs_core else -math.inf, is_fit)
+    if found is None and not any(_can_hold(w, function) for w in state.workers.values()):
+        reason = NO_FIT
+    return found, reason
+
+
+def _can_hold(worker: Worker, function: Function) -> bool:
+    """Whether it has as much as a container of the function asks for, free or not."""
+    return worker.cpu + EPSILON >= function.cpu and worker.memory_mib >= function.memory_mib
 
 
 def _make_room(state: State, worker: Worker, function: Function, is_needed: bool) -> bool:
@@ -356,7 +387,7 @@ def _prefetch(state: State, function: Function) -> None:
     """Second leases for containers whose inputs are quick, so that none waits for a round trip."""
     if function.is_concurrent or function.is_single_use:
         return
-    for container in function.containers.values():
+    for container in list(function.singles.values()):
         _drop_stale(state, function)
         if not function.ready or not _is_quick(function.ready[0][3]):
             return
@@ -375,12 +406,8 @@ def _is_quick(call: Call) -> bool:
 
 
 def _can_prefetch(state: State, container: Container) -> bool:
-    """Whether a second lease would not have to wait long for the first."""
-    if len(container.leases) != 1 or container.is_waiting or container.state != "ready":
-        return False
+    """Whether a second lease of one in `Function.singles` would not have to wait long."""
     lease = next(iter(container.leases.values()))
-    if container.is_exclusive:
-        return False
     return state.now - lease.heard_at < STUCK_S and not lease.is_cancelled
 
 
@@ -481,7 +508,7 @@ def _gets_further(state: State, call: Call, moving: set[int]) -> bool:
     has_permit = limit is None or len(function.containers) < limit
     if has_permit and any(_gets_room(w, function, moving) for w in state.workers.values()):
         return True
-    if any(container.has_room(function.slots) for container in function.containers.values()):
+    if function.rooms:
         return True
     return any(container_id in moving for container_id in function.containers)
 
@@ -502,32 +529,28 @@ def _gets_room(worker: Worker, function: Function, moving: set[int]) -> bool:
 def _reclaim_tails(state: State) -> None:
     """Where a function has idle capacity and nothing queued, halve its longest lease; take all of
     one that is stuck."""
-    candidates: dict[bytes, tuple[float, Lease]] = {}
     look_at = math.inf
-    for lease in state.leases.values():
-        function = lease.call.function
-        if function.function_id in state.ready_functions or lease.is_reclaiming:
+    looked_count = 0
+    for function in list(state.tailed.values()):
+        if function.function_id in state.ready_functions or not _has_capacity(state, function):
             continue
-        if lease.is_cancelled or lease.call.method.is_generator or lease.container.is_waiting:
-            continue
-        if function.is_concurrent:
-            continue
-        is_first = next(iter(lease.container.leases)) == lease.lease_id
-        if is_first and lease.open.count < 2:
-            continue
-        if not _has_capacity(state, function):
-            continue
-        look_at = min(look_at, max(state.now + STUCK_S / 2, lease.reclaim_after))
-        if state.now < lease.reclaim_after:
-            continue
-        score = _tail_seconds(state, lease, is_first)
-        best = candidates.get(function.function_id)
-        if score > TAIL_MIN_S and (best is None or score > best[0]):
-            candidates[function.function_id] = (score, lease)
-    for _, lease in candidates.values():
-        keep = 0 if _is_stuck(state, lease) else lease.open.count // 2
-        reclaim(state, lease, keep)
-    state.reclaim_after = state.now + RECLAIM_INTERVAL_S
+        best: tuple[float, Lease] | None = None
+        looked_count += len(function.tails)
+        for lease in function.tails.values():
+            if lease.is_reclaiming or lease.is_cancelled or lease.container.is_waiting:
+                continue
+            look_at = min(look_at, max(state.now + STUCK_S / 2, lease.reclaim_after))
+            if state.now < lease.reclaim_after:
+                continue
+            is_first = next(iter(lease.container.leases)) == lease.lease_id
+            score = _tail_seconds(state, lease, is_first)
+            if score > TAIL_MIN_S and (best is None or score > best[0]):
+                best = score, lease
+        if best is not None:
+            lease = best[1]
+            reclaim(state, lease, 0 if _is_stuck(state, lease) else lease.open.count // 2)
+    interval_s = max(RECLAIM_INTERVAL_S, looked_count * RECLAIM_INTERVAL_EACH_S)
+    state.reclaim_after = state.now + interval_s
     if look_at < math.inf:
         state.look(look_at)
 
@@ -548,15 +571,19 @@ def _tail_seconds(state: State, lease: Lease, is_first: bool) -> float:
 
 def _has_capacity(state: State, function: Function) -> bool:
     """Whether an idle or a new container could take more inputs of the function right now."""
-    for container in function.containers.values():
-        if container.is_idle and _has_core(container.worker, function):
-            return True
+    if not state.free_cores.has(function.cpu):
+        return False
+    idle = function.rooms.get(0, {})
+    if any(_has_core(container.worker, function) for container in reversed(idle.values())):
+        return True
     limit = function.max_containers
     if limit is not None and len(function.containers) >= limit:
         return False
-    return any(
-        _has_core(worker, function)
-        and worker.memory_free_mib >= function.memory_mib
-        and not reservation.is_for_another(state, worker, function, None)
-        for worker in state.workers.values()
+    has_memory = state.free_cores.find(
+        function.cpu,
+        lambda worker: (
+            worker.memory_free_mib >= function.memory_mib
+            and not reservation.is_for_another(state, worker, function, None)
+        ),
     )
+    return has_memory is not None

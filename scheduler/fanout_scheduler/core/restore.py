@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from fanout.config import CLIENT_GRACE_S
 from fanout.protocol import messages as m
-from fanout_scheduler.core import blobs, durable
+from fanout_scheduler.core import blobs, durable, spawned
 from fanout_scheduler.core.calls import add_call
 from fanout_scheduler.core.events import Record
 from fanout_scheduler.core.object_restore import Restorer
@@ -90,7 +90,7 @@ def _restore_call(state: State, record: m.OpenCall) -> bool:
 
 
 def _restore_call_record(state: State, call: Call, record: Record) -> None:
-    from fanout_scheduler.core.outputs import release_all_inputs, release_inputs
+    from fanout_scheduler.core.outputs import cut_outputs, release_all_inputs, release_inputs
 
     if isinstance(record, m.Inputs):
         blobs.keep(state, blobs.ids(record.blobs))
@@ -112,6 +112,8 @@ def _restore_call_record(state: State, call: Call, record: Record) -> None:
             call.parked.remove(low, high)
             if call.failure is None:
                 release_inputs(state, call, low, high)
+            part = cut_outputs(record, low, high)
+            blobs.keep(state, blobs.ids(part.blobs))
+            call.outputs.add(part)
+            spawned.grew(state, call, part)
         call.finished.add(start, stop)
-        blobs.keep(state, blobs.ids(record.blobs))
-        call.outputs.append(record)

@@ -20,7 +20,7 @@ def wanted_count(function: Function) -> int:
     """How many containers the settings ask for; where they begin, `max_containers` is minded."""
     if not function.app.openers:
         return 0
-    busy = sum(bool(c.leases) for c in living(function))
+    busy = function.busy_count
     buffer = function.buffer_containers if busy or function.ready else 0
     return max(function.min_containers, busy + buffer)
 
@@ -32,7 +32,7 @@ def living(function: Function) -> list[Container]:
 
 def is_spare(function: Function) -> bool:
     """Whether an idle container of it may leave."""
-    return len(living(function)) > wanted_count(function)
+    return function.living_count > wanted_count(function)
 
 
 def lacks_container(function: Function) -> bool:
@@ -40,7 +40,7 @@ def lacks_container(function: Function) -> bool:
     start, only an input makes another attempt worth it."""
     if function.is_broken or function.lacks_blobs:
         return False
-    return len(living(function)) < wanted_count(function)
+    return function.living_count < wanted_count(function)
 
 
 def on_ask_function(state: State, peer: Peer, message: m.AskFunction) -> None:

@@ -6,6 +6,7 @@ objects live in the modules beside this one; `check.py` states them as invariant
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_right, insort
 from collections import deque
@@ -15,10 +16,12 @@ from heapq import heappush
 from itertools import accumulate
 from typing import Any
 
-from fanout.config import SCALEDOWN_WINDOW_S, TIMEOUT_S, WINDOW_COUNT_MIN
+from fanout.config import SCALEDOWN_WINDOW_S, SPAWNED_SIZE_BYTES_MAX, TIMEOUT_S, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
+from fanout_scheduler.core.capacity import NOT_FILED, Filed, FreeCores
 from fanout_scheduler.core.events import Command, PeerId, Send
+from fanout_scheduler.core.kept import KeptOutputs
 from fanout_scheduler.core.object_state import Objects
 
 BlobRef = tuple[int, list[bytes]]
@@ -80,6 +83,14 @@ class Function:
     #: (max_retries, initial_delay_s, backoff_coefficient, max_delay_s) or None.
     retries: tuple[int, float, float, float] | None
     containers: dict[int, Container] = field(default_factory=dict)
+    #: See capacity.py. Containers that have room for an input, by how many they have and by id;
+    #: those that may have a second lease; leases of which a part could be taken back.
+    rooms: dict[int, dict[int, Container]] = field(default_factory=dict)
+    singles: dict[int, Container] = field(default_factory=dict)
+    tails: dict[int, Lease] = field(default_factory=dict)
+    #: Containers that are not leaving, and those of them that have a lease.
+    living_count: int = 0
+    busy_count: int = 0
     #: Calls that have inputs to lease, as a heap of (-depth, service time, number, call).
     ready: list[tuple[int, float, int, Call]] = field(default_factory=list)
     #: Containers in a row that died before they were ready.
@@ -141,32 +152,31 @@ def _methods_of(options: dict[str, Any]) -> dict[str, Method]:
 class Chunk:
     """Consecutive inputs as they came in one frame. Part of it is cut out by its length table."""
 
-    __slots__ = ("_offsets", "blobs", "lengths", "open_count", "payload", "start")
+    __slots__ = ("_offsets", "blobs", "lengths", "open_count", "payload", "start", "stop")
 
     def __init__(self, message: m.Inputs) -> None:
         self.start = message.start
-        self.lengths = memoryview(message.lengths).cast("I")
-        self.payload = memoryview(message.payload)
+        #: As it came: views would cost a call of one input as much as all else of its chunk.
+        self.lengths = message.lengths
+        self.payload = message.payload
         self.blobs = message.blobs
         #: Inputs of it that have no output yet; at zero the chunk is dropped.
-        self.open_count = len(self.lengths)
+        self.open_count = len(message.lengths) // 4
+        self.stop = self.start + self.open_count
         self._offsets: array[int] | None = None
 
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.lengths)
-
-    def cut(self, start: int, stop: int) -> tuple[bytes, list[BlobRef], memoryview]:
+    def cut(self, start: int, stop: int) -> tuple[bytes, list[BlobRef], m.Payload]:
         """Length table, blob references and bytes of inputs `start` to `stop`; nothing is
         re-encoded, and the bytes are not copied."""
         low, high = start - self.start, stop - self.start
-        if low == 0 and high == len(self.lengths):
-            return self.lengths.tobytes(), self.blobs, self.payload
+        if start == self.start and stop == self.stop:
+            return self.lengths, self.blobs, self.payload
         if self._offsets is None:
-            self._offsets = array("L", accumulate(self.lengths, initial=0))
-        payload = self.payload[self._offsets[low] : self._offsets[high]]
+            lengths = memoryview(self.lengths).cast("I")
+            self._offsets = array("L", accumulate(lengths, initial=0))
+        payload = memoryview(self.payload)[self._offsets[low] : self._offsets[high]]
         blobs = [(at - low, ids) for at, ids in self.blobs if low <= at < high]
-        return self.lengths[low:high].tobytes(), blobs, payload
+        return self.lengths[4 * low : 4 * high], blobs, payload
 
 
 @dataclass(slots=True)
@@ -202,10 +212,10 @@ class Call:
     #: Received, and their blobs are not all here.
     parked: IntervalSet = field(default_factory=IntervalSet)
     queued: IntervalSet = field(default_factory=IntervalSet)
-    backing_off: set[int] = field(default_factory=set)
+    backing_off: IntervalSet = field(default_factory=IntervalSet)
     #: Inputs that ran beside others when their container died. Each runs alone the next time, so
     #: that the one to blame is found.
-    suspects: set[int] = field(default_factory=set)
+    suspects: IntervalSet = field(default_factory=IntervalSet)
     #: Inputs whose output is here (of a durable call: stored), whether or not acknowledged.
     finished: IntervalSet = field(default_factory=IntervalSet)
     #: Outputs of a durable call that are on their way to disk.
@@ -219,9 +229,8 @@ class Call:
     attempts: dict[int, int] = field(default_factory=dict)
     crashes: dict[int, int] = field(default_factory=dict)
     generators: dict[int, GeneratorState] = field(default_factory=dict)
-    #: Outputs the client has not acknowledged, in the order in which they were sent; of a durable
-    #: call all outputs, kept for whoever fetches them.
-    outputs: deque[m.Outputs] = field(default_factory=deque)
+    #: Outputs the client has not acknowledged; of a durable call all of them.
+    outputs: KeptOutputs = field(default_factory=KeptOutputs)
     acknowledged: IntervalSet = field(default_factory=IntervalSet)
     sealed_count: int | None = None
     #: How the rest of the call ended, when it failed or was cancelled as a whole.
@@ -311,6 +320,8 @@ class Node:
 class Fetch:
     """A client reads outputs of a durable call: these are still owed to it."""
 
+    call: Call
+    session: Session
     peer_id: PeerId
     request_id: int
     owed: IntervalSet
@@ -373,6 +384,8 @@ class Container:
     #: When it is looked at next whether it has been idle for long enough.
     idle_due_at: float | None = None
     nested_peers: dict[PeerId, Peer] = field(default_factory=dict)
+    #: What its function knows of it; see capacity.py.
+    filed: Filed = NOT_FILED
 
     @property
     def is_idle(self) -> bool:
@@ -408,6 +421,11 @@ class Worker:
     acknowledged: int = 0
     #: When its reports are acknowledged at the latest.
     acknowledge_at: float = 0.0
+    #: Its containers that are in `State.resuming`.
+    resuming_count: int = 0
+    #: The free cores that its entry in `State.free_cores` says.
+    cpu_filed: float = -math.inf
+    is_lost: bool = False
 
 
 @dataclass(slots=True)
@@ -429,6 +447,8 @@ class Session:
     container: Container | None = None
     calls: dict[bytes, Call] = field(default_factory=dict)
     apps: dict[bytes, App] = field(default_factory=dict)
+    #: Its requests for outputs of spawned calls that are not answered in full.
+    fetches: dict[int, Fetch] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -485,6 +505,9 @@ class State:
     ready_functions: dict[bytes, Function] = field(default_factory=dict)
     #: Functions that have containers without inputs that need them; see scaling.py.
     scaled: dict[bytes, Function] = field(default_factory=dict)
+    #: Functions that have leases of which a part could be taken back.
+    tailed: dict[bytes, Function] = field(default_factory=dict)
+    free_cores: FreeCores = field(default_factory=FreeCores)
     #: Containers that have deferred frames and no core.
     resuming: dict[int, Container] = field(default_factory=dict)
     #: (when, order, kind, what); entries may be stale, the kinds check.
@@ -494,6 +517,10 @@ class State:
     expired: dict[bytes, float] = field(default_factory=dict)
     #: What was given to the store and is not on disk yet, by sequence; see durable.py.
     pending_stores: dict[int, Any] = field(default_factory=dict)
+    #: Memory of spawned calls, of their inputs on the way to disk, and how much it may be in all.
+    spawned_bytes: int = 0
+    arriving_bytes: int = 0
+    spawned_bytes_max: int = SPAWNED_SIZE_BYTES_MAX
     #: First sequences of what is not on disk, also while it waits to be tried again.
     unsafe_stores: set[int] = field(default_factory=set)
     #: How many frames that are kept refer to each blob, and the sizes of those that are here whole.
@@ -503,8 +530,11 @@ class State:
     blob_waiters: dict[bytes, list[BlobWait]] = field(default_factory=dict)
     #: What is kept of nested calls that are over, the oldest first; see graph.py.
     ended_nodes: deque[Node] = field(default_factory=deque)
-    #: Workers that have reports to be acknowledged at the end of this turn.
+    #: Workers that have reports to be acknowledged before long, those that are due first in front;
+    #: those that have so many that it is to be now; those whose oldest report is not on disk yet.
     acknowledging: dict[bytes, Worker] = field(default_factory=dict)
+    acknowledging_now: dict[bytes, Worker] = field(default_factory=dict)
+    storing_workers: dict[bytes, Worker] = field(default_factory=dict)
     #: Only one function at a time has a worker kept free.
     reservation: Reservation | None = None
     #: Tails are not looked at again before this time.
@@ -557,4 +587,10 @@ class State:
 
     def defer(self, container: Container, command: Send) -> None:
         container.deferred.append(command)
-        self.resuming[container.container_id] = container
+        if container.container_id not in self.resuming:
+            self.resuming[container.container_id] = container
+            container.worker.resuming_count += 1
+
+    def stop_resuming(self, container: Container) -> None:
+        if self.resuming.pop(container.container_id, None) is not None:
+            container.worker.resuming_count -= 1

@@ -7,6 +7,7 @@ from typing import Any
 from fanout.config import CLIENT_GRACE_S, WORKER_DEADLINE_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core import calls, durable, objects, outputs, reservation, scaling
+from fanout_scheduler.core.capacity import file_container
 from fanout_scheduler.core.events import Disconnect, PeerId
 from fanout_scheduler.core.leasing import (
     give_back_lease,
@@ -15,10 +16,6 @@ from fanout_scheduler.core.leasing import (
     watch_idle,
 )
 from fanout_scheduler.core.state import Container, Function, Peer, State, Worker
-
-#: Reports of a worker that wait to be acknowledged, at most, and for how long.
-ACKNOWLEDGE_COUNT = 32
-ACKNOWLEDGE_DELAY_S = 0.02
 
 #: Containers of a function that die in a row before they are ready, without an exception of the
 #: user's to show for it; then the function's calls fail.
@@ -46,6 +43,7 @@ def on_worker_ready(state: State, peer: Peer, message: m.WorkerReady) -> None:
         heard_at=state.now,
     )
     state.workers[worker.worker_id] = worker
+    state.free_cores.grew(worker)
     peer.worker = worker
     known = [c for c in message.containers if _is_container(c)]
     keep = [c for c in known if _adopt(state, worker, *c) or _hold(state, worker, *c)]
@@ -124,6 +122,7 @@ def add_container(
     state.containers[container_id] = container
     worker.containers[container_id] = function.containers[container_id] = container
     worker.memory_free_mib -= function.memory_mib
+    file_container(container)
     return container
 
 
@@ -146,7 +145,8 @@ def lose_worker(state: State, worker: Worker) -> None:
     if state.workers.get(worker.worker_id) is not worker:
         return
     del state.workers[worker.worker_id]
-    state.acknowledging.pop(worker.worker_id, None)
+    state.free_cores.lost(worker)
+    _forget_reports(state, worker)
     reservation.worker_lost(state, worker)
     for container in list(worker.containers.values()):
         _lose_container(state, container)
@@ -159,9 +159,10 @@ def _lose_container(state: State, container: Container) -> None:
 
 
 def remove_container(state: State, container: Container) -> None:
-    release_core(container)
+    release_core(state, container)
+    file_container(container, is_gone=True)
     state.containers.pop(container.container_id, None)
-    state.resuming.pop(container.container_id, None)
+    state.stop_resuming(container)
     container.worker.containers.pop(container.container_id, None)
     container.function.containers.pop(container.container_id, None)
     container.worker.memory_free_mib += container.function.memory_mib
@@ -177,6 +178,7 @@ def on_container_started(state: State, peer: Peer, message: m.ContainerStarted) 
         return
     if container.state == "starting":
         container.state = "ready"
+        file_container(container)
     container.function.start_failures = 0
     container.function.is_broken = False
     for lease in container.leases.values():
@@ -250,15 +252,16 @@ def on_idle_deadline(state: State, container: Container) -> None:
 def acknowledge(state: State) -> None:
     """Tell workers which reports are safe: when there are many, or after a moment. After each
     report it would cost a worker as much as the report did."""
-    for worker in list(state.acknowledging.values()):
-        if worker.acknowledge_at == 0.0:
-            worker.acknowledge_at = state.now + ACKNOWLEDGE_DELAY_S
-        is_due = state.now >= worker.acknowledge_at
-        if is_due or len(worker.unsafe) >= ACKNOWLEDGE_COUNT:
-            worker.acknowledge_at = 0.0
-            _acknowledge(state, worker)
-        else:
+    for worker in list(state.acknowledging_now.values()):
+        _acknowledge(state, worker)
+    due = []
+    for worker in state.acknowledging.values():
+        if worker.acknowledge_at > state.now:
             state.look(worker.acknowledge_at)
+            break
+        due.append(worker)
+    for worker in due:
+        _acknowledge(state, worker)
 
 
 def _acknowledge(state: State, worker: Worker) -> None:
@@ -266,11 +269,31 @@ def _acknowledge(state: State, worker: Worker) -> None:
     sequence = worker.acknowledged
     while unsafe and durable.is_safe(state, unsafe[0][1]):
         sequence = unsafe.popleft()[0]
-    # What is not on disk yet comes back here when it is.
-    del state.acknowledging[worker.worker_id]
+    _forget_reports(state, worker)
+    if unsafe:
+        state.storing_workers[worker.worker_id] = worker
     if sequence > worker.acknowledged:
         worker.acknowledged = sequence
         state.send(worker.peer_id, m.OutputsAck(sequence))
+
+
+def _forget_reports(state: State, worker: Worker) -> None:
+    state.acknowledging.pop(worker.worker_id, None)
+    state.acknowledging_now.pop(worker.worker_id, None)
+    state.storing_workers.pop(worker.worker_id, None)
+
+
+def acknowledge_stored(state: State) -> None:
+    """Something is on disk: reports that waited for it are acknowledged like new ones."""
+    storing, state.storing_workers = state.storing_workers, {}
+    for worker in storing.values():
+        if durable.is_safe(state, worker.unsafe[0][1]):
+            worker.acknowledge_at = state.now + outputs.ACKNOWLEDGE_DELAY_S
+            state.acknowledging[worker.worker_id] = worker
+            if len(worker.unsafe) >= outputs.ACKNOWLEDGE_COUNT:
+                state.acknowledging_now[worker.worker_id] = worker
+        else:
+            state.storing_workers[worker.worker_id] = worker
 
 
 def on_worker_lost(state: State, peer_id: PeerId, peer: Peer) -> None:

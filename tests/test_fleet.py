@@ -1,0 +1,266 @@
+"""Much at a time, with real processes: connections, open calls, spawned inputs.
+
+`FANOUT_TEST_FULL=1` makes the counts those that fanout is to bear.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fanout
+from benchmarks.process import memory_of
+from fanout.client.local import ask_status
+from fanout.exceptions import AuthError, StorageError
+from fanout.protocol import messages as m
+from fanout.protocol.join import JoinString
+from fanout.serialization import encode_args
+from tests import behaviour_kit as kit
+from tests.conftest import ROOT, HandStarted, environment, poll_until
+from tests.server_kit import Daemon, Wire, define, dial, submit
+
+Start = Callable[..., HandStarted]
+
+IS_FULL = os.environ.get("FANOUT_TEST_FULL") == "1"
+WORKER_COUNT = 1000 if IS_FULL else 100
+CALL_COUNT = 10_000 if IS_FULL else 1000
+SPAWNED_COUNT = 1_000_000 if IS_FULL else 100_000
+#: What a waiting input may cost the scheduler beyond its payload, and what its memory may differ by
+#: from one moment to another for no such reason.
+INPUT_BYTES_MAX = 20
+NOISE_BYTES_MAX = 2 << 20
+TIMEOUT_S = 300.0 if IS_FULL else 60.0
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    home = tmp_path / "scheduler"
+    home.mkdir(mode=0o700)
+    return home
+
+
+def started(home: Path, **options: object) -> Iterator[Daemon]:
+    daemon = Daemon(home, **options).start()  # type: ignore[arg-type]
+    try:
+        yield daemon
+    finally:
+        daemon.end()
+
+
+async def dial_many(address: dict[str, object], count: int) -> list[Wire]:
+    """So many clients, a few at a time."""
+    wires: list[Wire] = []
+    for _ in range(0, count, 20):
+        wires += await asyncio.gather(*[dial(address) for _ in range(20)])
+    return wires
+
+
+async def close_all(wires: list[Wire]) -> None:
+    for wire in wires:
+        wire.transport.abort()
+    await asyncio.gather(*[wire.transport.wait_closed() for wire in wires])
+
+
+# --- connections ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def daemon_with_few_files(folder: Path) -> Iterator[Daemon]:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    yield from started(folder, descriptors=(64, hard))
+
+
+async def test_a_low_soft_limit_of_open_files_does_not_keep_workers_out(
+    daemon_with_few_files: Daemon,
+) -> None:
+    wires = await dial_many(daemon_with_few_files.address, 120)
+    status = await wires[-1].ask_status()
+    assert status["sessions"] == 120
+    await close_all(wires)
+
+
+@pytest.fixture
+def daemon_for_forty(folder: Path) -> Iterator[Daemon]:
+    yield from started(folder, descriptors=(360, 360))
+
+
+async def test_whom_open_files_leave_no_room_for_is_told_so_and_nobody_else_suffers(
+    daemon_for_forty: Daemon,
+) -> None:
+    wires = await dial_many(daemon_for_forty.address, 40)
+    with pytest.raises(AuthError, match=r"40 connections.*ulimit -n"):
+        await dial(daemon_for_forty.address)
+    wires[0].send(*define(), *submit(is_durable=True))
+    assert list((await wires[0].take(m.InputsStored)).stored[0]) == [0, 1]
+    await close_all([wires.pop()])
+    await wires[0].until_status(lambda status: status["sessions"] == 39)
+    wires.append(await dial(daemon_for_forty.address))
+    await close_all(wires)
+
+
+# --- workers --------------------------------------------------------------------------------------
+
+
+def status_of(cluster: HandStarted) -> dict[str, Any]:
+    return ask_status(JoinString.parse(cluster.client_join))
+
+
+@contextlib.contextmanager
+def made_up_workers(
+    cluster: HandStarted, count: int, input_s: float
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with so many workers of eight containers each: the connections are real ones, and
+    the state behind them is the daemon's own. Their containers wait for so long, and give None."""
+    arguments = [cluster.state["worker_join"], str(count), "8", str(input_s)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.fleet_workers", *arguments],
+        env=environment(),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for_workers(cluster: HandStarted, count: int) -> None:
+    poll_until(lambda: status_of(cluster)["worker_count"] == count, f"{count} workers", TIMEOUT_S)
+
+
+def test_each_input_ends_once_when_half_of_many_workers_vanish(
+    scheduler_and_workers: Start,
+) -> None:
+    cluster = scheduler_and_workers(0)
+    half = WORKER_COUNT // 2
+    with (
+        made_up_workers(cluster, half, 0.02),
+        made_up_workers(cluster, WORKER_COUNT - half, 0.02) as doomed,
+        kit.app.run(),
+    ):
+        wait_for_workers(cluster, WORKER_COUNT)
+        results = kit.nap.map(range(40 * WORKER_COUNT), order_outputs=False)
+        for _ in range(16 * WORKER_COUNT):
+            assert next(results) is None
+        assert status_of(cluster)["container_count"] == 8 * WORKER_COUNT
+        doomed.kill()
+        assert sum(result is None for result in results) == 24 * WORKER_COUNT
+        wait_for_workers(cluster, half)
+        status = status_of(cluster)
+        assert status["open_call_count"] == 0
+        assert all(container["leases"] == 0 for container in status["containers"])
+        assert all(w["cpu_free"] == w["cpu"] for w in status["workers"])
+
+
+# --- calls ----------------------------------------------------------------------------------------
+
+
+waiting_app = fanout.App("fleet-tests")
+
+
+@waiting_app.function(cpu=1000)
+def unplaceable(x: int) -> int:
+    """No machine has so many cores, so its calls wait."""
+    return x
+
+
+async def in_thread(action: Callable[..., Any], *arguments: Any) -> None:
+    """Run what blocks beside the loop, in a thread that is gone afterwards."""
+    with ThreadPoolExecutor(1) as executor:
+        await asyncio.get_running_loop().run_in_executor(executor, action, *arguments)
+
+
+async def until_open(cluster: HandStarted, count: int) -> None:
+    def is_so() -> bool:
+        return bool(status_of(cluster)["open_call_count"] == count)
+
+    await in_thread(poll_until, is_so, f"{count} open calls", TIMEOUT_S)
+
+
+async def test_many_calls_are_open_at_once_while_others_run(scheduler_and_workers: Start) -> None:
+    cluster = scheduler_and_workers(1, cpu=2)
+    async with waiting_app.run(), kit.app.run():
+        waiting = [asyncio.ensure_future(unplaceable.remote.aio(x)) for x in range(CALL_COUNT)]
+        spawned = await asyncio.gather(*[unplaceable.spawn.aio(x) for x in range(100)])
+        await until_open(cluster, CALL_COUNT + 100)
+        assert await kit.same.remote.aio(7) == 7
+        assert await asyncio.gather(*[kit.same.remote.aio(x) for x in range(500)]) == [*range(500)]
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await until_open(cluster, 100)
+        for call in spawned:
+            await call.cancel.aio()
+        await until_open(cluster, 0)
+
+
+async def test_many_calls_that_were_spawned_at_once_end_with_their_results(
+    scheduler_and_workers: Start,
+) -> None:
+    cluster = scheduler_and_workers(0)
+    async with kit.app.run():
+        calls = await asyncio.gather(*[kit.same.spawn.aio(x) for x in range(CALL_COUNT)])
+        await until_open(cluster, CALL_COUNT)
+        await in_thread(cluster.start_worker, "late", 2)
+        await until_open(cluster, 0)
+        results = await asyncio.gather(*[call.get.aio() for call in calls])
+        assert results == [*range(CALL_COUNT)]
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+def scheduler_bytes(cluster: HandStarted) -> int:
+    assert cluster.scheduler is not None
+    return memory_of([cluster.scheduler.pid]).uss
+
+
+def test_many_spawned_inputs_wait_at_the_cost_of_their_payload_and_are_drained(
+    scheduler_and_workers: Start,
+) -> None:
+    cluster = scheduler_and_workers(0)
+    with kit.app.run():
+        kit.same.spawn_map(range(1000)).cancel()
+        before = scheduler_bytes(cluster)
+        call = kit.same.spawn_map(range(SPAWNED_COUNT))
+        grown = scheduler_bytes(cluster) - before
+        payload = len(encode_args((SPAWNED_COUNT,), None)[0]) * SPAWNED_COUNT
+        assert grown < payload + INPUT_BYTES_MAX * SPAWNED_COUNT + NOISE_BYTES_MAX
+        cluster.start_worker("late", 2)
+        for expected, result in enumerate(call.iter()):
+            assert result == expected
+        assert expected == SPAWNED_COUNT - 1
+        # Its outputs are kept, its inputs are not.
+        kept = scheduler_bytes(cluster) - before
+        assert kept < 2 * payload + INPUT_BYTES_MAX * SPAWNED_COUNT + 2 * NOISE_BYTES_MAX
+
+
+@pytest.fixture
+def daemon_with_little_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    for daemon in started(folder, FANOUT_SPAWNED_MEMORY="4"):
+        monkeypatch.setenv("FANOUT_URL", daemon.address["client_join"])
+        yield daemon
+
+
+def test_a_spawn_beyond_the_memory_for_spawned_calls_fails_and_others_go_on(
+    daemon_with_little_memory: Daemon,
+) -> None:
+    with kit.app.run():
+        kept = kit.same.spawn_map(range(100))
+        with pytest.raises(StorageError, match=r"4 MiB are allowed.*FANOUT_SPAWNED_MEMORY"):
+            kit.same.spawn_map(bytes(10_000) for _ in range(1000))
+        assert kept.num_inputs() == 100
+        assert kit.same.spawn(1).num_inputs() == 1
+        for call in (kept, kit.same.spawn(2)):
+            call.cancel()
