@@ -75,6 +75,12 @@ def nested_and_failing(x: int, folder: str) -> tuple[int, int, bytes]:
 
 
 @app.function()
+def unique() -> str:
+    """Another value each time it runs."""
+    return os.urandom(8).hex()
+
+
+@app.function()
 def size_of(data: bytes) -> int:
     return len(data)
 
