@@ -2,13 +2,14 @@
 # Another interpreter: make PYTHON=python3.12 ...
 
 PYTHON ?= python3
+MINUTES ?= 30
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format sim bench bench-peers clean
+.PHONY: help install demo test check format sim soak bench bench-peers clean
 
 help:
 	@echo "make demo         install into .venv and run the main example on this machine"
@@ -16,6 +17,7 @@ help:
 	@echo "make check        ruff and mypy"
 	@echo "make format       let ruff format and fix"
 	@echo "make sim          run the simulation over many seeds"
+	@echo "make soak         a mixed load with random kills, MINUTES=30 of it, then everything is counted"
 	@echo "make bench        compare with the standard library and joblib, about a minute"
 	@echo "make bench-peers  compare with mpire, Ray and Dask too (installs them into .venv)"
 	@echo "make clean        remove .venv and caches"
@@ -67,6 +69,9 @@ format: $(STAMP)
 
 sim: $(STAMP)
 	@$(BIN)/python tests/simulation.py
+
+soak: $(STAMP)
+	@$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.bench
