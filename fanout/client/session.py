@@ -154,6 +154,9 @@ class Session:
             while not self._is_closed:
                 transport = await self._dial(is_first=not opening.done())
                 await self._await_apps(transport)
+                if transport.is_closed:
+                    # It was lost while it was nobody's, so nobody will be told.
+                    continue
                 self._attach(transport)
                 if not opening.done():
                     opening.set_result(None)
