@@ -188,6 +188,8 @@ class HandStarted:
     scheduler: subprocess.Popen[bytes] | None = None
     workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     port: int = 0
+    #: For all daemons that are started from now on.
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def scheduler_home(self) -> Path:
@@ -274,7 +276,7 @@ class HandStarted:
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, *arguments],
-                env=environment(**variables),
+                env=environment(**self.variables, **variables),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

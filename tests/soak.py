@@ -40,6 +40,7 @@ from fanout.config import CLIENT_GRACE_S, CRASH_LIMIT, WORKER_DEADLINE_S  # noqa
 from fanout.protocol.join import JoinString  # noqa: E402
 from tests.behaviour_kit import descendants_of  # noqa: E402
 from tests.conftest import HandStarted, environment, is_alive, poll_until  # noqa: E402
+from tests.soak_kit import UNITS  # noqa: E402
 
 SCRIPT = ROOT / "tests" / "scripts" / "soak_client.py"
 WORKER_COUNT = 2
@@ -47,7 +48,7 @@ CLIENT_COUNT = 3
 #: Seconds between two strikes, on average.
 STRIKE_INTERVAL_S = 2.0
 #: A unit of work that takes longer than this, all that strikes it included, hangs.
-UNIT_S_MAX = 120.0
+UNIT_S_MAX = 90.0
 #: How long the rest may take when nothing is killed any more, the grace of lost clients included.
 HEAL_S = CLIENT_GRACE_S + 90.0
 #: How long until what idles has left: containers, receipts, blobs.
@@ -132,7 +133,9 @@ class Soak:
     seed: int
     seconds: float
     strikes: dict[tuple[str, str], int]
+    units: list[str]
     interval_s: float = STRIKE_INTERVAL_S
+    hold_s: float = 0.0
     say: Callable[[str], Any] = sys.stdout.write
     clients: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     killed: set[str] = field(default_factory=set)
@@ -168,6 +171,12 @@ class Soak:
             self._collect()
             after = self._settle(before)
             self._summary(units, inputs, crashed, before, after)
+        except SoakFailed as error:
+            if self.hold_s:
+                self.say(f"FAILED: {error}\neverything stays as it is for {self.hold_s:g} s\n")
+                sys.stdout.flush()
+                time.sleep(self.hold_s)
+            raise
         finally:
             self._stop()
 
@@ -194,7 +203,7 @@ class Soak:
         seed = str(self.random.randrange(1 << 30))
         with (self.folder / f"{name}.log").open("wb") as log:
             self.clients[name] = subprocess.Popen(
-                [sys.executable, str(SCRIPT), str(self.marks), name, seed, mode],
+                [sys.executable, str(SCRIPT), str(self.marks), name, seed, mode, *self.units],
                 env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -252,12 +261,18 @@ class Soak:
     def _hang(self, name: str, process: subprocess.Popen[bytes], age_s: float) -> str:
         """What is known of a unit that does not end."""
         process.send_signal(signal.SIGUSR1)
+        for pid in self._container_pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR2)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1)
         last = (self.marks / f"client-{name}").read_text().splitlines()[-1]
-        status = ask_status(JoinString.parse(self.cluster.client_join))
+        status = self._status()
+        status["calls"] = [call for call in status["calls"] if call["state"] != "over"]
+        stacks = [path.read_text() for path in self.marks.glob("stack-*")]
         return (
             f"client {name} has been at {last} for {age_s:.0f} s\n{self.log(name)}\n"
+            f"its containers:\n{'---'.join(filter(None, stacks))}\n"
             f"{json.dumps(status, indent=1)[:20_000]}"
         )
 
@@ -309,12 +324,16 @@ class Soak:
             assert self.cluster.scheduler is not None
             return self.cluster.scheduler.pid, ""
         if kind == "container":
-            ours = set().union(*(descendants_of(w.pid) for w in self.cluster.workers.values()))
-            pids = sorted(ours & {int(path.name[5:]) for path in self.marks.glob("runs-*")})
+            pids = self._container_pids()
             return (self.random.choice(pids), "") if pids else None
         processes = self.cluster.workers if kind == "worker" else self.clients
         name = self.random.choice(sorted(processes))
         return processes[name].pid, name
+
+    def _container_pids(self) -> list[int]:
+        """Those that have run something."""
+        ours = set().union(*(descendants_of(w.pid) for w in self.cluster.workers.values()))
+        return sorted(ours & {int(path.name[5:]) for path in self.marks.glob("runs-*")})
 
     # --- afterwards ---
 
@@ -512,6 +531,13 @@ def main() -> int:
     parser.add_argument(
         "--interval", type=float, default=STRIKE_INTERVAL_S, help="seconds between two strikes"
     )
+    parser.add_argument("--units", nargs="+", default=list(UNITS), help="kinds of work")
+    parser.add_argument(
+        "--strikes", nargs="+", default=[f"{kind}:{what}" for kind, what in STRIKES]
+    )
+    parser.add_argument(
+        "--hold", type=float, default=0.0, help="seconds for a look at what runs after a failure"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the folder with all logs")
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(1 << 20) if options.seed is None else options.seed
@@ -519,7 +545,9 @@ def main() -> int:
     sys.stdout.write(f"seed {seed}, {options.minutes:g} minutes, in {folder}\n")
     is_good = False
     try:
-        Soak(folder, seed, options.minutes * 60, STRIKES, options.interval).run()
+        strikes = {key: n for key, n in STRIKES.items() if ":".join(key) in options.strikes}
+        seconds, interval_s, hold_s = options.minutes * 60, options.interval, options.hold
+        Soak(folder, seed, seconds, strikes, options.units, interval_s, hold_s).run()
         is_good = True
     except SoakFailed as error:
         sys.stdout.write(f"FAILED: {error}\n")

@@ -6,9 +6,11 @@ Containers import this module, so it imports nothing that is slow.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 import os
 import random
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,8 +28,15 @@ FOREVER_S = 600.0
 SCALEDOWN_S = 2
 
 
+_stack_files: list[Any] = []
+
+
 def mark(folder: str, token: str, index: int) -> None:
     """Note that an input runs: one line, written at once, so that a kill cannot tear it."""
+    if not _stack_files:
+        # `soak.py` asks for it where a unit of work hangs.
+        _stack_files.append(open(os.path.join(folder, f"stack-{os.getpid()}"), "wb"))  # noqa: SIM115
+        faulthandler.register(signal.SIGUSR2, _stack_files[0], all_threads=True)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     fd = os.open(os.path.join(folder, f"runs-{os.getpid()}"), flags, 0o600)
     try:
@@ -119,16 +128,14 @@ class Client:
         finally:
             os.close(fd)
 
-    def run(self, kinds: list[str] | None = None) -> None:
-        """Work until there is a file `stop`; with `kinds`, do these once and end."""
+    def run(self, kinds: list[str], is_endless: bool) -> None:
+        """Do each of these kinds of work once; then, if endless, any until there is a file
+        `stop`."""
         with app.run():
-            if kinds is not None:
-                for kind in kinds:
-                    self.do(kind)
-                return
-            names = list(UNITS)
-            while not Path(self.folder, "stop").exists():
-                self.do(self.random.choice(names))
+            for kind in self.random.sample(kinds, len(kinds)):
+                self.do(kind)
+            while is_endless and not Path(self.folder, "stop").exists():
+                self.do(self.random.choice(kinds))
 
     def do(self, kind: str) -> None:
         self.number += 1
@@ -298,14 +305,14 @@ def result_of(call: fanout.FunctionCall[Any], index: int) -> Any:
 
 UNITS: dict[str, Callable[[Client], int]] = {
     "map": Client.map,
-    "map, unordered": Client.map_unordered,
+    "unordered map": Client.map_unordered,
     "remote": Client.remote,
     "spawn": Client.spawn,
     "spawn_map": Client.spawn_map,
     "generator": Client.generator,
     "nested": Client.nested,
-    "map, broken off": Client.cancel_map,
-    "spawn, cancelled": Client.cancel_spawn,
+    "broken-off map": Client.cancel_map,
+    "cancelled spawn": Client.cancel_spawn,
     "time limit": Client.timeout,
     "retries": Client.retry,
     "queue and dict": Client.objects,

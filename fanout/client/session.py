@@ -50,6 +50,8 @@ logger = logging.getLogger("fanout.client")
 
 RECONNECT_DELAY_MIN_S = 0.05
 RECONNECT_DELAY_MAX_S = 2.0
+#: A connection that lasted longer than this was not refused.
+LASTING_S = 1.0
 #: Silence about a scheduler that is away, before a line on the log.
 WARN_AFTER_S = 5.0
 #: How long a second session of an app waits, after a restart, for the first to open it again.
@@ -84,6 +86,8 @@ class Session:
         #: Set when something is opened or asked that needs a connection.
         self._wanted = asyncio.Event()
         self._was_found = False
+        #: How long to wait before the next connection if this one does not last.
+        self._rest_s = RECONNECT_DELAY_MIN_S
         self._opening: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -153,14 +157,15 @@ class Session:
         try:
             while not self._is_closed:
                 transport = await self._dial(is_first=not opening.done())
+                since = time.monotonic()
                 await self._await_apps(transport)
-                if transport.is_closed:
-                    # It was lost while it was nobody's, so nobody will be told.
-                    continue
-                self._attach(transport)
-                if not opening.done():
-                    opening.set_result(None)
-                await self._wait_lost()
+                # One that was lost while it was nobody's is told to nobody.
+                if not transport.is_closed:
+                    self._attach(transport)
+                    if not opening.done():
+                        opening.set_result(None)
+                    await self._wait_lost()
+                await self._rest_after(time.monotonic() - since)
                 await self._wait_wanted()
         except asyncio.CancelledError:
             # Closed, or the loop ends: what comes next begins with a new session.
@@ -196,6 +201,14 @@ class Session:
                     await in_thread(local.ensure_worker)
                 except (ConnectionError, InvalidError, OSError) as error:
                     logger.warning("the worker of this machine is gone: %s", error)
+
+    async def _rest_after(self, lasted_s: float) -> None:
+        """Whoever is turned away at once, again and again, asks less and less often."""
+        if lasted_s > LASTING_S:
+            self._rest_s = RECONNECT_DELAY_MIN_S
+            return
+        await asyncio.sleep(self._rest_s)
+        self._rest_s = min(2 * self._rest_s, RECONNECT_DELAY_MAX_S)
 
     async def _wait_wanted(self) -> None:
         """Return when there is something to be connected for. Coming back at once would start the

@@ -1,4 +1,4 @@
-"""A client of the soak: works until it is told to stop, or does each kind of work once."""
+"""A client of the soak: does each kind of work once, or works until it is told to stop."""
 
 import faulthandler
 import signal
@@ -14,5 +14,5 @@ from tests import soak_kit as kit  # noqa: E402
 if __name__ == "__main__":
     # What it waits for is in its log, should it not come to an end.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    folder, name, seed, mode = sys.argv[1:]
-    kit.Client(folder, name, int(seed)).run(list(kit.UNITS) if mode == "once" else None)
+    folder, name, seed, mode, *kinds = sys.argv[1:]
+    kit.Client(folder, name, int(seed)).run(kinds, is_endless=mode == "endless")

@@ -38,6 +38,7 @@ from fanout_scheduler.core import check as invariants
 from fanout_scheduler.core.events import (
     BlobCompleted,
     Command,
+    Disconnect,
     Event,
     FrameReceived,
     PeerConnected,
@@ -163,8 +164,12 @@ class Scheduler:
         elif event.role == "nested":
             container = state.containers.get(event.info.get("container_id", -1))
             if container is None:
+                # Perhaps one that is held for a client that is not back from a restart yet. What
+                # the session says cannot be used now, so it has to come again and say it again.
                 state.note("nested client of an unknown container")
                 del state.peers[event.peer_id]
+                text = "the container of this session is not known yet, or not any more"
+                state.commands.append(Disconnect(event.peer_id, "refused", text))
                 return
             calls.on_client_connected(state, peer, container)
 
