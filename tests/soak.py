@@ -8,8 +8,9 @@ that are broken off, time limits, retries, a queue and a dict. Each checks every
 it; each run of an input is noted where it runs. Meanwhile the scheduler, workers, containers and
 clients are killed (SIGKILL) and stopped for a while (SIGSTOP, SIGCONT). Afterwards each input has
 ended exactly once at its client with its own value and has run at least once, spawned results of
-clients that died are all there, and the daemons have the memory, descriptors, threads, processes
-and files that they had before, within the bounds below.
+clients that died are all there, and daemons and clients have the memory, descriptors, threads,
+processes and files that they had before, within the bounds below. In the second half of the time
+the daemons themselves are only stopped, so that those that are looked at have lived that long.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from fanout.config import CLIENT_GRACE_S, CRASH_LIMIT, WORKER_DEADLINE_S  # noqa
 from fanout.protocol.join import JoinString  # noqa: E402
 from tests.behaviour_kit import descendants_of  # noqa: E402
 from tests.conftest import HandStarted, environment, is_alive, poll_until  # noqa: E402
-from tests.soak_kit import UNITS  # noqa: E402
+from tests.soak_kit import UNITS, memory_bytes  # noqa: E402
 
 SCRIPT = ROOT / "tests" / "scripts" / "soak_client.py"
 WORKER_COUNT = 2
@@ -52,14 +53,17 @@ UNIT_S_MAX = 90.0
 #: How long the rest may take when nothing is killed any more, the grace of lost clients included.
 HEAL_S = CLIENT_GRACE_S + 90.0
 #: How long until what idles has left: containers, receipts, blobs.
-SETTLE_S = 60.0
+SETTLE_S = 100.0
 
-# What may be more afterwards than before, for each daemon.
-MEMORY_BYTES_MAX = 48 << 20
+# What may be more afterwards than before, for each daemon and each client.
+MEMORY_BYTES_MAX = 16 << 20
 #: The results of spawned calls stay with the scheduler for days: bytes for each input of them.
-KEPT_INPUT_BYTES = 2048
+KEPT_INPUT_BYTES = 1024
 DESCRIPTORS_MAX = 3
 THREADS_MAX = 1
+#: From here on daemons are stopped but not killed, so that what they gather over time is seen.
+SPARED_FROM = 0.5
+SPARED = {("worker", "kill"), ("scheduler", "kill")}
 
 #: What is done to whom, and how often in proportion.
 STRIKES = {
@@ -88,27 +92,18 @@ class Held:
     memory_bytes: dict[str, int]
     descriptors: dict[str, int]
     threads: dict[str, int]
+    #: Below each daemon; and all that this soak has started, whoever is their parent now.
     processes: dict[str, int]
+    process_count: int
     files: set[str]
     shared_files: set[str]
 
 
-def memory_bytes(pid: int) -> int:
-    """The memory that is a process's own; pages of libraries do not count."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Private_Dirty:"):
-            return int(line.split()[1]) << 10
-    return 0
-
-
 def files_below(*folders: Path) -> set[str]:
-    """All files, without those that are there or not as the moment has it."""
-    passing = {"fanout.db-wal", "fanout.db-shm", "fanout.db-journal"}
+    """All files, sockets and folders, without those that are there or not as the moment has it."""
+    passing = ("scheduler.db-wal", "scheduler.db-shm", "scheduler.db-journal")
     return {
-        str(path)
-        for folder in folders
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in passing and not path.is_relative_to(folder / "none")
+        str(path) for folder in folders for path in folder.rglob("*") if path.name not in passing
     }
 
 
@@ -120,6 +115,16 @@ def own_shared_files() -> set[str]:
             if path.lstat().st_uid == os.getuid():
                 found.add(str(path))
     return found
+
+
+def pids_with(variable: str) -> set[int]:
+    """All processes that have inherited this environment variable with this value."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in path.read_bytes().split(b"\0"):
+                found.add(int(path.parent.name))
+    return set(filter(is_alive, found))
 
 
 # --- the soak -------------------------------------------------------------------------------------
@@ -143,6 +148,7 @@ class Soak:
     client_count: int = 0
     longest_unit_s: float = 0.0
     memory_peak_bytes: int = 0
+    client_growth_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -231,7 +237,9 @@ class Soak:
             self._rest(self.random.expovariate(1 / self.interval_s))
             kinds = list(self.strikes)
             kind, what = self.random.choices(kinds, list(self.strikes.values()))[0]
-            self._strike(kind, what)
+            is_late = time.monotonic() > end - self.seconds * (1 - SPARED_FROM)
+            if not is_late or (kind, what) not in SPARED:
+                self._strike(kind, what)
 
     def _rest(self, seconds: float) -> None:
         """Let the load go on, and look whether it does."""
@@ -385,9 +393,29 @@ class Soak:
             for index in entry["crashed"]:
                 if index >= 0 and runs[entry["token"], index] < CRASH_LIMIT:
                     raise SoakFailed(f"input {index} of {entry} ended before its third crash")
+        self._check_clients()
         self.run_count = runs.total()
         self.ran_twice_count = sum(count > 1 for count in runs.values())
         return units, inputs, crashed
+
+    def _check_clients(self) -> None:
+        """Each client that lived to its end has what it had after its first units of work."""
+        bounds = {
+            "memory_bytes": MEMORY_BYTES_MAX,
+            "descriptors": DESCRIPTORS_MAX,
+            "threads": THREADS_MAX,
+        }
+        held: dict[str, list[dict[str, int]]] = {}
+        for name, entry in self._journal():
+            if "held" in entry:
+                held.setdefault(name, []).append(entry["held"])
+        for name, found in held.items():
+            for what, bound in bounds.items():
+                grown = found[-1][what] - found[0][what]
+                if grown > bound:
+                    raise SoakFailed(f"{what} of client {name} grew by {grown}, bound {bound}")
+            grown = found[-1]["memory_bytes"] - found[0]["memory_bytes"]
+            self.client_growth_bytes = max(self.client_growth_bytes, grown)
 
     def _runs(self) -> Counter[tuple[str, int]]:
         """How often each input ran, as it noted itself."""
@@ -416,11 +444,7 @@ class Soak:
             time.sleep(0.2)
             held = self._held()
             found[:] = [held]
-            if before is None:
-                return held.processes == dict.fromkeys(held.processes, 0) or (
-                    self._containers() == 0
-                )
-            return not self._excess(before, held)
+            return self._containers() == 0 if before is None else not self._excess(before, held)
 
         def describe() -> str:
             return "afterwards there is more than before: " + "; ".join(
@@ -448,6 +472,7 @@ class Soak:
             {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in pids.items()},
             {name: len(os.listdir(f"/proc/{pid}/task")) for name, pid in pids.items()},
             {name: sum(map(is_alive, descendants_of(pid))) for name, pid in pids.items()},
+            len(pids_with(f"TMPDIR={self.folder / 'tmp'}")),
             files_below(self.cluster.folder, self.folder / "tmp"),
             own_shared_files(),
         )
@@ -467,6 +492,8 @@ class Soak:
                 old, new = getattr(before, what)[name], getattr(after, what)[name]
                 if new > old + bound:
                     wrong.append(f"{what} of {name}: {old} before, {new} after, bound {bound}")
+        if after.process_count > before.process_count:
+            wrong.append(f"processes: {before.process_count} before, {after.process_count} after")
         if new_files := after.files - before.files:
             wrong.append(f"files: {sorted(new_files)[:20]}")
         if new_files := after.shared_files - before.shared_files:
@@ -489,6 +516,10 @@ class Soak:
             ("inputs that ran more than once", str(self.ran_twice_count)),
             ("spawned inputs, collected afterwards", str(self.spawned_count)),
             ("longest unit, s", f"{self.longest_unit_s:.1f}"),
+            (
+                "memory that a client gained at most, MiB",
+                f"{self.client_growth_bytes / (1 << 20):.1f}",
+            ),
             ("memory of the scheduler at most, MiB", f"{self.memory_peak_bytes / (1 << 20):.1f}"),
         ]
         for name in after.processes:

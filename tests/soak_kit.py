@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import json
 import os
 import random
@@ -95,7 +96,41 @@ def fail_twice(x: int, folder: str, token: str) -> tuple[str, int]:
     return token, x
 
 
+@app.function(cpu=0.5, scaledown_window=SCALEDOWN_S)
+def change(x: int, array: Any, folder: str, token: str) -> tuple[str, int, Any]:
+    """Its argument and its result are too large for a frame and travel as blobs."""
+    mark(folder, token, x)
+    array += 1
+    return token, x, array
+
+
+@app.cls(cpu=0.5, scaledown_window=SCALEDOWN_S)
+class Adder:
+    start: int = fanout.parameter()
+
+    @fanout.enter()
+    def load(self) -> None:
+        self.base = self.start
+
+    @fanout.method()
+    def add(self, x: int, folder: str, token: str) -> tuple[str, int]:
+        mark(folder, token, x)
+        return token, self.base + x
+
+    @fanout.exit()
+    def leave(self) -> None:
+        self.base = -1
+
+
 # --- the client -----------------------------------------------------------------------------------
+
+
+def memory_bytes(pid: int) -> int:
+    """The memory that is a process's own; pages of libraries do not count."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Private_Dirty:"):
+            return int(line.split()[1]) << 10
+    return 0
 
 
 class Wrong(Exception):
@@ -134,8 +169,20 @@ class Client:
         with app.run():
             for kind in self.random.sample(kinds, len(kinds)):
                 self.do(kind)
+            self.note_held()
             while is_endless and not Path(self.folder, "stop").exists():
                 self.do(self.random.choice(kinds))
+            self.note_held()
+
+    def note_held(self) -> None:
+        """Write down what this process has, nothing of its own being open."""
+        gc.collect()
+        held = {
+            "memory_bytes": memory_bytes(os.getpid()),
+            "descriptors": len(os.listdir("/proc/self/fd")),
+            "threads": len(os.listdir("/proc/self/task")),
+        }
+        self.note(held=held)
 
     def do(self, kind: str) -> None:
         self.number += 1
@@ -275,6 +322,45 @@ class Client:
         self.check_all(rows, 5)
         return 5
 
+    def large_values(self) -> int:
+        import numpy
+
+        size = (2 << 20) // 8
+        arrays = [numpy.full(size, self.number * 8 + x, dtype=numpy.int64) for x in range(4)]
+        rows = list(change.map(range(4), arrays, kwargs=self.common(), return_exceptions=True))
+        require(len(rows) == 4, f"{len(rows)} results of 4 inputs")
+        for index, row in enumerate(rows):
+            if not isinstance(row, BaseException):
+                token, x, array = row
+                is_same = bool((array == self.number * 8 + index + 1).all())
+                require(len(array) == size and is_same, f"array {index} is another one")
+                row = token, x
+            self.check(index, row, index)
+        return 4
+
+    def methods(self) -> int:
+        start = self.random.randint(0, 2)
+        options = {"return_exceptions": True, "kwargs": self.common()}
+        rows = list(Adder(start=start).add.map(range(20), **options))
+        require(len(rows) == 20, f"{len(rows)} results of 20 inputs")
+        for index, got in enumerate(rows):
+            self.check(index, got, start + index)
+        return 20
+
+    def async_calls(self) -> int:
+        """On an event loop of its own, and so over a connection of its own."""
+
+        async def run() -> list[Any]:
+            options = {"return_exceptions": True, "kwargs": self.common(seconds=0.002)}
+            calls = [work.remote.aio(x, **self.common()) for x in range(50, 60)]
+            rows, single = await asyncio.gather(
+                work.map.aio(range(50), **options), asyncio.gather(*calls, return_exceptions=True)
+            )
+            return [*rows, *single]
+
+        self.check_all(asyncio.run(run()), 60)
+        return 60
+
     def objects(self) -> int:
         """A named queue and a named dict: each item once, in order; each change once."""
         name = f"soak-{self.token}"
@@ -316,4 +402,7 @@ UNITS: dict[str, Callable[[Client], int]] = {
     "time limit": Client.timeout,
     "retries": Client.retry,
     "queue and dict": Client.objects,
+    "large values": Client.large_values,
+    "methods of a class": Client.methods,
+    "calls on a loop": Client.async_calls,
 }
