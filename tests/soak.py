@@ -526,8 +526,7 @@ class Soak:
             rows += [
                 (
                     f"{name}: memory before and after, MiB",
-                    f"{before.memory_bytes[name] / (1 << 20):.1f}, "
-                    f"{after.memory_bytes[name] / (1 << 20):.1f}",
+                    f"{mebibytes(before.memory_bytes[name])}, {mebibytes(after.memory_bytes[name])}",
                 ),
                 (
                     f"{name}: descriptors, threads, processes before and after",
@@ -537,6 +536,10 @@ class Soak:
             ]
         width = max(len(name) for name, _ in rows)
         self.say("".join(f"{name:{width}}  {value}\n" for name, value in rows))
+
+
+def mebibytes(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 20):.1f}"
 
 
 def collect(path: str) -> None:

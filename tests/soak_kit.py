@@ -225,13 +225,19 @@ class Client:
         seconds = self.seconds()
         count = self.random.randint(20, 2000) if seconds == 0 else self.random.randint(20, 100)
         function = self.random.choice([work, work_async])
-        options = {"return_exceptions": True, "kwargs": self.common(seconds=seconds)}
+        options: dict[str, Any] = {
+            "return_exceptions": True,
+            "kwargs": self.common(seconds=seconds),
+        }
         self.check_all(list(function.map(range(count), **options)), count)
         return count
 
     def map_unordered(self) -> int:
         count = self.random.randint(20, 500)
-        options = {"return_exceptions": True, "kwargs": self.common(seconds=self.seconds())}
+        options: dict[str, Any] = {
+            "return_exceptions": True,
+            "kwargs": self.common(seconds=self.seconds()),
+        }
         rows = list(work.map(range(count), order_outputs=False, **options))
         require(len(rows) == count, f"{len(rows)} results of {count} inputs")
         good = sorted(row[1] for row in rows if not isinstance(row, BaseException))
@@ -288,7 +294,7 @@ class Client:
 
     def cancel_map(self) -> int:
         """Break off in the middle: what came is right, and nothing of the rest is left."""
-        options = {"return_exceptions": True, "kwargs": self.common(seconds=0.005)}
+        options: dict[str, Any] = {"return_exceptions": True, "kwargs": self.common(seconds=0.005)}
         results: Any = work.map(range(10_000), **options)
         count = self.random.randint(1, 20)
         for index in range(count):
@@ -340,7 +346,7 @@ class Client:
 
     def methods(self) -> int:
         start = self.random.randint(0, 2)
-        options = {"return_exceptions": True, "kwargs": self.common()}
+        options: dict[str, Any] = {"return_exceptions": True, "kwargs": self.common()}
         rows = list(Adder(start=start).add.map(range(20), **options))
         require(len(rows) == 20, f"{len(rows)} results of 20 inputs")
         for index, got in enumerate(rows):
@@ -351,7 +357,10 @@ class Client:
         """On an event loop of its own, and so over a connection of its own."""
 
         async def run() -> list[Any]:
-            options = {"return_exceptions": True, "kwargs": self.common(seconds=0.002)}
+            options: dict[str, Any] = {
+                "return_exceptions": True,
+                "kwargs": self.common(seconds=0.002),
+            }
             calls = [work.remote.aio(x, **self.common()) for x in range(50, 60)]
             rows, single = await asyncio.gather(
                 work.map.aio(range(50), **options), asyncio.gather(*calls, return_exceptions=True)
