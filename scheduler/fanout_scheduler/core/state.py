@@ -401,6 +401,9 @@ class Session:
     session_id: bytes
     peer_id: PeerId | None
     lost_at: float = 0.0
+    #: Text of containers that it did not take, and was not told of yet.
+    lost_text_bytes: int = 0
+    lost_text: m.Log | None = None
     #: Of a nested client: the container that makes the calls.
     container: Container | None = None
     calls: dict[bytes, Call] = field(default_factory=dict)
