@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -95,16 +96,16 @@ class Held:
     #: Below each daemon; and all that this soak has started, whoever is their parent now.
     processes: dict[str, int]
     process_count: int
-    files: set[str]
+    files: Counter[str]
     shared_files: set[str]
 
 
-def files_below(*folders: Path) -> set[str]:
-    """All files, sockets and folders, without those that are there or not as the moment has it."""
+def files_below(*folders: Path) -> Counter[str]:
+    """All files, sockets and folders, without those that are there or not as the moment has it.
+    Names that are drawn by lot for each daemon are one name."""
     passing = ("scheduler.db-wal", "scheduler.db-shm", "scheduler.db-journal")
-    return {
-        str(path) for folder in folders for path in folder.rglob("*") if path.name not in passing
-    }
+    paths = [path for folder in folders for path in folder.rglob("*") if path.name not in passing]
+    return Counter(re.sub(r"/fanout-\w{8}(?=/|$)", "/fanout-*", str(path)) for path in paths)
 
 
 def own_shared_files() -> set[str]:
@@ -496,8 +497,8 @@ class Soak:
             wrong.append(f"processes: {before.process_count} before, {after.process_count} after")
         if new_files := after.files - before.files:
             wrong.append(f"files: {sorted(new_files)[:20]}")
-        if new_files := after.shared_files - before.shared_files:
-            wrong.append(f"shared memory: {sorted(new_files)[:20]}")
+        if new_shared := after.shared_files - before.shared_files:
+            wrong.append(f"shared memory: {sorted(new_shared)[:20]}")
         return wrong
 
     # --- the summary ---
@@ -526,7 +527,7 @@ class Soak:
             rows += [
                 (
                     f"{name}: memory before and after, MiB",
-                    f"{mebibytes(before.memory_bytes[name])}, {mebibytes(after.memory_bytes[name])}",
+                    ", ".join(mebibytes(held.memory_bytes[name]) for held in (before, after)),
                 ),
                 (
                     f"{name}: descriptors, threads, processes before and after",

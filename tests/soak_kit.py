@@ -201,6 +201,10 @@ class Client:
     def common(self, **more: Any) -> dict[str, Any]:
         return {"folder": self.folder, "token": self.token, **more}
 
+    def options(self, **more: Any) -> dict[str, Any]:
+        """Of a map: what its inputs have in common, and that errors are results."""
+        return {"return_exceptions": True, "kwargs": self.common(**more)}
+
     def check(self, index: int, got: Any, expected: int) -> None:
         """One result: the right value, or an error that says that its containers died of it."""
         if isinstance(got, ContainerCrashedError):
@@ -224,20 +228,14 @@ class Client:
     def map(self) -> int:
         seconds = self.seconds()
         count = self.random.randint(20, 2000) if seconds == 0 else self.random.randint(20, 100)
-        function = self.random.choice([work, work_async])
-        options: dict[str, Any] = {
-            "return_exceptions": True,
-            "kwargs": self.common(seconds=seconds),
-        }
+        function: Any = self.random.choice([work, work_async])
+        options = self.options(seconds=seconds)
         self.check_all(list(function.map(range(count), **options)), count)
         return count
 
     def map_unordered(self) -> int:
         count = self.random.randint(20, 500)
-        options: dict[str, Any] = {
-            "return_exceptions": True,
-            "kwargs": self.common(seconds=self.seconds()),
-        }
+        options = self.options(seconds=self.seconds())
         rows = list(work.map(range(count), order_outputs=False, **options))
         require(len(rows) == count, f"{len(rows)} results of {count} inputs")
         good = sorted(row[1] for row in rows if not isinstance(row, BaseException))
@@ -294,7 +292,7 @@ class Client:
 
     def cancel_map(self) -> int:
         """Break off in the middle: what came is right, and nothing of the rest is left."""
-        options: dict[str, Any] = {"return_exceptions": True, "kwargs": self.common(seconds=0.005)}
+        options = self.options(seconds=0.005)
         results: Any = work.map(range(10_000), **options)
         count = self.random.randint(1, 20)
         for index in range(count):
@@ -335,7 +333,8 @@ class Client:
         arrays = [numpy.full(size, self.number * 8 + x, dtype=numpy.int64) for x in range(4)]
         rows = list(change.map(range(4), arrays, kwargs=self.common(), return_exceptions=True))
         require(len(rows) == 4, f"{len(rows)} results of 4 inputs")
-        for index, row in enumerate(rows):
+        for index, got in enumerate(rows):
+            row: Any = got
             if not isinstance(row, BaseException):
                 token, x, array = row
                 is_same = bool((array == self.number * 8 + index + 1).all())
@@ -345,9 +344,10 @@ class Client:
         return 4
 
     def methods(self) -> int:
+        adder: Any = Adder
         start = self.random.randint(0, 2)
-        options: dict[str, Any] = {"return_exceptions": True, "kwargs": self.common()}
-        rows = list(Adder(start=start).add.map(range(20), **options))
+        options = self.options()
+        rows = list(adder(start=start).add.map(range(20), **options))
         require(len(rows) == 20, f"{len(rows)} results of 20 inputs")
         for index, got in enumerate(rows):
             self.check(index, got, start + index)
@@ -357,10 +357,7 @@ class Client:
         """On an event loop of its own, and so over a connection of its own."""
 
         async def run() -> list[Any]:
-            options: dict[str, Any] = {
-                "return_exceptions": True,
-                "kwargs": self.common(seconds=0.002),
-            }
+            options = self.options(seconds=0.002)
             calls = [work.remote.aio(x, **self.common()) for x in range(50, 60)]
             rows, single = await asyncio.gather(
                 work.map.aio(range(50), **options), asyncio.gather(*calls, return_exceptions=True)
