@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import PeerId, PeerWritable
+from fanout_worker.logs import JOIN_DELAY_S, LOG_RATE_BYTES, NOTICE_RATE, RESUME_BYTES
 from tests.core_kit import Bench
+from tests.worker_kit import containers, lease_of
 
 # --- text that a client does not take -------------------------------------------------------------
 
@@ -43,3 +47,76 @@ def test_text_that_came_while_a_client_was_away_is_counted_and_told() -> None:
     bench.frame(worker, text)
     again = bench.connect(session=session)
     assert b" 6 bytes of output were dropped " in bytes(bench.take(m.Log, again).payload)
+
+
+# --- a container that prints without end ----------------------------------------------------------
+
+
+def noticed_bytes(text: str) -> int:
+    """How much was dropped, by all notices of it."""
+    return sum(map(int, re.findall(r"fanout: (\d+) bytes of output were dropped here", text)))
+
+
+async def test_short_lines_leave_together_and_before_the_output() -> None:
+    async with containers() as kit:
+        container = await kit.start("def f(n):\n  for i in range(n): print(i)\n")
+        start = kit.host.loop.time()
+        container.give(lease_of([(20_000,)]))
+        await kit.outputs(1)
+        took_s = kit.host.loop.time() - start
+        assert kit.events.text() == "".join(f"{i}\n" for i in range(20_000))
+        assert kit.events.order[-1] == ("output", 0)
+        pieces = len(kit.events.logs)
+        assert pieces <= took_s / JOIN_DELAY_S + 5, f"{pieces} in {took_s:.2f} s"
+
+
+async def test_a_line_behind_another_one_comes_although_nothing_follows() -> None:
+    async with containers() as kit:
+        container = await kit.start(
+            """
+            import os
+            def f(path):
+                print("one")
+                print("two")
+                while not os.path.exists(path): pass
+            """
+        )
+        path = kit.folder / "go"
+        container.give(lease_of([(str(path),)]))
+        await kit.until(lambda: kit.events.text() == "one\ntwo\n", "both lines")
+        path.touch()
+        await kit.outputs(1)
+
+
+async def test_of_a_flood_passages_pass_and_the_rest_is_counted_before_the_output() -> None:
+    async with containers() as kit:
+        line_bytes, count = 1000, 40_000
+        code = f"def f(n):\n  for _ in range(n): print('x' * {line_bytes - 1})\n"
+        container = await kit.start(code)
+        start = kit.host.loop.time()
+        container.give(lease_of([(count,)]))
+        await kit.outputs(1, timeout_s=30)
+        took_s = kit.host.loop.time() - start
+        assert kit.events.order[-1] == ("output", 0)
+        passed = len(kit.events.text(m.Source.STDOUT))
+        assert passed <= (took_s + 1) * LOG_RATE_BYTES
+        assert passed + noticed_bytes(kit.events.text(m.Source.SYSTEM)) == line_bytes * count
+        notices = sum(log.source == m.Source.SYSTEM for log in kit.events.logs)
+        assert 1 <= notices <= took_s * LOG_RATE_BYTES / RESUME_BYTES + 2
+
+
+async def test_inputs_that_print_too_much_have_not_a_notice_each() -> None:
+    async with containers() as kit:
+        container = await kit.start("def f(x): print('x' * 20_000)\n")
+        start = kit.host.loop.time()
+        container.give(lease_of([(i,) for i in range(400)]))
+        await kit.outputs(400)
+
+        def is_all_told() -> bool:
+            dropped = noticed_bytes(kit.events.text(m.Source.SYSTEM))
+            return len(kit.events.text(m.Source.STDOUT)) + dropped == 400 * 20_001
+
+        await kit.until(is_all_told, "all that was dropped is told")
+        took_s = kit.host.loop.time() - start
+        notices = sum(log.source == m.Source.SYSTEM for log in kit.events.logs)
+        assert 1 <= notices <= (took_s + 1) * (NOTICE_RATE + LOG_RATE_BYTES / RESUME_BYTES)

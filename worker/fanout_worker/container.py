@@ -71,6 +71,7 @@ class Container:
         self._meter = LogMeter(host.loop.time())
         self._joiner = LogJoiner(self._emit_text)
         self._text_timer: asyncio.TimerHandle | None = None
+        self._notice_timer: asyncio.TimerHandle | None = None
         #: Call and input of the last text that was dropped.
         self._dropped_of = (b"", 0)
         self._start_order_at = host.loop.time()
@@ -256,9 +257,9 @@ class Container:
             self._is_kill_ordered = True
             self._kill()
 
-    def _cancel_start_timer(self) -> None:
-        if self._start_timer is not None:
-            self._start_timer.cancel()
+    def _cancel(self, timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()
 
     def take_all(self) -> None:
         """Read everything that is there, also while paused: the callers have to know it."""
@@ -281,7 +282,7 @@ class Container:
         self.release_text()
         if kind == ch.STARTED and not self.is_started:
             self.is_started = True
-            self._cancel_start_timer()
+            self._cancel(self._start_timer)
             start_time_s = self.host.loop.time() - self._start_order_at
             self.host.events.container_started(self.container_id, self.pid, start_time_s)
             self._way.started()
@@ -322,28 +323,33 @@ class Container:
             self._emit_text((m.Source.SYSTEM, *self._dropped_of), notice)
 
     def _add_text(self, writer: Writer, data: bytes) -> None:
-        due = self._joiner.add(writer, data, self.host.loop.time())
-        if due is not None:
-            self._arm_text(due)
-
-    def _arm_text(self, due: float) -> None:
-        if self._text_timer is None:
-            self._text_timer = self.host.loop.call_at(due, self._on_text_due)
+        loop = self.host.loop
+        due = self._joiner.add(writer, data, loop.time())
+        if due is None:
+            self._cancel(self._text_timer)
+            self._text_timer = None
+        elif self._text_timer is None:
+            self._text_timer = loop.call_at(due, self._on_text_due)
 
     def _on_text_due(self) -> None:
         self._text_timer = None
-        self._tell_dropped(is_due=True)
-        self.release_text()
+        self._joiner.release(self.host.loop.time())
         self.host.changed()
 
     def release_text(self) -> None:
         """Let text that waits for more of it go before what is told next, and say what was
         dropped: whoever gets the output may be about to leave."""
-        self._joiner.release(self.host.loop.time())
+        loop = self.host.loop
+        self._joiner.release(loop.time())
         if self._meter.has_dropped:
             self._tell_dropped(is_due=False)
-            if self._meter.has_dropped:
-                self._arm_text(self.host.loop.time() + 1 / NOTICE_RATE)
+            if self._meter.has_dropped and self._notice_timer is None:
+                self._notice_timer = loop.call_later(1 / NOTICE_RATE, self._on_notice_due)
+
+    def _on_notice_due(self) -> None:
+        self._notice_timer = None
+        self._tell_dropped(is_due=True)
+        self.host.changed()
 
     def _emit_text(self, writer: Writer, data: bytes) -> None:
         source, call_id, index = writer
@@ -426,11 +432,8 @@ class Container:
     def _release(self) -> None:
         """Give back all that the container had of the daemon's."""
         self.is_over = True
-        if self._leave_timer is not None:
-            self._leave_timer.cancel()
-        self._cancel_start_timer()
-        if self._text_timer is not None:
-            self._text_timer.cancel()
+        for timer in (self._start_timer, self._leave_timer, self._text_timer, self._notice_timer):
+            self._cancel(timer)
         self._way.close()
         loop = self.host.loop
         self.wire.close()
