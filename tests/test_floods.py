@@ -70,6 +70,18 @@ async def test_short_lines_leave_together_and_before_the_output() -> None:
         assert pieces <= took_s / JOIN_DELAY_S + 5, f"{pieces} in {took_s:.2f} s"
 
 
+async def test_text_comes_before_the_output_of_its_input_however_quick_they_are() -> None:
+    async with containers() as kit:
+        container = await kit.start("def f(x):\n  print(x, 'one')\n  print(x, 'two')\n")
+        count = 300
+        container.give(lease_of([(i,) for i in range(count)]))
+        await kit.outputs(count)
+        assert kit.events.text() == "".join(f"{i} one\n{i} two\n" for i in range(count))
+        ends = {index: at for at, (kind, index) in enumerate(kit.events.order) if kind == "output"}
+        logs = [(index, at) for at, (kind, index) in enumerate(kit.events.order) if kind == "log"]
+        assert [index for index, at in logs if at > ends[index]] == []
+
+
 async def test_a_line_behind_another_one_comes_although_nothing_follows() -> None:
     async with containers() as kit:
         container = await kit.start(
