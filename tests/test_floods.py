@@ -72,8 +72,21 @@ async def test_short_lines_leave_together_and_before_the_output() -> None:
 
 async def test_text_comes_before_the_output_of_its_input_however_quick_they_are() -> None:
     async with containers() as kit:
-        container = await kit.start("def f(x):\n  print(x, 'one')\n  print(x, 'two')\n")
-        count = 300
+        # Around the text there is time for the daemon to look, and not enough to let go of it.
+        container = await kit.start(
+            """
+            import time
+            def spin():
+                end = time.perf_counter() + 0.003
+                while time.perf_counter() < end: pass
+            def f(x):
+                spin()
+                print(x, "one")
+                print(x, "two")
+                spin()
+            """
+        )
+        count = 50
         container.give(lease_of([(i,) for i in range(count)]))
         await kit.outputs(count)
         assert kit.events.text() == "".join(f"{i} one\n{i} two\n" for i in range(count))
