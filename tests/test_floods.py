@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import PeerId, PeerWritable
 from fanout_worker.logs import JOIN_DELAY_S, LOG_RATE_BYTES, NOTICE_RATE, RESUME_BYTES
+from tests import behaviour_kit as kit
+from tests.conftest import TIMEOUT_FACTOR, Cluster, poll_until
 from tests.core_kit import Bench
+from tests.engine_fixture import engine as engine
+from tests.engine_fixture import running as running
+from tests.engine_fixture import status
 from tests.worker_kit import containers, lease_of
+
+MEBIBYTE = 1 << 20
+SCRIPTS = Path(__file__).parent / "scripts"
+
 
 # --- text that a client does not take -------------------------------------------------------------
 
@@ -145,3 +161,90 @@ async def test_inputs_that_print_too_much_have_not_a_notice_each() -> None:
         took_s = kit.host.loop.time() - start
         notices = sum(log.source == m.Source.SYSTEM for log in kit.events.logs)
         assert 1 <= notices <= (took_s + 1) * (NOTICE_RATE + LOG_RATE_BYTES / RESUME_BYTES)
+
+
+# --- everybody else -------------------------------------------------------------------------------
+
+
+def peak_bytes(pid: int) -> int:
+    """The most memory that a process ever had."""
+    (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(line) << 10
+
+
+def forget_peak(pid: int) -> None:
+    """Let `peak_bytes` begin anew."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "size_bytes", "line_bytes"),
+    [
+        ("print", 1 << 30, 1 << 16),
+        ("descriptor", 1 << 30, 1 << 16),
+        ("print", 20 * MEBIBYTE, 100),
+        ("print", 2 * MEBIBYTE, 10),
+    ],
+    ids=["a-gigabyte", "a-gigabyte-on-the-descriptor", "lines", "short-lines"],
+)
+def test_a_flood_of_output_costs_others_little_and_is_counted(
+    engine: Cluster, running: None, tmp_path: Path, how: str, size_bytes: int, line_bytes: int
+) -> None:
+    for pid in engine.daemon_pids().values():
+        forget_peak(pid)
+    before = {name: peak_bytes(pid) for name, pid in engine.daemon_pids().items()}
+    numbers = (str(size_bytes), str(line_bytes))
+    done = engine.python(SCRIPTS / "prints.py", tmp_path / "found", how, *numbers)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found").read_text())
+    assert found["flood_s"] < 15 * TIMEOUT_FACTOR
+    assert found["median_s"] < 0.01 * TIMEOUT_FACTOR
+    assert found["worst_s"] < 0.5 * TIMEOUT_FACTOR
+    assert found["memory_bytes"] < 160 * MEBIBYTE
+    for name, pid in engine.daemon_pids().items():
+        assert peak_bytes(pid) - before[name] < 48 * MEBIBYTE, name
+    printed_bytes = size_bytes // line_bytes * line_bytes
+    assert len(done.stdout) + noticed_bytes(done.stderr) == printed_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stopped", "unread pipe"])
+def test_a_client_that_takes_no_output_slows_nobody_and_is_told_what_it_missed(
+    engine: Cluster, running: None, tmp_path: Path, how: str
+) -> None:
+    count, line_bytes = 4000, 10_000
+    numbers = (str(count), str(line_bytes))
+    with (tmp_path / "err").open("w") as err:
+        client = subprocess.Popen(
+            [sys.executable, SCRIPTS / "prints.py", tmp_path / "found", "talk", *numbers],
+            env=engine.variables,
+            stdout=subprocess.PIPE,
+            stderr=err,
+            text=True,
+        )
+    assert client.stdout is not None
+
+    def is_all_done() -> bool:
+        return any(call["done"] == count for call in status()["calls"])
+
+    try:
+        poll_until((tmp_path / "found").exists, "all is spawned", 20)
+        if how == "stopped":
+            client.send_signal(signal.SIGSTOP)
+        before = {name: peak_bytes(pid) for name, pid in engine.daemon_pids().items()}
+        assert list(kit.same.map(range(20_000))) == list(range(20_000))
+        poll_until(is_all_done, lambda: f"the inputs run all the same: {status()['calls']}", 30)
+        if how == "stopped":
+            client.send_signal(signal.SIGCONT)
+        text = client.stdout.read()
+        assert client.wait() == 0
+    finally:
+        client.kill()
+        client.wait()
+        client.stdout.close()
+    told = (tmp_path / "err").read_text()
+    assert "the client was too slow" in told
+    assert len(text) + noticed_bytes(told) <= count * line_bytes
+    for name, pid in engine.daemon_pids().items():
+        assert peak_bytes(pid) - before[name] < 48 * MEBIBYTE, name

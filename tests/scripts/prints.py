@@ -37,7 +37,7 @@ def quick(x: int) -> int:
 @app.function(cpu=0.5)
 def chat(x: int, line_size_bytes: int) -> int:
     sys.stdout.write(f"{x:08}" + "y" * (line_size_bytes - 9) + "\n")
-    time.sleep(0.001)
+    time.sleep(0.002)
     return x
 
 
@@ -62,17 +62,18 @@ def measure(how: str, size_bytes: int, line_size_bytes: int) -> dict[str, Any]:
     return found
 
 
-def talk(count: int, line_size_bytes: int) -> dict[str, Any]:
-    rows = list(chat.map(range(count), kwargs={"line_size_bytes": line_size_bytes}))
-    assert rows == list(range(count))
-    return {"count": count}
+def talk(path: str, count: int, line_size_bytes: int) -> None:
+    """Spawn inputs that print, and be there for as long as they run."""
+    call = chat.spawn_map(range(count), kwargs={"line_size_bytes": line_size_bytes})
+    Path(path).touch()
+    assert call.get(index=count - 1) == count - 1
 
 
 if __name__ == "__main__":
     path, what, *numbers = sys.argv[1:]
     with fanout.enable_output(show_progress=False), app.run():
         if what == "talk":
-            found = talk(*map(int, numbers))
+            talk(path, *map(int, numbers))
         else:
             found = measure(what, *map(int, numbers))
-    Path(path).write_text(json.dumps(found))
+            Path(path).write_text(json.dumps(found))
