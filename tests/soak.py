@@ -237,6 +237,8 @@ class Soak:
         while time.monotonic() < end:
             self._rest(self.random.expovariate(1 / self.interval_s))
             kinds = list(self.strikes)
+            if not kinds:
+                continue
             kind, what = self.random.choices(kinds, list(self.strikes.values()))[0]
             is_late = time.monotonic() > end - self.seconds * (1 - SPARED_FROM)
             if not is_late or (kind, what) not in SPARED:
@@ -568,7 +570,7 @@ def main() -> int:
     )
     parser.add_argument("--units", nargs="+", default=list(UNITS), help="kinds of work")
     parser.add_argument(
-        "--strikes", nargs="+", default=[f"{kind}:{what}" for kind, what in STRIKES]
+        "--strikes", nargs="*", default=[f"{kind}:{what}" for kind, what in STRIKES]
     )
     parser.add_argument(
         "--hold", type=float, default=0.0, help="seconds for a look at what runs after a failure"
