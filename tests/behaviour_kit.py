@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import os
 import signal
 import sys
@@ -288,6 +289,18 @@ async def items_async(n: int) -> AsyncIterator[int]:
     for number in range(n):
         await asyncio.sleep(0)
         yield number
+
+
+@app.function()
+def large_result(x: int, size_bytes: int) -> bytes:
+    return bytes([x % 256]) * size_bytes
+
+
+@app.function()
+def large_items(size_bytes: int) -> Iterator[bytes]:
+    """Endless."""
+    for x in itertools.count():
+        yield bytes([x % 256]) * size_bytes
 
 
 @app.function()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -248,3 +250,41 @@ def test_a_client_that_takes_no_output_slows_nobody_and_is_told_what_it_missed(
     assert len(text) + noticed_bytes(told) <= count * line_bytes
     for name, pid in engine.daemon_pids().items():
         assert peak_bytes(pid) - before[name] < 48 * MEBIBYTE, name
+
+
+# --- results that nobody reads --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_consumers_that_never_read_hold_up_nobody_and_bound_the_memory(
+    engine: Cluster, running: None
+) -> None:
+    """A map and a generator, both endless, with results of a quarter of a mebibyte."""
+
+    def all_processes() -> set[int]:
+        daemons = set(engine.daemon_pids().values())
+        return {os.getpid(), *daemons}.union(*map(kit.descendants_of, daemons))
+
+    list(kit.same.map(range(100)))
+    before_bytes = kit.shared_out_bytes(all_processes())
+    size_bytes = MEBIBYTE // 4
+    results = kit.large_result.map(itertools.count(), kwargs={"size_bytes": size_bytes})
+    items = kit.large_items.remote_gen(size_bytes)
+    try:
+        assert next(results)[0] == next(items)[0] == 0
+        for _ in range(3):
+            assert list(kit.same.map(range(10_000))) == list(range(10_000))
+            assert kit.depth.remote(2) == 2
+
+        def are_waiting() -> bool:
+            return not any(c["state"] == "running" for c in status()["containers"])
+
+        poll_until(are_waiting, lambda: f"both wait for their reader: {status()['calls']}")
+        grown_bytes = kit.shared_out_bytes(all_processes()) - before_bytes
+        assert grown_bytes < 200 * MEBIBYTE, f"{grown_bytes / MEBIBYTE:.0f} MiB"
+        # They go on where they were.
+        assert [next(results)[0] for _ in range(200)] == [x % 256 for x in range(1, 201)]
+        assert [next(items)[0] for _ in range(200)] == [x % 256 for x in range(1, 201)]
+    finally:
+        kit.close(results)
+        kit.close(items)
