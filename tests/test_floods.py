@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from fanout.config import WINDOW_BYTES
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import PeerId, PeerWritable
 from fanout_worker.logs import JOIN_DELAY_S, LOG_RATE_BYTES, NOTICE_RATE, RESUME_BYTES
 from tests import behaviour_kit as kit
 from tests.conftest import TIMEOUT_FACTOR, Cluster, poll_until
-from tests.core_kit import Bench
+from tests.core_kit import Bench, ack
 from tests.engine_fixture import engine as engine
 from tests.engine_fixture import running as running
 from tests.engine_fixture import status
@@ -253,6 +254,41 @@ def test_a_client_that_takes_no_output_slows_nobody_and_is_told_what_it_missed(
 
 
 # --- results that nobody reads --------------------------------------------------------------------
+
+
+def finish_all(bench: Bench, worker: int, lease: m.Lease, size_bytes: int) -> int:
+    """Finish an input after the other as long as there is one; how many there were."""
+    count = 0
+    found: m.Lease | None = lease
+    while found is not None:
+        bench.finish(worker, found, values=[bytes(size_bytes)], input_s=1.0)
+        count += 1
+        found = next(iter(bench.take_all(m.Lease)), None)
+    return count
+
+
+def test_a_consumer_that_never_reads_stops_inputs_that_end_in_order_too() -> None:
+    bench = Bench()
+    worker, client = bench.worker(cpu=1), bench.client(f={})
+    call_id = bench.open(client, count=50)
+    size_bytes = 20 * MEBIBYTE
+    assert finish_all(bench, worker, bench.started_lease(worker), size_bytes) == 2
+    assert "consumer" in bench.core.state.calls[call_id].waits_for
+    # A client does not tell what it has consumed before that is a quarter of the window.
+    bench.frame(client, ack(call_id, 0, 2, 1, 2 * size_bytes - WINDOW_BYTES // 4 + 1))
+    assert finish_all(bench, worker, bench.take(m.Lease), size_bytes) == 2
+
+
+def test_the_input_that_a_consumer_waits_for_runs_however_much_is_held_behind_it() -> None:
+    bench = Bench()
+    worker, client = bench.worker(cpu=2), bench.client(f={"timeout": 5})
+    bench.open(client, count=50)
+    first, second = bench.take_all(m.Lease)
+    for start in bench.take_all(m.StartContainer):
+        bench.start(worker, start.container_id)
+    assert finish_all(bench, worker, second, 20 * MEBIBYTE) == 2
+    bench.frame(worker, m.ContainerExited(first.container_id, "stopped", [], {}, b""))
+    assert bench.take(m.Lease).start == 0
 
 
 @pytest.mark.slow

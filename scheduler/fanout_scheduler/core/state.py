@@ -11,7 +11,7 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from heapq import heappush
+from heapq import heappop, heappush
 from itertools import accumulate
 from typing import Any
 
@@ -223,6 +223,10 @@ class Call:
     consumed_count: int = 0
     consumed_bytes: int = 0
     output_bytes: int = 0
+    #: Of `output_bytes`, those of outputs below the lowest unfinished input; and those above it, as
+    #: a heap of (start, bytes).
+    head_bytes: int = 0
+    ahead: list[tuple[int, int]] = field(default_factory=list)
     leased_count: int = 0
     window_count: int = WINDOW_COUNT_MIN
     #: Container-seconds given to this call: what fairness compares.
@@ -258,6 +262,21 @@ class Call:
     @property
     def unconsumed_bytes(self) -> int:
         return self.output_bytes - self.consumed_bytes
+
+    @property
+    def lowest_unfinished(self) -> int:
+        """The lowest input without an output, of those that were received or the next one."""
+        first = self.received.first
+        start, stop = next(iter(self.finished), (first, first))
+        return stop if start <= first else first
+
+    def count_outputs(self, start: int, size_bytes: int) -> None:
+        """Outputs from `start` on are finished."""
+        self.output_bytes += size_bytes
+        heappush(self.ahead, (start, size_bytes))
+        lowest = self.lowest_unfinished
+        while self.ahead and self.ahead[0][0] < lowest:
+            self.head_bytes += heappop(self.ahead)[1]
 
     @property
     def has_all_inputs(self) -> bool:
