@@ -297,6 +297,16 @@ def large_result(x: int, size_bytes: int) -> bytes:
 
 
 @app.function()
+def large_and_late(x: int, size_bytes: int, late: int, folder: str) -> bytes:
+    """The first run of input `late` waits for a file and kills its container then."""
+    if x == late and not os.path.exists(os.path.join(folder, "begun")):
+        touch(folder, "begun")
+        wait_for_file(os.path.join(folder, "die"))
+        os._exit(1)
+    return bytes([x % 256]) * size_bytes
+
+
+@app.function()
 def large_items(size_bytes: int) -> Iterator[bytes]:
     """Endless."""
     for x in itertools.count():
