@@ -6,6 +6,7 @@ Containers import this module, so it imports nothing that is slow.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import gc
 import json
@@ -25,6 +26,8 @@ app = fanout.App("soak")
 
 #: Longer than any soak waits for it to end by itself.
 FOREVER_S = 600.0
+#: How long a client tries to reach the scheduler in the beginning.
+OPEN_S_MAX = 30.0
 #: Idle containers leave soon, so that afterwards nothing but the daemons is left.
 SCALEDOWN_S = 2
 
@@ -166,13 +169,27 @@ class Client:
     def run(self, kinds: list[str], is_endless: bool) -> None:
         """Do each of these kinds of work once; then, if endless, any until there is a file
         `stop`."""
-        with app.run():
+        with contextlib.ExitStack() as stack:
+            self.open_app(stack)
             for kind in self.random.sample(kinds, len(kinds)):
                 self.do(kind)
             self.note_held()
             while is_endless and not Path(self.folder, "stop").exists():
                 self.do(self.random.choice(kinds))
             self.note_held()
+
+    def open_app(self, stack: contextlib.ExitStack) -> None:
+        """A client that begins while the scheduler is being started again is told so, and tries
+        again."""
+        end = time.monotonic() + OPEN_S_MAX
+        while True:
+            try:
+                stack.enter_context(app.run())
+                return
+            except fanout.exceptions.ConnectionError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.1)
 
     def note_held(self) -> None:
         """Write down what this process has, nothing of its own being open."""
@@ -364,8 +381,15 @@ class Client:
             )
             return [*rows, *single]
 
-        self.check_all(asyncio.run(run()), 60)
-        return 60
+        try:
+            rows = asyncio.run(run())
+        except fanout.exceptions.ConnectionError:
+            # The first connection of a loop is not tried twice.
+            return 0
+        if not any(isinstance(row, fanout.exceptions.ConnectionError) for row in rows):
+            self.check_all(rows, 60)
+            return 60
+        return 0
 
     def objects(self) -> int:
         """A named queue and a named dict: each item once, in order; each change once."""
