@@ -2,13 +2,14 @@
 # Another interpreter: make PYTHON=python3.12 ...
 
 PYTHON ?= python3
+MINUTES ?= 30
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format sim mutants mutation bench bench-peers clean
+.PHONY: help install demo test check format sim mutants mutation soak bench bench-peers clean
 
 help:
 	@echo "make demo         install into .venv and run the main example on this machine"
@@ -19,6 +20,7 @@ help:
 	@echo "make mutants      plant mistakes one at a time: the simulation must see each"
 	@echo "make mutation     change the scheduler's core at random and see whether its tests notice;"
 	@echo "                  SAMPLE=400 SEED=1 say how many changes and which (installs mutmut into .venv)"
+	@echo "make soak         a mixed load with random kills, MINUTES=30 of it, then everything is counted"
 	@echo "make bench        compare with the standard library and joblib, about a minute"
 	@echo "make bench-peers  compare with mpire, Ray and Dask too (installs them into .venv)"
 	@echo "make clean        remove .venv and caches"
@@ -80,6 +82,9 @@ SEED ?= 1
 mutation: $(STAMP)
 	@$(PIP) install 'mutmut==3.8.1'
 	@$(BIN)/python tests/mutation.py --sample $(SAMPLE) --seed $(SEED)
+
+soak: $(STAMP)
+	@$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.bench

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import os
 import signal
 import sys
@@ -288,6 +289,28 @@ async def items_async(n: int) -> AsyncIterator[int]:
     for number in range(n):
         await asyncio.sleep(0)
         yield number
+
+
+@app.function()
+def large_result(x: int, size_bytes: int) -> bytes:
+    return bytes([x % 256]) * size_bytes
+
+
+@app.function()
+def large_and_late(x: int, size_bytes: int, late: int, folder: str) -> bytes:
+    """The first run of input `late` waits for a file and kills its container then."""
+    if x == late and not os.path.exists(os.path.join(folder, "begun")):
+        touch(folder, "begun")
+        wait_for_file(os.path.join(folder, "die"))
+        os._exit(1)
+    return bytes([x % 256]) * size_bytes
+
+
+@app.function()
+def large_items(size_bytes: int) -> Iterator[bytes]:
+    """Endless."""
+    for x in itertools.count():
+        yield bytes([x % 256]) * size_bytes
 
 
 @app.function()

@@ -192,6 +192,8 @@ class HandStarted:
     scheduler: subprocess.Popen[bytes] | None = None
     workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     port: int = 0
+    #: For all daemons that are started from now on.
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def scheduler_home(self) -> Path:
@@ -281,7 +283,7 @@ class HandStarted:
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 self._command(name, arguments),
-                env=environment(**variables),
+                env=environment(**self.variables, **variables),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

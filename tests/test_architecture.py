@@ -75,6 +75,10 @@ SLEEPERS = {
     # In a container, as the above.
     ("network.py", "wait_for_release"),
     ("test_server_time.py", "test_a_worker_is_not_lost_because_the_scheduler_was_stopped"),
+    # A soak strikes at moments that are drawn by lot, and lets the load go on between them.
+    ("soak.py", "Soak"),
+    # Its clients try again until the scheduler is there.
+    ("soak_kit.py", "Client"),
     # A task that ticks: how often it gets a turn while a map is awaited is what is measured.
     ("test_values_and_errors.py", "test_a_running_loop_is_not_blocked_by_a_map"),
 }

@@ -213,29 +213,6 @@ def test_the_tail_of_a_stuck_lease_is_taken_back_and_runs_elsewhere() -> None:
     assert sum(len(o.statuses) for o in outputs) == 63
 
 
-def test_a_slow_consumer_stops_leasing_but_never_the_input_it_waits_for() -> None:
-    bench = Bench()
-    worker = bench.worker(cpu=1)
-    client = bench.client(f={})
-    call_id = bench.open(client, count=50)
-    bench.forget(m.CallOpened)
-    lease = bench.started_lease(worker)
-    big = b"x" * (20 << 20)
-    total = 0
-    while True:
-        bench.finish(worker, lease, values=[big], input_s=1.0)
-        total += 1
-        leases = bench.take_all(m.Lease)
-        if not leases:
-            break
-        lease = leases[0]
-    # 32 MiB are held back: the next is the lowest unfinished one, which may always run; with one
-    # container everything is finished in order, so the exemption always applies to the head.
-    assert total == 50
-    bench.frame(client, ack(call_id, 0, 50, 50, 50 * len(big)))
-    assert bench.core.state.calls == {}
-
-
 def test_outputs_beyond_the_window_wait_for_the_consumer() -> None:
     bench = Bench()
     worker = bench.worker(cpu=2)

@@ -477,7 +477,11 @@ def test_inputs_that_have_an_output_are_not_run_again_and_their_bytes_are_gone()
     again.core.restore([*records, records[-1]], again.now)
     again.blob(BLOB)
     call = again.core.state.calls[call_id]
-    assert (list(call.finished), list(call.queued), len(call.outputs)) == ([(0, 1)], [(1, 2)], 1)
+    assert (list(call.finished), list(call.queued), len(list(call.outputs))) == (
+        [(0, 1)],
+        [(1, 2)],
+        1,
+    )
     second = again.started_lease(again.worker(cpu=1))
     assert (second.start, bytes(second.payload), second.blobs) == (1, b"b", [])
     again.finish(1, second)

@@ -15,6 +15,7 @@ from fanout.protocol.handshake import DiallerHandshake
 from fanout.protocol.join import JoinString, Token
 from fanout.protocol.tls import TlsIdentity
 from fanout.protocol.wire import Transport
+from tests.conftest import TIMEOUT_FACTOR
 
 TIMEOUT_S = 10.0
 SESSION_ID = b"s" * 16
@@ -86,6 +87,7 @@ class Site:
         self.dialled: list[Recorder] = []
         self.server: transport.Server
         self.fingerprint: bytes | None = None
+        self._came = asyncio.Event()
 
     async def listen(self, identity: TlsIdentity | None = None) -> None:
         self.fingerprint = None if identity is None else identity.fingerprint
@@ -102,6 +104,15 @@ class Site:
     def _accept(self, own: Transport, hello: m.Hello, role: str) -> Recorder:
         self.accepted.append(Recorder(own, self.react))
         self.roles.append(role)
+        self._came.set()
+        return self.accepted[-1]
+
+    async def until_accepted(self, count: int) -> Recorder:
+        """The last connection when so many have come."""
+        async with asyncio.timeout(TIMEOUT_S * TIMEOUT_FACTOR):
+            while len(self.accepted) < count:
+                self._came.clear()
+                await self._came.wait()
         return self.accepted[-1]
 
     def join_of(self, role: str) -> JoinString:

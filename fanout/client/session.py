@@ -50,6 +50,8 @@ logger = logging.getLogger("fanout.client")
 
 RECONNECT_DELAY_MIN_S = 0.05
 RECONNECT_DELAY_MAX_S = 2.0
+#: A connection that lasted longer than this was not refused.
+LASTING_S = 1.0
 #: Silence about a scheduler that is away, before a line on the log.
 WARN_AFTER_S = 5.0
 #: How long a second session of an app waits, after a restart, for the first to open it again.
@@ -84,11 +86,11 @@ class Session:
         #: Set when something is opened or asked that needs a connection.
         self._wanted = asyncio.Event()
         self._was_found = False
+        #: How long to wait before the next connection if this one does not last.
+        self._rest_s = RECONNECT_DELAY_MIN_S
         self._opening: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
-        #: How many connections in a row did not last.
-        self._short_count = 0
 
         self._runs: dict[bytes, AppRun] = {}
         self._definitions: dict[bytes, m.DefineFunction] = {}
@@ -155,17 +157,16 @@ class Session:
         try:
             while not self._is_closed:
                 transport = await self._dial(is_first=not opening.done())
+                since = time.monotonic()
                 await self._await_apps(transport)
-                self._attach(transport)
-                if transport.is_closed:
-                    # It was lost before it was the session's, and nobody was told.
-                    self.lose(transport, None)
-                if not opening.done():
-                    opening.set_result(None)
-                connected_at = time.monotonic()
-                await self._wait_lost()
+                # One that was lost while it was nobody's is told to nobody.
+                if not transport.is_closed:
+                    self._attach(transport)
+                    if not opening.done():
+                        opening.set_result(None)
+                    await self._wait_lost()
+                await self._rest_after(time.monotonic() - since)
                 await self._wait_wanted()
-                await self._slow_down(time.monotonic() - connected_at)
         except asyncio.CancelledError:
             # Closed, or the loop ends: what comes next begins with a new session.
             self._on_gone()
@@ -201,22 +202,20 @@ class Session:
                 except (ConnectionError, InvalidError, OSError) as error:
                     logger.warning("the worker of this machine is gone: %s", error)
 
+    async def _rest_after(self, lasted_s: float) -> None:
+        """Whoever is turned away at once, again and again, asks less and less often."""
+        if lasted_s > LASTING_S:
+            self._rest_s = RECONNECT_DELAY_MIN_S
+            return
+        await asyncio.sleep(self._rest_s)
+        self._rest_s = min(2 * self._rest_s, RECONNECT_DELAY_MAX_S)
+
     async def _wait_wanted(self) -> None:
         """Return when there is something to be connected for. Coming back at once would start the
         daemons of the embedded default again that somebody has just stopped."""
         self._wanted.clear()
         if self._is_embedded and not (self._calls or self._fetches or self._requests):
             await self._wanted.wait()
-
-    async def _slow_down(self, lasted_s: float) -> None:
-        """Whoever is sent away as soon as it is connected comes again, at a slower and slower pace:
-        a container from before a restart, while the user of its functions is not back yet."""
-        if lasted_s > RECONNECT_DELAY_MAX_S:
-            self._short_count = 0
-            return
-        delay_s = min(RECONNECT_DELAY_MIN_S * 2**self._short_count, RECONNECT_DELAY_MAX_S)
-        self._short_count = min(self._short_count + 1, 10)
-        await asyncio.sleep(delay_s)
 
     async def _dial(self, is_first: bool) -> wire.Transport:
         """A connection; after the first one, try for ever. Embedded daemons may leave just then."""

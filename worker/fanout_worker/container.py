@@ -26,7 +26,7 @@ from fanout_worker import outcome, process, resources, shared
 from fanout_worker.concurrent import ConcurrentWay
 from fanout_worker.environment import Launch, plan_launch, start_info
 from fanout_worker.host import Host
-from fanout_worker.logs import LogMeter
+from fanout_worker.logs import NOTICE_RATE, LogJoiner, LogMeter, Writer
 from fanout_worker.pipes import Pipes
 from fanout_worker.serial import SerialWay
 from fanout_worker.ways import Way
@@ -69,6 +69,11 @@ class Container:
         self._start_timer: asyncio.TimerHandle | None = None
         self._leave_timer: asyncio.TimerHandle | None = None
         self._meter = LogMeter(host.loop.time())
+        self._joiner = LogJoiner(self._emit_text)
+        self._text_timer: asyncio.TimerHandle | None = None
+        self._notice_timer: asyncio.TimerHandle | None = None
+        #: Call and input of the last text that was dropped.
+        self._dropped_of = (b"", 0)
         self._start_order_at = host.loop.time()
         self._start_failure = b""
         self._killed_for = 0
@@ -252,9 +257,9 @@ class Container:
             self._is_kill_ordered = True
             self._kill()
 
-    def _cancel_start_timer(self) -> None:
-        if self._start_timer is not None:
-            self._start_timer.cancel()
+    def _cancel(self, timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()
 
     def take_all(self) -> None:
         """Read everything that is there, also while paused: the callers have to know it."""
@@ -273,9 +278,11 @@ class Container:
         kind = fields[0]
         if kind == ch.LOG:
             self._on_log(fields[1], fields[2], fields[3], payload)
-        elif kind == ch.STARTED and not self.is_started:
+            return
+        self.release_text()
+        if kind == ch.STARTED and not self.is_started:
             self.is_started = True
-            self._cancel_start_timer()
+            self._cancel(self._start_timer)
             start_time_s = self.host.loop.time() - self._start_order_at
             self.host.events.container_started(self.container_id, self.pid, start_time_s)
             self._way.started()
@@ -302,18 +309,51 @@ class Container:
     def _on_log(self, source: int, call_id: bytes, index: int, payload: bytes) -> None:
         if source not in (m.Source.STDOUT, m.Source.STDERR) or len(call_id) not in (0, 16):
             raise ProtocolError("a log line that names no stream or no call")
-        if not self._meter.admits(len(payload), self.host.loop.time()):
-            return
-        self._tell_dropped(call_id, index)
         index = min(index, m.INDEX_MAX)
-        self.host.events.log(m.ContainerLog(self.container_id, call_id, index, source, payload))
+        if self._meter.admits(len(payload), self.host.loop.time()):
+            self._tell_dropped(is_due=True)
+            self._add_text((source, call_id, index), payload)
+        else:
+            self._dropped_of = call_id, index
 
-    def _tell_dropped(self, call_id: bytes, index: int) -> None:
-        notice = self._meter.take_notice()
+    def _tell_dropped(self, is_due: bool) -> None:
+        notice = self._meter.take_notice(self.host.loop.time(), is_due)
         if notice:
-            self.host.events.log(
-                m.ContainerLog(self.container_id, call_id, index, m.Source.SYSTEM, notice)
-            )
+            self._joiner.release(self.host.loop.time())
+            self._emit_text((m.Source.SYSTEM, *self._dropped_of), notice)
+
+    def _add_text(self, writer: Writer, data: bytes) -> None:
+        loop = self.host.loop
+        due = self._joiner.add(writer, data, loop.time())
+        if due is None:
+            self._cancel(self._text_timer)
+            self._text_timer = None
+        elif self._text_timer is None:
+            self._text_timer = loop.call_at(due, self._on_text_due)
+
+    def _on_text_due(self) -> None:
+        self._text_timer = None
+        self._joiner.release(self.host.loop.time())
+        self.host.changed()
+
+    def release_text(self) -> None:
+        """Let text that waits for more of it go before what is told next, and say what was
+        dropped: whoever gets the output may be about to leave."""
+        loop = self.host.loop
+        self._joiner.release(loop.time())
+        if self._meter.has_dropped:
+            self._tell_dropped(is_due=False)
+            if self._meter.has_dropped and self._notice_timer is None:
+                self._notice_timer = loop.call_later(1 / NOTICE_RATE, self._on_notice_due)
+
+    def _on_notice_due(self) -> None:
+        self._notice_timer = None
+        self._tell_dropped(is_due=True)
+        self.host.changed()
+
+    def _emit_text(self, writer: Writer, data: bytes) -> None:
+        source, call_id, index = writer
+        self.host.events.log(m.ContainerLog(self.container_id, call_id, index, source, data))
 
     def _on_raw_text(self, source: int, data: bytes) -> None:
         """Text on a raw descriptor: from C code, or a process that user code started."""
@@ -360,8 +400,9 @@ class Container:
         self._release()
         self.host.bury(pid)
         self._remove_drafts(pid)
+        self.release_text()
         reason, running = self._judge(details)
-        self._tell_dropped(*self._way.recent)
+        self._tell_dropped(is_due=True)
         self.host.events.container_exited(
             self.container_id, reason, running, details, self._start_failure
         )
@@ -391,9 +432,8 @@ class Container:
     def _release(self) -> None:
         """Give back all that the container had of the daemon's."""
         self.is_over = True
-        if self._leave_timer is not None:
-            self._leave_timer.cancel()
-        self._cancel_start_timer()
+        for timer in (self._start_timer, self._leave_timer, self._text_timer, self._notice_timer):
+            self._cancel(timer)
         self._way.close()
         loop = self.host.loop
         self.wire.close()

@@ -149,6 +149,7 @@ class SerialWay:
     def take(self, head: int) -> None:
         """Take the ring's entries below number `head`."""
         if head > self._reader.tail:
+            self._process.release_text()
             for segment in self._reader.read(head):
                 self._on_segment(segment, [])
 

@@ -40,6 +40,9 @@ class Process(Protocol):
     def take_all(self) -> None:
         """Take what there is, and nothing else."""
 
+    def release_text(self) -> None:
+        """What it has printed so far is to leave before what is told next."""
+
     def settle(self) -> None:
         """Leases may have ended."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fanout.config import CLIENT_GRACE_S, WINDOW_BYTES, WINDOW_COUNT_MAX, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
@@ -50,6 +52,7 @@ def on_client_connected(state: State, peer: Peer, container: Container | None) -
         _detach(state, session, old)
     session.peer_id = peer.peer_id
     peer.session = session
+    tell_lost_text(state, session)
     if container is not None:
         container.nested_peers[peer.peer_id] = peer
 
@@ -561,15 +564,29 @@ def container_log(state: State, message: m.ContainerLog) -> None:
             session = next(iter(root.leases.values())).call.session if root.leases else None
     elif container is not None:
         session = next(iter(container.function.app.openers.values()), None)
-    peer = state.peers.get(session.peer_id) if session is not None and session.peer_id else None
-    if peer is None or not peer.is_writable:
+    if session is None:
         state.note("log text that nobody read")
         return
-    if peer.watch is not None and call is not None:
-        progress.name_call(state, peer.watch, call)
     call_id = message.call_id if call is None else call.call_id
     log = m.Log(
         call_id.rjust(16, b"\0"), message.index, message.container_id, message.source,
         message.payload,
     )  # fmt: skip
+    peer = state.peers.get(session.peer_id) if session.peer_id else None
+    if peer is None or not peer.is_writable:
+        state.note("log text that nobody read")
+        session.lost_text_bytes += len(message.payload)
+        session.lost_text = replace(log, source=m.Source.SYSTEM, payload=b"")
+        return
+    if peer.watch is not None and call is not None:
+        progress.name_call(state, peer.watch, call)
     state.send(peer.peer_id, log)
+
+
+def tell_lost_text(state: State, session: Session) -> None:
+    """A client takes text again: say how much it has missed, in the name of who wrote last."""
+    lost_bytes, session.lost_text_bytes = session.lost_text_bytes, 0
+    if lost_bytes and session.lost_text is not None and session.peer_id is not None:
+        text = f"[fanout: {lost_bytes} bytes of output were dropped here; the client was too slow]"
+        state.send(session.peer_id, replace(session.lost_text, payload=text.encode() + b"\n"))
+    session.lost_text = None

@@ -134,6 +134,8 @@ class Scheduler:
             peer = state.peers.get(event.peer_id)
             if peer is not None:
                 peer.is_writable = event.is_writable
+                if peer.is_writable and peer.session is not None:
+                    calls.tell_lost_text(state, peer.session)
         elif isinstance(event, Stored):
             durable.on_stored(state, event.sequence)
             workers.acknowledge_stored(self.state)

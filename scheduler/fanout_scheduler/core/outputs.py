@@ -229,7 +229,7 @@ def finish(state: State, call: Call, outputs: m.Outputs) -> None:
     call.finished.add(start, stop)
     if call.failure is None:
         release_inputs(state, call, start, stop)
-    call.output_bytes += len(outputs.payload) + blobs.size_bytes(state, outputs.blobs)
+    call.count_outputs(start, len(outputs.payload) + blobs.size_bytes(state, outputs.blobs))
     call.outputs.add(outputs)
     spawned.grew(state, call, outputs)
     if call.node is not None:
@@ -290,6 +290,7 @@ def on_ack(state: State, call: Call, message: m.Ack) -> None:
     call.consumed_bytes = max(call.consumed_bytes, message.consumed_bytes)
     # After a restart the client's counts begin before ours.
     call.output_bytes = max(call.output_bytes, call.consumed_bytes)
+    call.head_bytes = max(call.head_bytes, call.consumed_bytes)
     wake_call(state, call)
 
 

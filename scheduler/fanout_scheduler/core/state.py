@@ -12,7 +12,7 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from heapq import heappush
+from heapq import heappop, heappush
 from itertools import accumulate
 from typing import Any
 
@@ -242,6 +242,10 @@ class Call:
     consumed_count: int = 0
     consumed_bytes: int = 0
     output_bytes: int = 0
+    #: Of `output_bytes`, those of outputs below the lowest unfinished input; and those above it, as
+    #: a heap of (start, bytes).
+    head_bytes: int = 0
+    ahead: list[tuple[int, int]] = field(default_factory=list)
     leased_count: int = 0
     window_count: int = WINDOW_COUNT_MIN
     #: Container-seconds given to this call: what fairness compares.
@@ -279,6 +283,21 @@ class Call:
     @property
     def unconsumed_bytes(self) -> int:
         return self.output_bytes - self.consumed_bytes
+
+    @property
+    def lowest_unfinished(self) -> int:
+        """The lowest input without an output, of those that were received or the next one."""
+        first = self.received.first
+        start, stop = next(iter(self.finished), (first, first))
+        return stop if start <= first else first
+
+    def count_outputs(self, start: int, size_bytes: int) -> None:
+        """Outputs from `start` on are finished."""
+        self.output_bytes += size_bytes
+        heappush(self.ahead, (start, size_bytes))
+        lowest = self.lowest_unfinished
+        while self.ahead and self.ahead[0][0] < lowest:
+            self.head_bytes += heappop(self.ahead)[1]
 
     @property
     def has_all_inputs(self) -> bool:
@@ -443,6 +462,9 @@ class Session:
     session_id: bytes
     peer_id: PeerId | None
     lost_at: float = 0.0
+    #: Text of containers that it did not take, and was not told of yet.
+    lost_text_bytes: int = 0
+    lost_text: m.Log | None = None
     #: Of a nested client: the container that makes the calls.
     container: Container | None = None
     calls: dict[bytes, Call] = field(default_factory=dict)
