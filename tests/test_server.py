@@ -50,7 +50,7 @@ def test_it_says_where_it_is_to_its_owner_alone(daemon: Daemon) -> None:
     daemon.start()
     file = daemon.home / "scheduler.json"
     assert file.stat().st_mode & 0o777 == 0o600
-    expected = "pid boot_id started host port epoch client_join worker_join version python"
+    expected = "pid boot_id started host port epoch client_join worker_join tokens version python"
     assert set(daemon.address) == set(expected.split())
     assert daemon.address["boot_id"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     assert abs(daemon.address["started"] - time.time()) < 60

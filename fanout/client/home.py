@@ -44,7 +44,8 @@ MODULES = {"scheduler": "fanout_scheduler", "worker": "fanout_worker"}
 class Daemon:
     """One process of the embedded default, as its file describes it.
 
-    `host`, `port`, `client_join` and `worker_join` are empty for a worker.
+    All but `kind` and `pid` are empty for a worker. `tokens` says which tokens are in force: the
+    `digest` of `fanout.protocol.tokens.Content`.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Daemon:
     port: int = 0
     client_join: str = ""
     worker_join: str = ""
+    tokens: str = ""
 
 
 # --- the folder -----------------------------------------------------------------------------------
@@ -190,6 +192,7 @@ def _read(home: str, kind: str, name: str) -> Daemon | None:
             port=int(data.get("port", 0)),
             client_join=str(data.get("client_join", "")),
             worker_join=str(data.get("worker_join", "")),
+            tokens=str(data.get("tokens", "")),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         # Files are replaced in one step, so a damaged one is not a file being written: whoever

@@ -288,7 +288,13 @@ class Daemon:
 
     def _on_goodbye(self, message: m.Goodbye) -> None:
         logger.info("= the scheduler says goodbye: %s", message.text)
-        if message.code == "shutdown" and self._options.is_embedded:
+        if message.code == "auth":
+            # Its token was revoked. It would be refused for ever, and what its containers do is
+            # done by others.
+            logger.error("the scheduler ends this worker: %s", message.text)
+            self._exit_code = 1
+            self._leave.set()
+        elif message.code == "shutdown" and self._options.is_embedded:
             self._leave.set()
 
     def _blob_completed(self, blob_id: bytes) -> None:

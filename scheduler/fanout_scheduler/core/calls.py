@@ -44,7 +44,8 @@ def on_client_connected(state: State, peer: Peer, container: Container | None) -
         container.nested_peers[peer.peer_id] = peer
 
 
-def on_client_lost(state: State, peer: Peer) -> None:
+def on_client_lost(state: State, peer: Peer, is_final: bool = False) -> None:
+    """A client is gone: its session may come back for a while, unless that `is_final`."""
     session = peer.session
     if session is None or session.peer_id != peer.peer_id:
         return
@@ -52,6 +53,8 @@ def on_client_lost(state: State, peer: Peer) -> None:
     _detach(state, session, peer.peer_id)
     if session.container is not None:
         run_again(state, session.container, peer.peer_id)
+        end_session(state, session)
+    elif is_final:
         end_session(state, session)
     elif session.calls or session.apps or session.session_id in state.objects.ephemeral:
         state.at(state.now + CLIENT_GRACE_S, "session", session)

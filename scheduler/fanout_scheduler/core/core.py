@@ -175,7 +175,7 @@ class Scheduler:
         if peer.role == "worker":
             workers.on_worker_lost(self.state, event.peer_id, peer)
         else:
-            calls.on_client_lost(self.state, peer)
+            calls.on_client_lost(self.state, peer, event.is_final)
 
     def _handle_frame(self, event: FrameReceived) -> None:
         state = self.state

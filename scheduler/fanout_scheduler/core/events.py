@@ -37,6 +37,8 @@ class FrameReceived:
 class PeerLost:
     peer_id: PeerId
     reason: str
+    #: It will not be let in again, so nobody waits for it to come back.
+    is_final: bool = False
 
 
 @dataclass(slots=True)
