@@ -180,7 +180,10 @@ def on_open_call(state: State, peer: Peer, message: m.OpenCall) -> None:
     assert session is not None
     known = state.calls.get(message.call_id)
     if known is not None:
-        _resume_call(state, session, known)
+        if _may_resume(session, known):
+            _resume_call(state, session, known)
+        else:
+            _refuse_call(state, peer, message, "internal", "it is the call of another session")
         return
     call = _new_call(state, peer, message)
     if call is None:
@@ -251,6 +254,7 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
         depth=depth,
         ancestors=ancestors,
         service_s=state.service_clock_s,
+        is_from_before=message.is_resumed,
     )
     add_call(state, call)
     session.calls[call.call_id] = call
@@ -270,6 +274,17 @@ def _refuse_call(state: State, peer: Peer, message: m.OpenCall, code: str, why: 
     text = f"the scheduler did not take the call: {why}"
     payload = m.failure_payload(code, text)
     state.send(peer.peer_id, m.CallFailed(message.call_id, m.Status.FAILURE, payload))
+
+
+def _may_resume(session: Session, call: Call) -> bool:
+    """Whoever knows the id of a call may go on with it, but for clients in containers: their
+    workers are told the ids of calls that are not theirs."""
+    if session.container is None:
+        return True
+    if call.session is None:
+        # Spawned before a restart of the scheduler.
+        return session.container.function.app is call.function.app
+    return call.session.session_id == session.session_id
 
 
 def _resume_call(state: State, session: Session, call: Call) -> None:
@@ -513,12 +528,19 @@ def on_ask_shutdown(state: State, peer: Peer, message: m.AskShutdown) -> None:
         state.commands.append(Exit("a client asked for it"))
 
 
-def container_log(state: State, message: m.ContainerLog) -> None:
+def container_log(state: State, peer: Peer, message: m.ContainerLog) -> None:
     """Pass text on to the client at the root of the call; one that does not read loses it. What
     belongs to no call, as of a hook that runs behind the last one, goes to whose run it is."""
     container = state.containers.get(message.container_id)
+    if container is None or container.worker is not peer.worker:
+        state.note("log text of an unknown container")
+        return
     call = state.calls.get(message.call_id)
-    if call is None and container is not None and container.leases:
+    if call is not None and call.function is not container.function:
+        # Nothing of this call can ever have run there.
+        state.note("log text of an unknown container")
+        return
+    if call is None and container.leases:
         call = next(iter(container.leases.values())).call
     session: Session | None = None
     if call is not None:
@@ -526,17 +548,17 @@ def container_log(state: State, message: m.ContainerLog) -> None:
         if call.ancestors:
             root = call.ancestors[-1]
             session = next(iter(root.leases.values())).call.session if root.leases else None
-    elif container is not None:
+    else:
         session = next(iter(container.function.app.openers.values()), None)
-    peer = state.peers.get(session.peer_id) if session is not None and session.peer_id else None
-    if peer is None or not peer.is_writable:
+    reader = state.peers.get(session.peer_id) if session is not None and session.peer_id else None
+    if reader is None or not reader.is_writable:
         state.note("log text that nobody read")
         return
-    if peer.watch is not None and call is not None:
-        progress.name_call(state, peer.watch, call)
+    if reader.watch is not None and call is not None:
+        progress.name_call(state, reader.watch, call)
     call_id = message.call_id if call is None else call.call_id
     log = m.Log(
         call_id.rjust(16, b"\0"), message.index, message.container_id, message.source,
         message.payload,
     )  # fmt: skip
-    state.send(peer.peer_id, log)
+    state.send(reader.peer_id, log)

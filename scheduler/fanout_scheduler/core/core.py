@@ -38,6 +38,7 @@ from fanout_scheduler.core import check as invariants
 from fanout_scheduler.core.events import (
     BlobCompleted,
     Command,
+    Disconnect,
     Event,
     FrameReceived,
     PeerConnected,
@@ -77,6 +78,7 @@ PEER_MESSAGES: dict[type[m.Message], Callable[[State, Peer, Any], None]] = {
     m.WorkerReady: workers.on_worker_ready,
     m.ContainerStarted: workers.on_container_started,
     m.ContainerExited: workers.on_container_exited,
+    m.ContainerLog: calls.container_log,
     **objects.OBJECT_MESSAGES,
 }
 
@@ -158,15 +160,25 @@ class Scheduler:
         state = self.state
         peer = Peer(event.peer_id, event.role, event.session_id, event.info)
         state.peers[event.peer_id] = peer
-        if event.role == "client":
-            calls.on_client_connected(state, peer, None)
-        elif event.role == "nested":
-            container = state.containers.get(event.info.get("container_id", -1))
+        if event.role == "worker":
+            return
+        container = None
+        if event.role == "nested":
+            container = workers.container_of_nested(state, peer)
             if container is None:
                 state.note("nested client of an unknown container")
-                del state.peers[event.peer_id]
+                self._refuse(peer, "the container of this session is not known at its worker")
                 return
-            calls.on_client_connected(state, peer, container)
+        session = state.sessions.get(event.session_id)
+        if session is not None and session.container is not container:
+            state.note("session id of somebody else")
+            self._refuse(peer, "its session id is that of another client")
+            return
+        calls.on_client_connected(state, peer, container)
+
+    def _refuse(self, peer: Peer, text: str) -> None:
+        del self.state.peers[peer.peer_id]
+        self.state.commands.append(Disconnect(peer.peer_id, "refused", text))
 
     def _on_peer_lost(self, event: PeerLost) -> None:
         peer = self.state.peers.pop(event.peer_id, None)
@@ -193,8 +205,6 @@ class Scheduler:
             about_lease(state, event.peer_id, message)
         elif (of_peer := PEER_MESSAGES.get(kind)) is not None:
             of_peer(state, peer, message)
-        elif kind is m.ContainerLog:
-            calls.container_log(state, message)  # type: ignore[arg-type]
         else:
             self._handle_call_frame(peer, message)
 

@@ -20,7 +20,7 @@ from fanout_scheduler.core.leasing import (
     requeue,
     wake_call,
 )
-from fanout_scheduler.core.state import Call, GeneratorState, Lease, Method, State
+from fanout_scheduler.core.state import Call, GeneratorState, Lease, Method, State, Worker
 
 #: Weight of the newest report in the moving averages, at most and when it makes them grow.
 WEIGHT_MAX = 0.5
@@ -31,12 +31,12 @@ def on_lease_outputs(state: State, peer_id: PeerId, message: m.LeaseOutputs) -> 
     worker = state.peers[peer_id].worker
     if worker is None:
         return
-    store_sequence = _accept(state, message)
+    store_sequence = _accept(state, worker, message)
     worker.unsafe.append((message.sequence, store_sequence))
     state.acknowledging[worker.worker_id] = worker
 
 
-def _accept(state: State, message: m.LeaseOutputs) -> int:
+def _accept(state: State, worker: Worker, message: m.LeaseOutputs) -> int:
     """Use a report. Returns the store sequence that makes it safe, 0 when it is safe now."""
     start = message.start
     stop = start + len(message.statuses)
@@ -47,6 +47,9 @@ def _accept(state: State, message: m.LeaseOutputs) -> int:
         and (lease.call.call_id != message.call_id or start < lease.start or stop > lease.end)
     ):
         state.note("report that does not fit its lease")
+        return 0
+    if not _is_own(state, worker, lease, call, message.lease_id):
+        state.note("report under a lease that its worker never had")
         return 0
     if lease is not None:
         lease.heard_at = state.now
@@ -75,6 +78,20 @@ def _accept(state: State, message: m.LeaseOutputs) -> int:
     if lease is not None:
         close_inputs(state, lease, start, stop)
     return store_sequence
+
+
+def _is_own(
+    state: State, worker: Worker, lease: Lease | None, call: Call | None, lease_id: int
+) -> bool:
+    """Whether a report comes from who was given its inputs, as far as that is known: of a lease of
+    an earlier life of the scheduler, all that is known is which calls there may have been."""
+    if lease is not None:
+        return lease.container.worker is worker
+    if call is None:
+        return True
+    if lease_id >> m.EPOCH_SHIFT < state.epoch:
+        return call.is_from_before
+    return call.void.get(lease_id) == worker.worker_id
 
 
 def _fresh(call: Call, start: int, stop: int) -> list[tuple[int, int]]:
@@ -153,7 +170,7 @@ def _is_last_word(state: State, call: Call, lease: Lease | None, index: int, sta
     """Whether an output that is no plain value stands. A void lease was told to stop, so its
     failures mean nothing, and the items before its DONE were not taken: the input runs anew.
     An input with attempts left backs off."""
-    if lease is None:
+    if lease is None or index not in lease.open:
         state.note("failure under a void lease")
         return False
     return status == m.Status.DONE or not _retry(state, call, index)
@@ -281,7 +298,13 @@ def on_lease_items(state: State, peer_id: PeerId, message: m.LeaseItems) -> None
     worker.unsafe.append((message.sequence, 0))
     state.acknowledging[worker.worker_id] = worker
     lease = state.leases.get(message.lease_id)
-    if lease is None or lease.call.call_id != message.call_id or lease.call.is_over:
+    if (
+        lease is None
+        or lease.container.worker is not worker
+        or lease.call.call_id != message.call_id
+        or message.index not in lease.open
+        or lease.call.is_over
+    ):
         state.note("items of an unknown lease")
         return
     lease.heard_at = state.now

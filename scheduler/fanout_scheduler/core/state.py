@@ -203,6 +203,11 @@ class Call:
     #: Outputs of a durable call that are on their way to disk.
     storing: IntervalSet = field(default_factory=IntervalSet)
     leases: dict[int, Lease] = field(default_factory=dict)
+    #: Leases that ended with their container or its worker, and whose they were: what that worker
+    #: reports late is still good. Nobody else can report under them.
+    void: dict[int, bytes] = field(default_factory=dict)
+    #: It may have begun in an earlier life of the scheduler, whose leases are not known any more.
+    is_from_before: bool = False
     chunk_starts: list[int] = field(default_factory=list)
     chunks: dict[int, Chunk] = field(default_factory=dict)
     #: Failed attempts and crashes of the inputs that had any.
