@@ -48,8 +48,8 @@ def _accept(state: State, worker: Worker, message: m.LeaseOutputs) -> int:
     ):
         state.note("report that does not fit its lease")
         return 0
-    if not _is_own(state, worker, lease, call, message.lease_id):
-        state.note("report under a lease that its worker never had")
+    if lease is not None and lease.container.worker is not worker:
+        state.note("report under somebody else's lease")
         return 0
     if lease is not None:
         lease.heard_at = state.now
@@ -70,6 +70,9 @@ def _accept(state: State, worker: Worker, message: m.LeaseOutputs) -> int:
     store_sequence = 0
     outputs = _as_outputs(message)
     fresh = _fresh(call, start, stop)
+    if fresh and lease is None and not _was_given(state, worker, call, message.lease_id):
+        state.note("report under a lease that its worker never had")
+        return 0
     for low, high in fresh:
         part = cut_outputs(outputs, low, high)
         store_sequence = max(store_sequence, _take(state, call, lease, part))
@@ -80,15 +83,9 @@ def _accept(state: State, worker: Worker, message: m.LeaseOutputs) -> int:
     return store_sequence
 
 
-def _is_own(
-    state: State, worker: Worker, lease: Lease | None, call: Call | None, lease_id: int
-) -> bool:
-    """Whether a report comes from who was given its inputs, as far as that is known: of a lease of
-    an earlier life of the scheduler, all that is known is which calls there may have been."""
-    if lease is not None:
-        return lease.container.worker is worker
-    if call is None:
-        return True
+def _was_given(state: State, worker: Worker, call: Call, lease_id: int) -> bool:
+    """Whether a lease that is not current may have been this worker's. Of leases of an earlier
+    life of the scheduler all that is known is which calls there may have been then."""
     if lease_id >> m.EPOCH_SHIFT < state.epoch:
         return call.is_from_before
     return call.void.get(lease_id) == worker.worker_id
