@@ -111,9 +111,10 @@ async def dial(address: dict[str, Any], role: str = "client", session: bytes = b
     return wires[0]
 
 
-async def dial_worker(address: dict[str, Any]) -> Wire:
+async def dial_worker(address: dict[str, Any], number: int = 1, cpu: float = 2.0) -> Wire:
     worker = await dial(address, "worker")
-    worker.send(m.WorkerReady(b"w" * 16, "w1", 2.0, 1000, True, [], []))
+    name, worker_id = f"w{number}", bytes([number]) * 16
+    worker.send(m.WorkerReady(worker_id, name, cpu, 1000, True, [], []))
     await worker.take(m.WorkerAccepted)
     return worker
 
