@@ -38,10 +38,14 @@ class Wire:
             self.blobs, transport.send, transport.send_bulk, lambda blob_id: None
         )
         self.lost: list[Exception | None] = []
+        #: False for a peer that leaves what it gets of blobs among what it received.
+        self.takes_blobs = True
         self._arrived = asyncio.Event()
 
     def messages_received(self, messages: list[m.Message]) -> None:
-        self.received += [message for message in messages if not self.exchange.handle(message)]
+        for message in messages:
+            if not (self.takes_blobs and self.exchange.handle(message)):
+                self.received.append(message)
         self._arrived.set()
 
     def connection_lost(self, error: Exception | None) -> None:

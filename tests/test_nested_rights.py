@@ -57,6 +57,7 @@ class Nest:
             list(calls[0].fetches),
             (function.max_containers, function.min_containers, sorted(state.functions)),
             sorted(client.requests),
+            sorted(state.apps[OTHER_APP].calls),
             [peer for peer in state.peers if peer != self.nested],
         )
 

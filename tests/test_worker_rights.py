@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from fanout.exceptions import ProtocolError
 from fanout.protocol import messages as m
 from fanout_scheduler.relay import wrap
 from tests.server_kit import APP, CALL, FUNCTION, Daemon, Wire, dial, dial_worker
@@ -230,7 +231,13 @@ FORGERIES: dict[type[m.Message], Forge] = {
 }  # fmt: skip
 
 #: Of these the fault is certain, and the sender is thrown out with a reason.
-REFUSED = {m.WorkerReady, m.BlobWanted, m.BlobHeld, m.BlobOffer, m.BlobPart}
+REFUSED = {
+    m.WorkerReady: "a connection is for one worker",
+    m.BlobWanted: "which was not offered",
+    m.BlobHeld: "which was not offered",
+    m.BlobOffer: "has another digest",
+    m.BlobPart: "which was not wanted",
+}
 
 
 def test_every_kind_that_a_worker_may_send_is_tried() -> None:
@@ -258,6 +265,8 @@ async def test_a_worker_changes_nothing_that_is_not_its_own(
     client, theirs, mine = scene.client, scene.theirs, scene.mine
     await scene.settle()
     mine.received.clear()
+    # From here on it is no honest peer: nothing that it gets is answered.
+    mine.takes_blobs = False
     before = _of_others(await client.ask_status(), scene)
     client.received.clear()
     theirs.received.clear()
@@ -270,8 +279,10 @@ async def test_a_worker_changes_nothing_that_is_not_its_own(
     else:
         await scene.settle()
     if kind in REFUSED:
-        assert "ProtocolError" in repr(await mine.until_lost())
-    assert not [x for x in mine.received if isinstance(x, m.BlobPart) or type(x) is m.Lease]
+        error = await mine.until_lost()
+        assert isinstance(error, ProtocolError)
+        assert REFUSED[kind] in str(error)
+    assert not [x for x in mine.received if type(x) in (m.BlobPart, m.Lease)]
 
     # Nobody hears of it, and what a person sees of the others is as it was. What I held is
     # theirs now if I am gone.
