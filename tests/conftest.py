@@ -222,12 +222,15 @@ class HandStarted:
         self.port = self.state["port"]
         return process
 
-    def start_worker(self, name: str = "w1", cpu: float = 2) -> subprocess.Popen[bytes]:
+    def start_worker(
+        self, name: str = "w1", cpu: float = 2, join: str = ""
+    ) -> subprocess.Popen[bytes]:
         """Start a worker and wait until the scheduler has accepted it."""
         home = self.folder / name
         home.mkdir(mode=0o700, exist_ok=True)
         arguments = ["-m", "fanout_worker", "--home", str(home), "--name", name, "--cpu", str(cpu)]
-        process = self._start(name, arguments, {"FANOUT_WORKER_JOIN": self.state["worker_join"]})
+        join = join or self.state["worker_join"]
+        process = self._start(name, arguments, {"FANOUT_WORKER_JOIN": join})
 
         def is_ready() -> bool:
             self._require_alive(name, process)

@@ -21,7 +21,7 @@ from fanout.client.home import Daemon, find_daemon, state_folder, wait_until
 from fanout.client.local import ask_status
 from fanout.exceptions import ConnectionError, InvalidError, NotFoundError
 from fanout.protocol.join import JoinString, Token
-from fanout.protocol.tokens import FILE_NAME, NAME_SIZE_MAX, TOKENS_MAX, Content, Entry, TokenFile
+from fanout.protocol.tokens import FILE_NAME, NAME_SIZE_MAX, TOKENS_MAX, Entry, TokenFile
 
 #: A scheduler looks at its tokens twice a second; one that is stopped does not.
 FOLLOW_TIMEOUT_S = 5.0
@@ -65,8 +65,8 @@ def create(
                 f"there are {len(entries)} tokens, the limit is {TOKENS_MAX}: revoke some first"
             )
         entry = Entry(Token.new(role.value), name, time.time())
-        content = file.write((*entries, entry))
-    _follow(folder, content)
+        file.write((*entries, entry))
+    _follow(folder, file)
     known = JoinString.parse(scheduler.client_join)
     typer.echo(str(JoinString.of(entry.token, known.host, known.port, known.fingerprint)))
 
@@ -115,11 +115,11 @@ def revoke(
                 f"Create its successor first (fanout token create {role}), hand that out, and "
                 f"revoke this one then. To end everything, stop the scheduler."
             )
-        content = file.write(tuple(other for other in entries if other is not entry))
+        file.write(tuple(other for other in entries if other is not entry))
     if find_daemon(folder, "scheduler") is None:
         typer.echo(f"revoked {token_id}; no scheduler runs with the home {folder}")
         return
-    _follow(folder, content)
+    _follow(folder, file)
     typer.echo(f"revoked {token_id}; no connection with it is left")
 
 
@@ -142,12 +142,13 @@ def _check_name(name: str) -> None:
         )
 
 
-def _follow(folder: str, content: Content) -> None:
-    """Wait until the running scheduler has taken what is in the file now."""
+def _follow(folder: str, file: TokenFile) -> None:
+    """Wait until the running scheduler has taken what is in the file now. That is our change, or a
+    later one that was made on top of it."""
 
     def has_followed() -> bool:
         scheduler = find_daemon(folder, "scheduler")
-        return scheduler is None or scheduler.tokens == content.digest
+        return scheduler is None or scheduler.tokens == file.read().digest
 
     try:
         wait_until(has_followed, time.monotonic() + FOLLOW_TIMEOUT_S)
