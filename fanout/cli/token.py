@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +36,7 @@ Home = Annotated[
 ]
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """Who joins: programs, or hosts that run functions."""
 
     client = "client"
