@@ -188,6 +188,8 @@ class HandStarted:
     scheduler: subprocess.Popen[bytes] | None = None
     workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     port: int = 0
+    #: What the interpreter is to run as the scheduler.
+    entry: list[str] = field(default_factory=lambda: ["-m", "fanout_scheduler"])
 
     @property
     def scheduler_home(self) -> Path:
@@ -209,7 +211,7 @@ class HandStarted:
         """Start it, or start it again on the same port, and wait until it listens."""
         self.scheduler_home.mkdir(mode=0o700, exist_ok=True)
         arguments = ["--home", str(self.scheduler_home), "--port", str(self.port)]
-        process = self._start("scheduler", ["-m", "fanout_scheduler", *arguments], {})
+        process = self._start("scheduler", [*self.entry, *arguments], {})
         path = self.scheduler_home / "scheduler.json"
 
         def is_ready() -> bool:
