@@ -1,4 +1,4 @@
-"""A little of everything that a script can ask for, for tests of what must hold whatever is asked."""
+"""Something of all that a script can ask for, for tests of what must hold whatever is asked."""
 
 from __future__ import annotations
 
