@@ -11,7 +11,6 @@ from pathlib import Path
 import fanout
 from fanout_scheduler.__main__ import LimitedFileHandler
 from tests import behaviour_kit as kit
-from tests import varied_kit
 from tests.conftest import HandStarted, environment, poll_until
 
 Start = Callable[..., HandStarted]
@@ -27,6 +26,14 @@ sys.exit(main())
 """
 
 
+def run_everything(cluster: HandStarted, folder: Path, name: str) -> None:
+    """In a process, because the client of a scheduler that fails would try for ever."""
+    code = "import sys, pathlib; from tests import varied_kit\n"
+    code += "varied_kit.run_everything(pathlib.Path(sys.argv[1]), sys.argv[2])"
+    done = cluster.python("-c", code, folder, name, timeout_s=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_scheduler_without_pickle_serves_calls_of_every_kind(
     scheduler_and_workers: Start, tmp_path: Path
 ) -> None:
@@ -35,7 +42,7 @@ def test_a_scheduler_without_pickle_serves_calls_of_every_kind(
     cluster.entry = ["-c", WITHOUT_PICKLE]
     cluster.start_scheduler()
     cluster.start_worker("w1", cpu=2)
-    varied_kit.run_everything(tmp_path, "one")
+    run_everything(cluster, tmp_path, "one")
 
     # What was spawned and put comes back from the disk, too.
     with kit.app.run():
@@ -49,7 +56,7 @@ def test_a_scheduler_without_pickle_serves_calls_of_every_kind(
         assert call.get(timeout=30) == 1
         assert fanout.Queue.from_name("one-queue").get() == "left behind"
         assert fanout.Dict.from_name("one-dict")["key"] == ("value", 1)
-    varied_kit.run_everything(tmp_path, "two")
+    run_everything(cluster, tmp_path, "two")
     assert "pickle" not in Path(f"/proc/{scheduler.pid}/maps").read_text()
     assert "Error" not in cluster.log("scheduler")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -228,26 +229,28 @@ def test_a_file_of_an_earlier_version_goes_on_working(scheduler_and_workers: Sta
     assert set(rows(cluster)) == {id_of(join) for join in (*joins, new)}
 
 
-async def test_whoever_is_not_revoked_stays(tmp_path: Path) -> None:
-    daemon = Daemon(tmp_path / "home").start()
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    made = Daemon(tmp_path / "home").start()
+    yield made
+    made.end(signal.SIGKILL)
+
+
+async def test_whoever_is_not_revoked_stays(daemon: Daemon, tmp_path: Path) -> None:
     file = TokenFile(daemon.home / "tokens.json")
     stays = await dial(daemon.address)
     worker = await dial(daemon.address, "worker")
-    try:
-        (of_worker,) = [e for e in file.read().entries if e.token.role == "worker"]
-        new = Tokens(tmp_path / "other").of_role("worker")
-        others = [entry for entry in file.read().entries if entry is not of_worker]
-        file.write((*(e for e in others if e.token.role == "client"), type(of_worker)(new)))
-        assert isinstance(await worker.until_lost(), AuthError)
-        assert (await stays.ask_status())["workers"] == []
-        assert not stays.lost
-    finally:
-        await stays.close()
-        daemon.end()
+    (of_worker,) = [e for e in file.read().entries if e.token.role == "worker"]
+    new = Tokens(tmp_path / "other").of_role("worker")
+    others = [entry for entry in file.read().entries if entry is not of_worker]
+    file.write((*(e for e in others if e.token.role == "client"), type(of_worker)(new)))
+    assert isinstance(await worker.until_lost(), AuthError)
+    assert (await stays.ask_status())["workers"] == []
+    assert not stays.lost
+    await stays.close()
 
 
-async def test_a_revoked_client_leaves_no_call_behind(tmp_path: Path) -> None:
-    daemon = Daemon(tmp_path / "home").start()
+async def test_a_revoked_client_leaves_no_call_behind(daemon: Daemon, tmp_path: Path) -> None:
     file = TokenFile(daemon.home / "tokens.json")
     client = await dial(daemon.address)
     client.send(*define(), *submit())
@@ -269,7 +272,6 @@ async def test_a_revoked_client_leaves_no_call_behind(tmp_path: Path) -> None:
     other = await dial(json.loads((daemon.home / "scheduler.json").read_text()))
     assert (await other.ask_status())["open_call_count"] == 0
     await other.close()
-    daemon.end()
 
 
 def test_a_damaged_file_leaves_the_tokens_in_force(tmp_path: Path) -> None:
