@@ -16,6 +16,8 @@ carries the boot id of now and the process with its pid is one of ours.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -101,8 +103,7 @@ def make_folder(path: str, mount_table: str = MOUNT_TABLE) -> str:
             f"the database do not work. Set FANOUT_HOME to a folder on a local disk."
         )
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        _make_private(path)
         owner = os.stat(path).st_uid
         if owner == os.geteuid():
             os.chmod(path, 0o700)
@@ -117,6 +118,19 @@ def make_folder(path: str, mount_table: str = MOUNT_TABLE) -> str:
             f"Set FANOUT_HOME to a folder of your own."
         )
     return path
+
+
+def _make_private(path: str) -> None:
+    """Make a folder and those above it that are not there, each with mode 0700: `os.makedirs` has
+    that for the last one only, and whoever may write to one above could put another in its place.
+    """
+    above = os.path.dirname(path)
+    if above != path and not os.path.isdir(above):
+        _make_private(above)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, mode=0o700)
+    if not os.path.isdir(path):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
 
 
 def _machine_id() -> str:
