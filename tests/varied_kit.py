@@ -34,7 +34,7 @@ def run_everything(folder: Path, name: str) -> None:
         cancelled.cancel()
         _use_objects(name)
     with classes_kit.app.run():
-        assert classes_kit.Counter(start=3).later.remote(4) == 7
+        assert classes_kit.Counter(start=3).later.remote(4) == 7  # type: ignore[call-arg]
 
 
 def _use_objects(name: str) -> None:

@@ -162,7 +162,7 @@ class LimitedFileHandler(logging.FileHandler):
             if self.stream is not None and self.stream.tell() > self._size_bytes_max:
                 self.stream.close()
                 # The next line opens it.
-                self.stream = None  # type: ignore[assignment]
+                self.stream = None
                 os.replace(self.baseFilename, f"{self.baseFilename}.1")
         except OSError:
             self.handleError(record)
