@@ -3,11 +3,14 @@
 Locks, sockets and SQLite's write-ahead log need one kernel that sees all of it. On a network file
 system they seem to work until two hosts meet, so such a folder is refused before anything is
 written.
+
+Also how a file is replaced so that nobody sees half of it, and nobody else reads it.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 #: Types, as the kernel names them, whose files several hosts see at once. A type that is not
 #: listed is taken for local: refusing somebody's unusual local disk would be the worse mistake.
@@ -74,3 +77,31 @@ def _unescaped(field: str) -> str:
     for escape, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         field = field.replace(escape, character)
     return field
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Replace a file in one step, mode 0600; a reader sees the old or the new content, whole.
+
+    It is on disk when this returns.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Have the names in a folder on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -194,6 +194,8 @@ class HandStarted:
     port: int = 0
     #: For all daemons that are started from now on.
     variables: dict[str, str] = field(default_factory=dict)
+    #: What the interpreter is to run as the scheduler.
+    entry: list[str] = field(default_factory=lambda: ["-m", "fanout_scheduler"])
 
     @property
     def scheduler_home(self) -> Path:
@@ -215,7 +217,7 @@ class HandStarted:
         """Start it, or start it again on the same port, and wait until it listens."""
         self.scheduler_home.mkdir(mode=0o700, exist_ok=True)
         arguments = ["--home", str(self.scheduler_home), "--port", str(self.port)]
-        process = self._start("scheduler", ["-m", "fanout_scheduler", *arguments], {})
+        process = self._start("scheduler", [*self.entry, *arguments], {})
         path = self.scheduler_home / "scheduler.json"
 
         def is_ready() -> bool:
@@ -228,12 +230,15 @@ class HandStarted:
         self.port = self.state["port"]
         return process
 
-    def start_worker(self, name: str = "w1", cpu: float = 2) -> subprocess.Popen[bytes]:
+    def start_worker(
+        self, name: str = "w1", cpu: float = 2, join: str = ""
+    ) -> subprocess.Popen[bytes]:
         """Start a worker and wait until the scheduler has accepted it."""
         home = self.folder / name
         home.mkdir(mode=0o700, exist_ok=True)
         arguments = ["-m", "fanout_worker", "--home", str(home), "--name", name, "--cpu", str(cpu)]
-        process = self._start(name, arguments, {"FANOUT_WORKER_JOIN": self.state["worker_join"]})
+        join = join or self.state["worker_join"]
+        process = self._start(name, arguments, {"FANOUT_WORKER_JOIN": join})
 
         def is_ready() -> bool:
             self._require_alive(name, process)

@@ -39,10 +39,14 @@ class Wire:
             self.blobs, transport.send, transport.send_bulk, lambda blob_id: None
         )
         self.lost: list[Exception | None] = []
+        #: False for a peer that leaves what it gets of blobs among what it received.
+        self.takes_blobs = True
         self._arrived = asyncio.Event()
 
     def messages_received(self, messages: list[m.Message]) -> None:
-        self.received += [message for message in messages if not self.exchange.handle(message)]
+        for message in messages:
+            if not (self.takes_blobs and self.exchange.handle(message)):
+                self.received.append(message)
         self._arrived.set()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -112,9 +116,10 @@ async def dial(address: dict[str, Any], role: str = "client", session: bytes = b
     return wires[0]
 
 
-async def dial_worker(address: dict[str, Any]) -> Wire:
+async def dial_worker(address: dict[str, Any], number: int = 1, cpu: float = 2.0) -> Wire:
     worker = await dial(address, "worker")
-    worker.send(m.WorkerReady(b"w" * 16, "w1", 2.0, 1000, True, [], []))
+    name, worker_id = f"w{number}", bytes([number]) * 16
+    worker.send(m.WorkerReady(worker_id, name, cpu, 1000, True, [], []))
     await worker.take(m.WorkerAccepted)
     return worker
 

@@ -22,7 +22,9 @@ class Nest:
         self.root = bench.open(self.client, count=2, is_durable=True)
         bench.store()
         self.lease = bench.started_lease(self.worker)
-        self.nested = bench.connect("nested", container_id=self.lease.container_id)
+        self.nested = bench.connect(
+            "nested", worker=self.worker, container_id=self.lease.container_id
+        )
 
     def call(self, number: int, count: int = 1, index: int = 0) -> bytes:
         """Input `index` of the root makes a call."""
@@ -136,7 +138,7 @@ def test_calls_below_an_attached_call_are_not_remembered() -> None:
     client = bench.client(f={}, g={})
     attached = bench.open(client, count=1)
     lease = bench.started_lease(worker)
-    nested = bench.connect("nested", container_id=lease.container_id)
+    nested = bench.connect("nested", worker=worker, container_id=lease.container_id)
     call_id = bench.open(nested, "g", 2, 1, parent=(lease.lease_id, 0))
     bench.frame(nested, m.CancelCall(call_id))
     assert not bench.core.state.ended_nodes

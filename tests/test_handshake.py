@@ -112,6 +112,20 @@ def test_a_dialler_with_a_wrong_secret_finds_that_the_listener_cannot_prove_it()
     assert listening.state is State.CLOSING
 
 
+def test_a_token_that_is_withdrawn_in_mid_handshake_lets_nobody_in() -> None:
+    tokens = dict(TOKENS)
+    listening = Connection(
+        ListenerHandshake(b"l" * 32, b"?" * 32, tokens.get, lambda hello, role: m.Welcome(7, {}))
+    )
+    dialling = dialler(CLIENT)
+    listening.receive_data(outgoing(dialling))
+    dialling.receive_data(outgoing(listening))
+    del tokens[CLIENT.token_id]
+    with pytest.raises(AuthError, match="does not accept this token"):
+        listening.receive_data(outgoing(dialling))
+    assert listening.state is State.CLOSING
+
+
 @pytest.mark.parametrize("token_id", ["c1", "nobody"], ids=["known", "unknown"])
 def test_a_forged_proof_is_refused_in_the_same_words_for_known_and_unknown_tokens(
     token_id: str,

@@ -114,8 +114,9 @@ def test_a_nested_call_is_named_before_its_first_text() -> None:
     outer = bench.started_lease(worker)
     nested = bench.connect("nested", worker=worker, container_id=outer.container_id)
     call_id = bench.open(nested, "g", call=2, count=1, parent=(outer.lease_id, 0))
+    inner = bench.take(m.StartContainer, worker)
     bench.orders.clear()
-    text = m.ContainerLog(outer.container_id, call_id, 0, m.Source.STDOUT, b"hello\n")
+    text = m.ContainerLog(inner.container_id, call_id, 0, m.Source.STDOUT, b"hello\n")
     bench.frame(worker, text, text)
     kinds = [type(order.message) for order in bench.orders]  # type: ignore[union-attr]
     assert kinds == [m.CallProgress, m.Log, m.Log]

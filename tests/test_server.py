@@ -50,7 +50,7 @@ def test_it_says_where_it_is_to_its_owner_alone(daemon: Daemon) -> None:
     daemon.start()
     file = daemon.home / "scheduler.json"
     assert file.stat().st_mode & 0o777 == 0o600
-    expected = "pid boot_id started host port epoch client_join worker_join version python"
+    expected = "pid boot_id started host port epoch client_join worker_join tokens version python"
     assert set(daemon.address) == set(expected.split())
     assert daemon.address["boot_id"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     assert abs(daemon.address["started"] - time.time()) < 60
@@ -354,11 +354,10 @@ async def take_relayed(worker: Wire) -> m.Message:
 
 async def test_a_nested_client_is_served_through_its_worker(daemon: Daemon) -> None:
     client, worker, _ = await open_nested(daemon)
-    worker.send(wrap(SESSION, m.AskStatus(5)))
+    worker.send(wrap(SESSION, m.AskFunction(5, FUNCTION, {})))
     answer = await take_relayed(worker)
-    assert isinstance(answer, m.StatusInfo)
-    assert answer.request_id == 5
-    assert [call["function"] for call in answer.status["calls"]] == ["f"]
+    assert isinstance(answer, m.FunctionInfo)
+    assert (answer.request_id, answer.info["running"]) == (5, 1)
     await client.close()
     await worker.close()
 
@@ -384,8 +383,9 @@ async def test_blobs_of_a_nested_client_travel_inside_its_session(daemon: Daemon
     [
         m.Relay(SESSION, b"\xc1 not msgpack", b""),
         m.Relay(SESSION, m.encode_header(m.AskShutdown(1, True)), b""),
+        m.Relay(SESSION, m.encode_header(m.AskStatus(1)), b""),
     ],
-    ids=["malformed", "not allowed"],
+    ids=["malformed", "not allowed", "would tell the ids of all calls"],
 )
 async def test_a_fault_of_a_nested_client_ends_its_session_alone(
     daemon: Daemon, bad: m.Relay
@@ -396,7 +396,7 @@ async def test_a_fault_of_a_nested_client_ends_its_session_alone(
     assert isinstance(goodbye, m.Goodbye)
     assert goodbye.code == "protocol"
     assert (await worker.take(m.SessionClosed)).session_id == SESSION
-    worker.send(wrap(SESSION, m.AskStatus(1)))  # too late, and nobody's fault
+    worker.send(wrap(SESSION, m.AskCall(1, CALL)))  # too late, and nobody's fault
     worker.send(report(lease, b"result"))
     assert (await client.take(m.Outputs)).payload == b"result"
     assert not worker.lost
@@ -406,7 +406,7 @@ async def test_a_fault_of_a_nested_client_ends_its_session_alone(
 
 async def test_a_session_ends_with_its_worker(daemon: Daemon) -> None:
     client, worker, _ = await open_nested(daemon)
-    worker.send(wrap(SESSION, m.AskStatus(1)))
+    worker.send(wrap(SESSION, m.AskCall(1, CALL)))
     await take_relayed(worker)
     assert (await client.ask_status())["sessions"] == 2
     await worker.close()

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from fanout_scheduler.clock import GAP_S, TICK_INTERVAL_S, Clock
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import Command
 from fanout_scheduler.home import Home
-from fanout_scheduler.server import GAP_S, TICK_INTERVAL_S, Clock, Options, SchedulerServer
+from fanout_scheduler.server import Options, SchedulerServer
 from tests.server_kit import Daemon, dial, dial_worker
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fanout.exceptions import ExecutionError, StorageError
-from fanout_scheduler.home import Home, write_private
+from fanout.filesystem import write_private
+from fanout_scheduler.home import Home
 from fanout_scheduler.tokens import Tokens
 from tests.conftest import environment
 

@@ -68,7 +68,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
     lines = [_scheduler_line(status)]
     if status.get("home"):
         lines.append(f"{_GAP}state in {status['home']}")
-    lines += _section(
+    lines += section_lines(
         "workers",
         ("NAME", "CPU FREE", "MEMORY MIB", "CONTAINERS", "STATE"),
         [
@@ -82,7 +82,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
             for worker in status.get("workers", [])
         ],
     )
-    lines += _section(
+    lines += section_lines(
         "containers",
         ("ID", "FUNCTION", "WORKER", "STATE", "LEASES", "WAITS"),
         [
@@ -90,7 +90,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
             for container in status.get("containers", [])
         ],
     )
-    lines += _section(
+    lines += section_lines(
         "functions",
         ("NAME", "APP", "CONTAINERS", "MAX"),
         [
@@ -99,7 +99,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         ],
     )
     calls = status.get("calls", [])
-    lines += _section(
+    lines += section_lines(
         "calls",
         ("ID", "FUNCTION", "STATE", "INPUTS", "QUEUED", "RUNNING", "DONE", "KIND", "WAITS FOR"),
         [_call_row(call) for call in calls],
@@ -130,7 +130,8 @@ def _call_row(call: dict[str, Any]) -> list[Any]:
     return [*head, *counts, kind, call.get("waiting_for")]
 
 
-def _section(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+def section_lines(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A title and a table below it, an empty line before."""
     if not rows:
         return ["", f"{title}: none"]
     table = [list(heads)] + [[_cell(value) for value in row] for row in rows]

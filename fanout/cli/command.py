@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fanout
-from fanout.cli import cluster, daemon
+from fanout.cli import cluster, daemon, token
 
 app = typer.Typer(
     name="fanout",
@@ -56,3 +56,4 @@ app.command("scheduler", short_help="Run a scheduler for several hosts.")(daemon
 app.command("worker", short_help="Run a worker on this host.")(daemon.worker)
 app.command("status", short_help="Show what runs, and what waits for what.")(cluster.status)
 app.command("stop", short_help="End the daemons that fanout started here by itself.")(cluster.stop)
+app.add_typer(token.app, name="token", short_help="Create, list and revoke tokens.")

@@ -16,6 +16,8 @@ carries the boot id of now and the process with its pid is one of ours.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -44,7 +46,8 @@ MODULES = {"scheduler": "fanout_scheduler", "worker": "fanout_worker"}
 class Daemon:
     """One process of the embedded default, as its file describes it.
 
-    `host`, `port`, `client_join` and `worker_join` are empty for a worker.
+    All but `kind` and `pid` are empty for a worker. `tokens` says which tokens are in force: the
+    `digest` of `fanout.protocol.tokens.Content`.
     """
 
     kind: str
@@ -53,6 +56,7 @@ class Daemon:
     port: int = 0
     client_join: str = ""
     worker_join: str = ""
+    tokens: str = ""
 
 
 # --- the folder -----------------------------------------------------------------------------------
@@ -99,8 +103,7 @@ def make_folder(path: str, mount_table: str = MOUNT_TABLE) -> str:
             f"the database do not work. Set FANOUT_HOME to a folder on a local disk."
         )
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        _make_private(path)
         owner = os.stat(path).st_uid
         if owner == os.geteuid():
             os.chmod(path, 0o700)
@@ -115,6 +118,19 @@ def make_folder(path: str, mount_table: str = MOUNT_TABLE) -> str:
             f"Set FANOUT_HOME to a folder of your own."
         )
     return path
+
+
+def _make_private(path: str) -> None:
+    """Make a folder and those above it that are not there, each with mode 0700: `os.makedirs` has
+    that for the last one only, and whoever may write to one above could put another in its place.
+    """
+    above = os.path.dirname(path)
+    if above != path and not os.path.isdir(above):
+        _make_private(above)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, mode=0o700)
+    if not os.path.isdir(path):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
 
 
 def _machine_id() -> str:
@@ -190,6 +206,7 @@ def _read(home: str, kind: str, name: str) -> Daemon | None:
             port=int(data.get("port", 0)),
             client_join=str(data.get("client_join", "")),
             worker_join=str(data.get("worker_join", "")),
+            tokens=str(data.get("tokens", "")),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         # Files are replaced in one step, so a damaged one is not a file being written: whoever

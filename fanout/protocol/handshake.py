@@ -194,8 +194,11 @@ class ListenerHandshake:
         hello, token = self._hello, self._token
         assert hello is not None
         expected = make_proof(DIALLER_LABEL, self._secret, hello, self._nonce, self._fingerprint)
-        # The comparison comes first, so that an unknown token costs the same as a wrong secret.
+        # The comparison comes first, so that an unknown token costs the same as a wrong secret. A
+        # token may have been withdrawn since the Hello.
         if not hmac.compare_digest(expected, proof.proof) or token is None:
+            raise AuthError(_REFUSED)
+        if self._tokens(hello.token_id) != token:
             raise AuthError(_REFUSED)
         if token.role != hello.role or token.role not in FROM_ROLE:
             # Only one who holds the secret gets here, so this tells nothing to a stranger.

@@ -1335,7 +1335,7 @@ FROM_CLIENT: frozenset[type[Message]] = BLOB_KINDS | OBJECT_REQUESTS | {
     TerminateCall, AskCallGraph, WatchProgress,
 }  # fmt: skip
 FROM_NESTED_CLIENT: frozenset[type[Message]] = (FROM_CLIENT | {SessionWaits, SessionRuns}) - {
-    AskShutdown, OpenApp, CloseApp, WatchProgress,
+    AskShutdown, AskStatus, OpenApp, CloseApp, WatchProgress,
 }  # fmt: skip
 FROM_WORKER: frozenset[type[Message]] = BLOB_KINDS | {
     Goodbye, Heartbeat, WorkerReady, ContainerStarted, ContainerExited, LeaseOutputs, LeaseItems,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import os
 import socket
+import ssl
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -42,10 +44,16 @@ __all__ = [
     "serve_unix",
 ]
 
-#: A listener gives a stranger this long to prove its role.
+logger = logging.getLogger("fanout.protocol")
+
+#: A listener gives a stranger this long to prove its role, and as long before for TLS.
 HANDSHAKE_TIMEOUT_S = 10.0
-#: Connections that have proved nothing yet; the oldest goes when one more comes.
+#: Connections that have proved nothing yet; the oldest goes when one more comes. Each holds a
+#: descriptor, and a scheduler without descriptors can do nothing.
 UNPROVED_COUNT_MAX = 256
+BACKLOG = 1024
+#: Without descriptors, a listener tries again after this long.
+ACCEPT_RETRY_S = 0.2
 #: `sun_path` of Linux has 108 bytes, one of them for the end.
 UNIX_PATH_SIZE_BYTES_MAX = 107
 
@@ -186,9 +194,10 @@ class Server:
     ) -> None:
         self._make_connection = make_connection
         self._make_handler = make_handler
-        self._listener: asyncio.AbstractServer | None = None
+        self._listener: asyncio.Server | _TlsListener | None = None
+        self._tls_listener: _TlsListener | None = None
         #: Those that have proved nothing yet, oldest first, with their deadlines.
-        self._unproved: dict[Transport, asyncio.TimerHandle] = {}
+        self._unproved: dict[Transport | _TlsGate, asyncio.TimerHandle] = {}
         self._transports: set[Transport] = set()
         self._path: str | None = None
         #: The TCP port; 0 for a unix socket.
@@ -207,16 +216,20 @@ class Server:
 
     async def wait_closed(self) -> None:
         """After `close`: until the sockets of all connections are gone."""
+        if self._tls_listener is not None:
+            await self._tls_listener.wait_closed()
         for transport in list(self._transports):
             await transport.wait_closed()
 
     def make_transport(self) -> Transport:
-        """For asyncio: the protocol of a connection that was just accepted."""
-        return Transport(self._accept, self._open, self._forget)
+        """For asyncio: the protocol of a connection that was accepted, and is past TLS."""
+        return Transport(self._accept, self._open, self.forget)
 
-    def attach(self, listener: asyncio.Server, path: str | None = None) -> None:
+    def attach(self, listener: asyncio.Server | _TlsListener, path: str | None = None) -> None:
         """Take over the listening socket."""
         self._listener = listener
+        if isinstance(listener, _TlsListener):
+            self._tls_listener = listener
         self._path = path
         if path is None:
             self.port = listener.sockets[0].getsockname()[1]
@@ -224,13 +237,17 @@ class Server:
     def _accept(self, sink: asyncio.Transport) -> Connection:
         transport = cast(Transport, sink.get_protocol())
         self._transports.add(transport)
+        self.admit(transport)
+        return self._make_connection(sink)
+
+    def admit(self, stranger: Transport | _TlsGate) -> None:
+        """Let somebody in who has proved nothing yet, for a while."""
         if len(self._unproved) >= UNPROVED_COUNT_MAX:
             oldest = next(iter(self._unproved))
             self._unproved.pop(oldest).cancel()
             oldest.abort()
         loop = asyncio.get_running_loop()
-        self._unproved[transport] = loop.call_later(HANDSHAKE_TIMEOUT_S, self._expire, transport)
-        return self._make_connection(sink)
+        self._unproved[stranger] = loop.call_later(HANDSHAKE_TIMEOUT_S, self._expire, stranger)
 
     def _open(self, transport: Transport) -> PeerHandler:
         deadline = self._unproved.pop(transport, None)
@@ -238,15 +255,122 @@ class Server:
             deadline.cancel()
         return self._make_handler(transport)
 
-    def _expire(self, transport: Transport) -> None:
+    def _expire(self, stranger: Transport | _TlsGate) -> None:
         # It counts as unproved until its socket is gone.
-        transport.fail(AuthError(f"nothing was proved within {HANDSHAKE_TIMEOUT_S:g} s"))
+        if isinstance(stranger, _TlsGate):
+            stranger.abort()
+        else:
+            stranger.fail(AuthError(f"nothing was proved within {HANDSHAKE_TIMEOUT_S:g} s"))
 
-    def _forget(self, transport: Transport) -> None:
-        self._transports.discard(transport)
-        deadline = self._unproved.pop(transport, None)
+    def forget(self, stranger: Transport | _TlsGate) -> None:
+        """It is gone, or it is something else from here on."""
+        if isinstance(stranger, Transport):
+            self._transports.discard(stranger)
+        deadline = self._unproved.pop(stranger, None)
         if deadline is not None:
             deadline.cancel()
+
+
+class _TlsGate:
+    """A connection that was accepted, until its TLS handshake is done.
+
+    Event loops accept for TLS too, but tell nobody of a connection before its handshake is over:
+    then strangers who begin one and stop could take all descriptors.
+    """
+
+    def __init__(self, server: Server, accepted: socket.socket, context: ssl.SSLContext) -> None:
+        self._socket = accepted
+        #: Ends when the handshake is done or given up.
+        self.task = asyncio.get_running_loop().create_task(self._shake_hands(server, context))
+
+    def abort(self) -> None:
+        """End it now."""
+        self.task.cancel()
+
+    async def wait_closed(self) -> None:
+        """After `abort`: until its socket is gone."""
+        await asyncio.gather(self.task, return_exceptions=True)
+
+    async def _shake_hands(self, server: Server, context: ssl.SSLContext) -> None:
+        server.admit(self)
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                server.make_transport,
+                self._socket,
+                ssl=context,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+            )
+        except OSError as error:
+            logger.info("a stranger did not get through the TLS handshake: %s", error)
+            self._socket.close()
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            server.forget(self)
+
+
+class _TlsListener:
+    """Listening sockets whose connections begin with a TLS handshake."""
+
+    def __init__(self, server: Server, context: ssl.SSLContext) -> None:
+        self._server = server
+        self._context = context
+        self._loop = asyncio.get_running_loop()
+        self._gates: set[_TlsGate] = set()
+        self.sockets: list[socket.socket] = []
+
+    def bind(self, host: str, port: int) -> None:
+        """Raises OSError if one of the addresses cannot be bound."""
+        # Once, at the start; in a thread it would leave that behind.
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        try:
+            for family, _, _, _, address in dict.fromkeys(found):
+                listening = socket.socket(family, socket.SOCK_STREAM)
+                self.sockets.append(listening)
+                listening.setblocking(False)
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listening.bind(address)
+                listening.listen(BACKLOG)
+        except OSError:
+            for listening in self.sockets:
+                listening.close()
+            raise
+        for listening in self.sockets:
+            self._loop.add_reader(listening, self._accept, listening)
+
+    def close(self) -> None:
+        for listening in self.sockets:
+            self._loop.remove_reader(listening)
+            listening.close()
+        for gate in self._gates:
+            gate.abort()
+
+    async def wait_closed(self) -> None:
+        for gate in list(self._gates):
+            await gate.wait_closed()
+
+    def _accept(self, listening: socket.socket) -> None:
+        try:
+            accepted, _ = listening.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # No descriptor is left. The connection waits in the kernel meanwhile.
+            logger.error("cannot accept a connection: %s", error)
+            self._loop.remove_reader(listening)
+            self._loop.call_later(ACCEPT_RETRY_S, self._resume, listening)
+            return
+        accepted.setblocking(False)
+        gate = _TlsGate(self._server, accepted, self._context)
+        self._gates.add(gate)
+        gate.task.add_done_callback(lambda _: self._gates.discard(gate))
+
+    def _resume(self, listening: socket.socket) -> None:
+        if listening.fileno() >= 0:
+            self._loop.add_reader(listening, self._accept, listening)
 
 
 async def serve(
@@ -293,12 +417,12 @@ async def serve(
         return handler(transport, hello, hello.role)
 
     server = Server(make_connection, make_handler)
-    options: dict[str, Any] = {}
-    if tls is not None:
-        options = {"ssl": tls.server_context(), "ssl_handshake_timeout": HANDSHAKE_TIMEOUT_S}
-    server.attach(
-        await loop.create_server(server.make_transport, host, port, backlog=1024, **options)
-    )
+    if tls is None:
+        server.attach(await loop.create_server(server.make_transport, host, port, backlog=BACKLOG))
+    else:
+        listener = _TlsListener(server, tls.server_context())
+        listener.bind(host, port)
+        server.attach(listener)
     return server
 
 
@@ -330,7 +454,7 @@ async def serve_unix(
         )
     loop = asyncio.get_running_loop()
     server = Server(lambda _: Connection(ContainerListener(accept, allowed)), handler)
-    listener = await loop.create_unix_server(server.make_transport, path, backlog=1024)
+    listener = await loop.create_unix_server(server.make_transport, path, backlog=BACKLOG)
     os.chmod(path, 0o600)
     server.attach(listener, path)
     return server

@@ -69,6 +69,33 @@ UNANSWERED_COUNT_MIN = 2
 TCP_INFO = struct.Struct("=xxBB4x48xI")
 
 
+#: Warnings about strangers in an interval, so that nobody without a token fills a log.
+STRANGER_WARNINGS_MAX = 10
+STRANGER_INTERVAL_S = 60.0
+
+
+class _StrangerLog:
+    """Warns of peers that were turned away before they had proved anything: of the first few in an
+    interval by their faults, of the others by their number, with the first of the next interval."""
+
+    def __init__(self) -> None:
+        self._began_at = 0.0
+        self._count = 0
+
+    def warn(self, now: float, text: str) -> None:
+        if now >= self._began_at + STRANGER_INTERVAL_S:
+            unnamed = self._count - STRANGER_WARNINGS_MAX
+            if unnamed > 0:
+                logger.warning("%d more strangers were turned away", unnamed)
+            self._began_at, self._count = now, 0
+        self._count += 1
+        if self._count <= STRANGER_WARNINGS_MAX:
+            logger.warning("turning a stranger away, %s", text)
+
+
+_strangers = _StrangerLog()
+
+
 class PeerHandler(Protocol):
     """What happens at an open connection. Called from the event loop."""
 
@@ -333,7 +360,10 @@ class Transport(asyncio.Protocol):
 
     def _receive_failed(self, error: Exception) -> None:
         if isinstance(error, ProtocolError | ConnectionError):
-            logger.warning("closing the connection to %s: %s", self.address, error)
+            if self._handler is not None:
+                logger.warning("closing the connection to %s: %s", self.address, error)
+            else:
+                _strangers.warn(self._loop.time(), f"{self.address}: {error}")
             self.fail(error)
             return
         logger.error("a bug closes the connection to %s", self.address, exc_info=error)

@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         # The name stands for two addresses, which would get two different free ports.
         options.host = "127.0.0.1"
     os.umask(0o077)
+    # Each client and worker is a descriptor; the usual soft limit is 1024.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         if options.embedded and not is_loopback(options.host):
             raise InvalidError(
@@ -175,6 +178,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class LimitedFileHandler(logging.FileHandler):
+    """A file that becomes `<name>.1` when it is full. The one of the standard library imports
+    pickle, and nothing that can unpickle is loaded in a scheduler."""
+
+    def __init__(self, path: Path, size_bytes_max: int = LOG_SIZE_BYTES_MAX) -> None:
+        super().__init__(path, delay=True)
+        self._size_bytes_max = size_bytes_max
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if self.stream is not None and self.stream.tell() > self._size_bytes_max:
+                self.stream.close()
+                # The next line opens it.
+                self.stream = None
+                os.replace(self.baseFilename, f"{self.baseFilename}.1")
+        except OSError:
+            self.handleError(record)
+        super().emit(record)
+
+
 def _set_up_log(home: Home, is_embedded: bool) -> None:
     level = os.environ.get("FANOUT_LOG", "warning").upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
@@ -183,12 +206,8 @@ def _set_up_log(home: Home, is_embedded: bool) -> None:
         )
     handler: logging.Handler
     if is_embedded:
-        from logging.handlers import RotatingFileHandler
-
         try:
-            handler = RotatingFileHandler(
-                home.log, maxBytes=LOG_SIZE_BYTES_MAX, backupCount=1, delay=True
-            )
+            handler = LimitedFileHandler(home.log)
         except OSError as error:
             raise StorageError(f"the log {home.log} cannot be opened: {error}") from error
     else:

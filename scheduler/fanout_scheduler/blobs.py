@@ -13,9 +13,9 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from fanout.filesystem import sync_folder
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import FileBlobStore
-from fanout_scheduler.home import sync_folder
 
 log = logging.getLogger("fanout.scheduler.blobs")
 

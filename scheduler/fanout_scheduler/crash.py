@@ -18,6 +18,8 @@ from typing import Any
 #: A bug that strikes at each frame must not fill the disk.
 _CRASH_FILES_MAX = 20
 _SHOWN_BYTES_MAX = 32
+#: Bytes of the user's, however few; other short ones are ids.
+_USERS_FIELDS = frozenset({"payload", "key", "partition"})
 
 
 def describe(value: Any) -> str:
@@ -26,7 +28,9 @@ def describe(value: Any) -> str:
         size = len(value)
         return bytes(value).hex() if size <= _SHOWN_BYTES_MAX else f"<{size} bytes>"
     if is_dataclass(value) and not isinstance(value, type):
-        inner = ", ".join(f"{f.name}={describe(getattr(value, f.name))}" for f in fields(value))
+        inner = ", ".join(
+            f"{f.name}={_field(f.name, getattr(value, f.name))}" for f in fields(value)
+        )
         return f"{type(value).__name__}({inner})"
     if isinstance(value, list | tuple):
         return f"[{', '.join(describe(item) for item in value[:20])}]"
@@ -35,6 +39,12 @@ def describe(value: Any) -> str:
         return f"{{{', '.join(str(key) for key in list(value)[:50])}}}"
     text = repr(value)
     return text if len(text) <= 500 else text[:497] + "..."
+
+
+def _field(name: str, value: Any) -> str:
+    if name in _USERS_FIELDS and isinstance(value, bytes | bytearray | memoryview):
+        return f"<{len(value)} bytes>"
+    return describe(value)
 
 
 def write_crash(

@@ -5,6 +5,7 @@
 | `scheduler.lock` | locked by the running scheduler for its whole life; holds its pid |
 | `scheduler.json` | where it listens and the join strings; there while it can be reached |
 | `start.lock` | held by whoever starts a scheduler, and by an idle scheduler that leaves |
+| `tokens.lock` | held while the tokens are changed |
 | `scheduler.db`, `store.key`, `tokens.json`, `blobs/` | what outlives the process |
 | `scheduler.log`, `crash-*.txt` | for people |
 
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fanout.exceptions import ExecutionError, StorageError
-from fanout.filesystem import MOUNT_TABLE, network_file_system_of
+from fanout.filesystem import MOUNT_TABLE, network_file_system_of, write_private
 
 
 class Home:
@@ -160,34 +161,6 @@ class Home:
 def boot_id() -> str:
     """Changes at each start of the machine, so that a pid of an earlier one is not trusted."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Replace a file in one step, mode 0600; a reader sees the old or the new content, whole.
-
-    It is on disk when this returns.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Have the names in a folder on disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _try_flock(descriptor: int) -> bool:

@@ -26,9 +26,10 @@ from fanout.config import SPAWNED_SIZE_BYTES_MAX
 from fanout.exceptions import AuthError, InternalError, ProtocolError, StorageError
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import BlobExchange
-from fanout.protocol.join import JoinString
+from fanout.protocol.join import JoinString, Token
 from fanout.protocol.transport import Server, Transport, serve
 from fanout_scheduler.blobs import BlobKeeper
+from fanout_scheduler.clock import TICK_INTERVAL_S, Clock
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
     BlobCompleted,
@@ -55,7 +56,7 @@ from fanout_scheduler.crash import describe, write_crash
 from fanout_scheduler.home import Home, boot_id
 from fanout_scheduler.relay import VirtualTransport, unwrap
 from fanout_scheduler.store import StoreThread, blob_ids_of, load_key
-from fanout_scheduler.tokens import Tokens
+from fanout_scheduler.tokens import REVOKED, Tokens
 
 if TYPE_CHECKING:
     from fanout.protocol.tls import TlsIdentity
@@ -68,9 +69,6 @@ TIMER_STEP_S = 0.001
 #: Turns less than this apart mean load: then events are gathered.
 BUSY_GAP_S = 0.0001
 
-#: How often the clock is looked at when nothing happens, and what beyond that is a gap.
-TICK_INTERVAL_S = 0.5
-GAP_S = 1.0
 #: Peers get this long to take what was sent to them before a scheduler that leaves.
 LEAVE_TIMEOUT_S = 2.0
 #: The cipher is loaded this long after the start, out of the way of the first client.
@@ -93,31 +91,6 @@ _NAMING_TYPES: frozenset[type[m.Message]] = frozenset(
 
 
 AnyTransport = Transport | VirtualTransport
-
-
-class Clock:
-    """Seconds since some point, growing only while this process runs.
-
-    It must be asked at least every `TICK_INTERVAL_S`; when it was not asked for `GAP_S` longer
-    than that, the process did not run, and the time since it was last asked is left out. So a
-    deadline that was not reached before the gap is not reached by it.
-    """
-
-    __slots__ = ("_last", "_time", "skipped_s")
-
-    def __init__(self, source: Callable[[], float] = time.monotonic) -> None:
-        self._time = source
-        self._last = source()
-        self.skipped_s = 0.0
-
-    def now(self) -> float:
-        current = self._time()
-        elapsed = current - self._last
-        self._last = current
-        if elapsed > TICK_INTERVAL_S + GAP_S:
-            self.skipped_s += elapsed
-            log.warning("the scheduler did not run for %.1f s; deadlines are moved", elapsed)
-        return current - self.skipped_s
 
 
 @dataclass(slots=True)
@@ -149,6 +122,7 @@ class Peer:
         "reason",
         "role",
         "sessions",
+        "token",
         "transport",
         "unfinished_count",
         "worker",
@@ -160,10 +134,13 @@ class Peer:
         peer_id: PeerId,
         role: str,
         transport: Transport | VirtualTransport,
+        token: Token | None = None,
     ) -> None:
         self._server = server
         self.peer_id = peer_id
         self.role = role
+        #: What it was let in by; None for a session, which ends with its worker.
+        self.token = token
         self.transport = transport
         self.exchange = BlobExchange(
             server.blobs.store, transport.send, transport.send_bulk, self._blob_completed
@@ -314,6 +291,7 @@ class SchedulerServer:
             handler=self._connected,
             tls=options.tls,
         )
+        self._port = listener.port
         address = self._address(listener.port)
         self.home.publish(address)
         self._tick()
@@ -369,6 +347,7 @@ class SchedulerServer:
             "port": port,
             "epoch": self.epoch,
             **joins,
+            "tokens": self.tokens.digest,
             "version": _version(),
             "python": sys.executable,
         }
@@ -387,15 +366,16 @@ class SchedulerServer:
         return m.Welcome(self.epoch, info)
 
     def _connected(self, transport: Transport, hello: m.Hello, role: str) -> Peer:
-        peer = self._add_peer(role, transport)
+        peer = self._add_peer(role, transport, self.tokens.lookup(hello.token_id))
         self._connection_count += 1
-        self.events.append(PeerConnected(peer.peer_id, role, hello.session_id, hello.info))
+        info = hello.info | {"token_id": hello.token_id}
+        self.events.append(PeerConnected(peer.peer_id, role, hello.session_id, info))
         self.schedule_turn()
         return peer
 
-    def _add_peer(self, role: str, transport: AnyTransport) -> Peer:
+    def _add_peer(self, role: str, transport: AnyTransport, token: Token | None = None) -> Peer:
         self._peer_count += 1
-        peer = Peer(self, PeerId(self._peer_count), role, transport)
+        peer = Peer(self, PeerId(self._peer_count), role, transport, token)
         self._peers[peer.peer_id] = peer
         log.info("= peer %d (%s) connected", peer.peer_id, role)
         return peer
@@ -413,7 +393,23 @@ class SchedulerServer:
         if isinstance(carrier, Transport) and not carrier.is_writable:
             self.events.append(PeerWritable(session.peer_id, False))
 
-    def lose(self, peer: Peer, reason: str) -> None:
+    def _reread_tokens(self) -> None:
+        """Follow the token file: whoever came with a token that is not in it any more goes, and
+        does not come back, so nothing waits for it."""
+        if not self.tokens.reread():
+            return
+        for peer in list(self._peers.values()):
+            if peer.token is not None and self.tokens.lookup(peer.token.token_id) != peer.token:
+                text = REVOKED.format(token_id=peer.token.token_id)
+                self.disconnect(peer, "auth", text)
+                self.lose(peer, text, is_final=True)
+        try:
+            # Says that the change is in force, and which tokens new clients shall use.
+            self.home.publish(self._address(self._port))
+        except OSError as error:
+            log.error("%s cannot be written: %s", self.home.address, error)
+
+    def lose(self, peer: Peer, reason: str, is_final: bool = False) -> None:
         """A peer is gone, and with a worker the sessions that came through it."""
         if peer.is_gone:
             return
@@ -429,7 +425,7 @@ class SchedulerServer:
             if peer.worker.sessions.get(session_id) is peer:
                 del peer.worker.sessions[session_id]
         log.info("= peer %d (%s) lost: %s", peer.peer_id, peer.role, reason)
-        self.events.append(PeerLost(peer.peer_id, reason))
+        self.events.append(PeerLost(peer.peer_id, reason, is_final))
         self.schedule_turn()
 
     # --- turns -----------------------------------------------------------------------------------
@@ -600,6 +596,7 @@ class SchedulerServer:
 
     def _tick(self) -> None:
         now = self.clock.now()
+        self._reread_tokens()
         self.blobs.expire(now)
         self._hear_unfinished()
         self._leave_if_idle(now)

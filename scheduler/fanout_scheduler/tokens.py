@@ -1,18 +1,28 @@
-"""The two secrets of a scheduler: one lets clients in, the other lets workers in.
+"""Who may join, as the running scheduler knows it.
 
-They are made at the first start and kept, so that join strings which people have copied go on
-working after a restart. To void them, stop the scheduler and delete the file.
+Two tokens are made at the first start, one for clients and one for workers, and kept, so that join
+strings which people have copied go on working after a restart. `fanout token` makes more and
+withdraws them; see `fanout/protocol/tokens.py` for how the two agree.
 """
 
 from __future__ import annotations
 
-import base64
-import json
+import logging
+import os
+import time
 from pathlib import Path
 
 from fanout.exceptions import StorageError
-from fanout.protocol.join import ROLES, SECRET_SIZE_BYTES, Token
-from fanout_scheduler.home import write_private
+from fanout.protocol.join import ROLES, Token
+from fanout.protocol.tokens import Content, Entry, TokenFile
+
+#: What the holder of a token that is not valid any more reads.
+REVOKED = (
+    "the token {token_id} was revoked at the scheduler; whoever runs the scheduler gives out a new "
+    "join string with `fanout token create`"
+)
+
+log = logging.getLogger("fanout.scheduler")
 
 
 class Tokens:
@@ -23,61 +33,53 @@ class Tokens:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            tokens = [Token.new(role) for role in ROLES]
-            write_private(path, _dump(tokens))
-        else:
-            # Whoever copied the folder may have lost the mode on the way.
-            path.chmod(0o600)
-            tokens = self._parse(data)
-        self._by_id = {token.token_id: token for token in tokens}
-        self._by_role = {token.role: token for token in tokens}
+        self._file = TokenFile(path)
+        if not path.exists():
+            now = time.time()
+            self._file.write(tuple(Entry(Token.new(role), made_at=now) for role in ROLES))
+        # Whoever copied the folder may have lost the mode on the way.
+        path.chmod(0o600)
+        # Looked at before it is read: a change in between is then seen the next time.
+        self._seen = self._look()
+        self._take(self._file.read())
 
     def lookup(self, token_id: str) -> Token | None:
         """The token with this public id, or None."""
         return self._by_id.get(token_id)
 
     def of_role(self, role: str) -> Token:
-        """The token that lets peers of this role ("client" or "worker") in."""
-        return self._by_role[role]
+        """The oldest token that lets peers of this role ("client" or "worker") in."""
+        return next(token for token in self._by_id.values() if token.role == role)
 
-    def _parse(self, data: bytes) -> list[Token]:
+    def reread(self) -> bool:
+        """Take what is in the file now. Returns whether it is something else than before.
+
+        A file that is damaged or gone changes nothing: whoever was let in by what it held stays,
+        and the log says so once.
+        """
+        seen = self._look()
+        if seen == self._seen:
+            return False
+        self._seen = seen
         try:
-            tokens = [
-                Token(
-                    token_id=entry["token_id"],
-                    role=entry["role"],
-                    secret=base64.urlsafe_b64decode(entry["secret"]),
-                )
-                for entry in json.loads(data)["tokens"]
-            ]
-            is_whole = {token.role for token in tokens} == set(ROLES) and all(
-                type(token.token_id) is str and len(token.secret) == SECRET_SIZE_BYTES
-                for token in tokens
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damage(repr(error)) from error
-        if not is_whole:
-            raise self._damage("it lacks a token, or a secret has the wrong size")
-        return tokens
+            content = self._file.read()
+        except (OSError, StorageError) as error:
+            log.error("the tokens that were read before stay in force: %s", error)
+            return False
+        if content.digest == self.digest:
+            return False
+        self._take(content)
+        return True
 
-    def _damage(self, detail: str) -> StorageError:
-        return StorageError(
-            f"the token file {self.path} is damaged: {detail}. Put a copy back, or delete it to "
-            f"have new tokens made; join strings that were given out then end."
-        )
+    def _take(self, content: Content) -> None:
+        #: Which content of the file is in force.
+        self.digest = content.digest
+        self._by_id = {entry.token.token_id: entry.token for entry in content.entries}
 
-
-def _dump(tokens: list[Token]) -> bytes:
-    entries = [
-        {
-            "token_id": token.token_id,
-            "role": token.role,
-            "secret": base64.urlsafe_b64encode(token.secret).decode("ascii"),
-        }
-        for token in tokens
-    ]
-    return json.dumps({"tokens": entries}, indent=1).encode() + b"\n"
+    def _look(self) -> tuple[int, int, int] | None:
+        """What changes with each replacement of the file; None when it is not there."""
+        try:
+            found = os.stat(self._file.path)
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size

@@ -109,6 +109,7 @@ class Daemon:
         self._is_acting = False
         self._is_leaving = False
         self._was_accepted = False
+        self._is_revoked = False
         self._heartbeats = 0
         self._leave = asyncio.Event()
         self._unreachable_since: float | None = None
@@ -303,7 +304,14 @@ class Daemon:
     def _on_goodbye(self, message: m.Goodbye) -> None:
         logger.info("= the scheduler says goodbye: %s", message.text)
         self._goodbye = message.text
-        if message.code == "shutdown" and self._options.is_embedded:
+        if message.code == "auth":
+            # Its token was revoked. It would be refused for ever, and what its containers do is
+            # done by others.
+            logger.error("the scheduler ends this worker: %s", message.text)
+            self._is_revoked = True
+            self._exit_code = 1
+            self._leave.set()
+        elif message.code == "shutdown" and self._options.is_embedded:
             self._leave.set()
 
     def _blob_completed(self, blob_id: bytes) -> None:
@@ -450,7 +458,7 @@ class Daemon:
     async def _end_containers(self) -> None:
         """Let what runs come to its end for a while, then kill it. Exit hooks may take longer."""
         deadline = self._loop.time() + self._host.settings.kill_grace_s
-        is_hurried = self._transport is None or self._options.is_embedded
+        is_hurried = self._transport is None or self._is_revoked or self._options.is_embedded
         for container in list(self._containers.values()):
             container.stop(kill=is_hurried)
         if self._tasks and not is_hurried:

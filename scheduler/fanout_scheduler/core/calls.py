@@ -57,7 +57,8 @@ def on_client_connected(state: State, peer: Peer, container: Container | None) -
         container.nested_peers[peer.peer_id] = peer
 
 
-def on_client_lost(state: State, peer: Peer) -> None:
+def on_client_lost(state: State, peer: Peer, is_final: bool = False) -> None:
+    """A client is gone: its session may come back for a while, unless that `is_final`."""
     session = peer.session
     if session is None or session.peer_id != peer.peer_id:
         return
@@ -65,6 +66,8 @@ def on_client_lost(state: State, peer: Peer) -> None:
     _detach(state, session, peer.peer_id)
     if session.container is not None:
         run_again(state, session.container, peer.peer_id)
+        end_session(state, session)
+    elif is_final:
         end_session(state, session)
     elif session.calls or session.apps or session.session_id in state.objects.ephemeral:
         state.at(state.now + CLIENT_GRACE_S, "session", session)
@@ -190,7 +193,10 @@ def on_open_call(state: State, peer: Peer, message: m.OpenCall) -> None:
     assert session is not None
     known = state.calls.get(message.call_id)
     if known is not None:
-        _resume_call(state, session, known)
+        if _may_resume(session, known):
+            _resume_call(state, session, known)
+        else:
+            _refuse_call(state, peer, message, "internal", "it is the call of another session")
         return
     if message.is_durable and (why := spawned.refusal(state, None)):
         _refuse_call(state, peer, message, "store", why)
@@ -268,6 +274,7 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
         depth=depth,
         ancestors=ancestors,
         service_s=state.service_clock_s,
+        is_from_before=message.is_resumed,
     )
     add_call(state, call)
     session.calls[call.call_id] = call
@@ -289,6 +296,17 @@ def _refuse_call(state: State, peer: Peer, message: m.OpenCall, code: str, why: 
     text = f"{REFUSED}{why}"
     payload = m.failure_payload(code, text)
     state.send(peer.peer_id, m.CallFailed(message.call_id, m.Status.FAILURE, payload))
+
+
+def _may_resume(session: Session, call: Call) -> bool:
+    """Whoever knows the id of a call may go on with it, but for clients in containers: their
+    workers are told the ids of calls that are not theirs."""
+    if session.container is None:
+        return True
+    if call.session is None:
+        # Spawned before a restart of the scheduler.
+        return session.container.function.app is call.function.app
+    return call.session.session_id == session.session_id
 
 
 def _resume_call(state: State, session: Session, call: Call) -> None:
@@ -549,12 +567,19 @@ def on_ask_shutdown(state: State, peer: Peer, message: m.AskShutdown) -> None:
         state.commands.append(Exit("a client asked for it"))
 
 
-def container_log(state: State, message: m.ContainerLog) -> None:
+def container_log(state: State, peer: Peer, message: m.ContainerLog) -> None:
     """Pass text on to the client at the root of the call; one that does not read loses it. What
     belongs to no call, as of a hook that runs behind the last one, goes to whose run it is."""
     container = state.containers.get(message.container_id)
+    if container is None or container.worker is not peer.worker:
+        state.note("log text of an unknown container")
+        return
     call = state.calls.get(message.call_id)
-    if call is None and container is not None and container.leases:
+    if call is not None and call.function is not container.function:
+        # Nothing of this call can ever have run there.
+        state.note("log text of an unknown container")
+        return
+    if call is None and container.leases:
         call = next(iter(container.leases.values())).call
     session: Session | None = None
     if call is not None:
@@ -562,7 +587,7 @@ def container_log(state: State, message: m.ContainerLog) -> None:
         if call.ancestors:
             root = call.ancestors[-1]
             session = next(iter(root.leases.values())).call.session if root.leases else None
-    elif container is not None:
+    else:
         session = next(iter(container.function.app.openers.values()), None)
     if session is None:
         state.note("log text that nobody read")
@@ -572,15 +597,15 @@ def container_log(state: State, message: m.ContainerLog) -> None:
         call_id.rjust(16, b"\0"), message.index, message.container_id, message.source,
         message.payload,
     )  # fmt: skip
-    peer = state.peers.get(session.peer_id) if session.peer_id else None
-    if peer is None or not peer.is_writable:
+    reader = state.peers.get(session.peer_id) if session.peer_id else None
+    if reader is None or not reader.is_writable:
         state.note("log text that nobody read")
         session.lost_text_bytes += len(message.payload)
         session.lost_text = replace(log, source=m.Source.SYSTEM, payload=b"")
         return
-    if peer.watch is not None and call is not None:
-        progress.name_call(state, peer.watch, call)
-    state.send(peer.peer_id, log)
+    if reader.watch is not None and call is not None:
+        progress.name_call(state, reader.watch, call)
+    state.send(reader.peer_id, log)
 
 
 def tell_lost_text(state: State, session: Session) -> None:

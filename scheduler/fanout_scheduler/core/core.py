@@ -82,6 +82,7 @@ PEER_MESSAGES: dict[type[m.Message], Callable[[State, Peer, Any], None]] = {
     m.ContainerStarted: workers.on_container_started,
     m.ContainerExited: workers.on_container_exited,
     m.CpuTimes: advice.on_cpu_times,
+    m.ContainerLog: calls.container_log,
     **objects.OBJECT_MESSAGES,
 }
 
@@ -179,19 +180,27 @@ class Scheduler:
         state = self.state
         peer = Peer(event.peer_id, event.role, event.session_id, event.info)
         state.peers[event.peer_id] = peer
-        if event.role == "client":
-            calls.on_client_connected(state, peer, None)
-        elif event.role == "nested":
-            container = state.containers.get(event.info.get("container_id", -1))
+        if event.role == "worker":
+            return
+        container = None
+        if event.role == "nested":
+            container = workers.container_of_nested(state, peer)
             if container is None:
                 # Perhaps one that is held for a client that is not back yet (`workers._hold`). It
                 # comes again after a moment, and must not believe that it is heard meanwhile.
                 state.note("nested client of an unknown container")
-                del state.peers[event.peer_id]
-                text = "its container is not in use"
-                state.commands.append(Disconnect(event.peer_id, "unknown", text))
+                self._refuse(peer, "the container of this session is not known at its worker")
                 return
-            calls.on_client_connected(state, peer, container)
+        session = state.sessions.get(event.session_id)
+        if session is not None and session.container is not container:
+            state.note("session id of somebody else")
+            self._refuse(peer, "its session id is that of another client")
+            return
+        calls.on_client_connected(state, peer, container)
+
+    def _refuse(self, peer: Peer, text: str) -> None:
+        del self.state.peers[peer.peer_id]
+        self.state.commands.append(Disconnect(peer.peer_id, "refused", text))
 
     def _on_peer_lost(self, event: PeerLost) -> None:
         peer = self.state.peers.pop(event.peer_id, None)
@@ -200,7 +209,7 @@ class Scheduler:
         if peer.role == "worker":
             workers.on_worker_lost(self.state, event.peer_id, peer)
         else:
-            calls.on_client_lost(self.state, peer)
+            calls.on_client_lost(self.state, peer, event.is_final)
 
     def _handle_frame(self, event: FrameReceived) -> None:
         state = self.state
@@ -218,8 +227,6 @@ class Scheduler:
             about_lease(state, event.peer_id, message)
         elif (of_peer := PEER_MESSAGES.get(kind)) is not None:
             of_peer(state, peer, message)
-        elif kind is m.ContainerLog:
-            calls.container_log(state, message)  # type: ignore[arg-type]
         else:
             self._handle_call_frame(peer, message)
 

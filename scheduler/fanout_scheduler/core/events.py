@@ -44,6 +44,8 @@ class PeerHeard:
 class PeerLost:
     peer_id: PeerId
     reason: str
+    #: It will not be let in again, so nobody waits for it to come back.
+    is_final: bool = False
 
 
 @dataclass(slots=True)

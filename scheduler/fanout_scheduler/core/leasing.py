@@ -273,8 +273,16 @@ def run_again(state: State, container: Container, peer_id: PeerId) -> None:
         end_wait(state, container)
 
 
+def lease_of(state: State, peer_id: PeerId, lease_id: int) -> Lease | None:
+    """The lease that a worker speaks of, if it is one of its own."""
+    lease = state.leases.get(lease_id)
+    if lease is None or lease.container.worker is not state.peers[peer_id].worker:
+        return None
+    return lease
+
+
 def on_lease_waits(state: State, peer_id: PeerId, message: m.LeaseWaits) -> None:
-    lease = state.leases.get(message.lease_id)
+    lease = lease_of(state, peer_id, message.lease_id)
     if lease is None:
         state.note("wait of an unknown lease")
         return
@@ -310,7 +318,7 @@ def cancel_lease(state: State, lease: Lease) -> None:
 
 
 def on_reclaimed(state: State, peer_id: PeerId, message: m.Reclaimed) -> None:
-    lease = state.leases.get(message.lease_id)
+    lease = lease_of(state, peer_id, message.lease_id)
     if lease is None:
         state.note("reclaim of an unknown lease")
         return

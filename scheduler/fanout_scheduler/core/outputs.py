@@ -35,7 +35,7 @@ def on_lease_outputs(state: State, peer_id: PeerId, message: m.LeaseOutputs) -> 
     worker = state.peers[peer_id].worker
     if worker is None:
         return
-    *waits, last = _accept(state, message) or (0,)
+    *waits, last = _accept(state, worker, message) or (0,)
     # Of several records any may come last. Until all are there, only what was before is safe.
     worker.unsafe += [(message.sequence - 1, store_sequence) for store_sequence in waits]
     note_report(state, worker, message.sequence, last)
@@ -54,7 +54,7 @@ def note_report(state: State, worker: Worker, sequence: int, store_sequence: int
         state.acknowledging_now[worker.worker_id] = worker
 
 
-def _accept(state: State, message: m.LeaseOutputs) -> list[int]:
+def _accept(state: State, worker: Worker, message: m.LeaseOutputs) -> list[int]:
     """Use a report. Returns the store sequences that make it safe, none when it is safe now."""
     start = message.start
     stop = start + len(message.statuses)
@@ -65,6 +65,9 @@ def _accept(state: State, message: m.LeaseOutputs) -> list[int]:
         and (lease.call.call_id != message.call_id or start < lease.start or stop > lease.end)
     ):
         state.note("report that does not fit its lease")
+        return []
+    if lease is not None and lease.container.worker is not worker:
+        state.note("report under somebody else's lease")
         return []
     if lease is not None:
         lease.heard_at = state.now
@@ -86,6 +89,9 @@ def _accept(state: State, message: m.LeaseOutputs) -> list[int]:
     waits: list[int] = []
     outputs = _as_outputs(message)
     fresh = _fresh(call, start, stop)
+    if fresh and lease is None and not _was_given(state, worker, call, message.lease_id):
+        state.note("report under a lease that its worker never had")
+        return []
     for low, high in fresh:
         part = cut_outputs(outputs, low, high)
         waits += _take(state, call, lease, part)
@@ -96,6 +102,14 @@ def _accept(state: State, message: m.LeaseOutputs) -> list[int]:
     if lease is not None:
         close_inputs(state, lease, start, stop)
     return waits
+
+
+def _was_given(state: State, worker: Worker, call: Call, lease_id: int) -> bool:
+    """Whether a lease that is not current may have been this worker's. Of leases of an earlier
+    life of the scheduler all that is known is which calls there may have been then."""
+    if lease_id >> m.EPOCH_SHIFT < state.epoch:
+        return call.is_from_before
+    return call.void.get(lease_id) == worker.worker_id
 
 
 def _fresh(call: Call, start: int, stop: int) -> list[tuple[int, int]]:
@@ -175,7 +189,7 @@ def _is_last_word(state: State, call: Call, lease: Lease | None, index: int, sta
     """Whether an output that is no plain value stands. A void lease was told to stop, so its
     failures mean nothing, and the items before its DONE were not taken: the input runs anew.
     An input with attempts left backs off."""
-    if lease is None:
+    if lease is None or index not in lease.open:
         state.note("failure under a void lease")
         return False
     return status == m.Status.DONE or not _retry(state, call, index)
@@ -303,7 +317,13 @@ def on_lease_items(state: State, peer_id: PeerId, message: m.LeaseItems) -> None
         return
     note_report(state, worker, message.sequence, 0)
     lease = state.leases.get(message.lease_id)
-    if lease is None or lease.call.call_id != message.call_id or lease.call.is_over:
+    if (
+        lease is None
+        or lease.container.worker is not worker
+        or lease.call.call_id != message.call_id
+        or message.index not in lease.open
+        or lease.call.is_over
+    ):
         state.note("items of an unknown lease")
         return
     lease.heard_at = state.now

@@ -83,6 +83,7 @@ def _restore_call(state: State, record: m.OpenCall) -> bool:
         depth=0,
         ancestors=(),
         method=method,
+        is_from_before=True,
     )
     if record.call_id not in state.calls:
         add_call(state, call)

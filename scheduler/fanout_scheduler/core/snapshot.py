@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from fanout.protocol import messages as m
@@ -18,6 +20,8 @@ def snapshot(state: State) -> dict[str, Any]:
         "epoch": state.epoch,
         "uptime_s": state.now - state.started_at,
         "sessions": len(state.sessions),
+        # Ids of tokens are public; how many connections each has.
+        "tokens": dict(Counter(_token_ids(state))),
         "workers": [
             {
                 "name": worker.name,
@@ -64,6 +68,13 @@ def _reserved_for(state: State, worker: Worker) -> str:
     if reservation is None or reservation.worker is not worker:
         return ""
     return reservation.function.definition.name
+
+
+def _token_ids(state: State) -> Iterator[str]:
+    for peer in state.peers.values():
+        token_id = peer.info.get("token_id")
+        if token_id is not None and peer.role != "nested":
+            yield token_id
 
 
 def _container(state: State, container: Container) -> dict[str, Any]:

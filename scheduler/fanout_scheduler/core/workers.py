@@ -24,12 +24,15 @@ START_FAILURES_MAX = 3
 
 def on_worker_ready(state: State, peer: Peer, message: m.WorkerReady) -> None:
     """A worker offers its resources; one that was here before replaces its former self."""
+    if peer.worker is not None:
+        text = "a connection is for one worker, and this one was ready before"
+        state.commands.append(Disconnect(peer.peer_id, "protocol", text))
+        return
     old = state.workers.get(message.worker_id)
     if old is not None:
         lose_worker(state, old)
-        if old.peer_id != peer.peer_id:
-            state.commands.append(Disconnect(old.peer_id, "replaced", "the worker is here anew"))
-            state.peers.pop(old.peer_id, None)
+        state.commands.append(Disconnect(old.peer_id, "replaced", "the worker is here anew"))
+        state.peers.pop(old.peer_id, None)
     worker = Worker(
         worker_id=message.worker_id,
         peer_id=peer.peer_id,
@@ -66,6 +69,9 @@ def _adopt(state: State, worker: Worker, container_id: int, function_id: bytes) 
     if function is None or container_id in state.containers:
         return False
     if function.app.is_closing and not function.app.open_count:
+        return False
+    if not 0 <= container_id < state.epoch << m.EPOCH_SHIFT | state.counter:
+        # No container has had this id yet, and the one that will get it is another one.
         return False
     limit = function.max_containers
     if limit is not None and len(function.containers) >= limit:
@@ -154,6 +160,7 @@ def lose_worker(state: State, worker: Worker) -> None:
 
 def _lose_container(state: State, container: Container) -> None:
     for lease in list(container.leases.values()):
+        lease.call.void[lease.lease_id] = container.worker.worker_id
         give_back_lease(state, lease)
     remove_container(state, container)
 
@@ -171,9 +178,18 @@ def remove_container(state: State, container: Container) -> None:
     objects.on_container_gone(state, container)
 
 
+def container_of_nested(state: State, peer: Peer) -> Container | None:
+    """The container that a nested client is in; None unless it is one of the worker's through
+    which the client came."""
+    container = state.containers.get(peer.info.get("container_id", -1))
+    if container is None or container.worker.peer_id != peer.info.get("worker"):
+        return None
+    return container
+
+
 def on_container_started(state: State, peer: Peer, message: m.ContainerStarted) -> None:
     container = state.containers.get(message.container_id)
-    if container is None:
+    if container is None or container.worker is not peer.worker:
         state.note("start of an unknown container")
         return
     if container.state == "starting":
@@ -195,8 +211,9 @@ def on_container_exited(state: State, peer: Peer, message: m.ContainerExited) ->
     if message.reason == "crash":
         _blame(state, container, message)
     function = container.function
+    was_starting = container.state == "starting"
     _lose_container(state, container)
-    if message.reason == "start":
+    if message.reason == "start" and was_starting:
         _on_start_failure(state, function, message)
 
 

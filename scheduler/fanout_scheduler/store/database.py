@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fanout.exceptions import StorageError
+from fanout.filesystem import sync_folder
 from fanout_scheduler.core.events import (
     ForgetApp,
     ForgetCall,
@@ -20,7 +21,6 @@ from fanout_scheduler.core.events import (
     ForgetRecord,
     Record,
 )
-from fanout_scheduler.home import sync_folder
 from fanout_scheduler.store.record import RowCodec, Write
 
 #: Grows whenever the tables or the stored messages change.

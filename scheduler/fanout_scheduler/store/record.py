@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fanout.exceptions import ProtocolError, StorageError
+from fanout.filesystem import write_private
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import (
     ForgetApp,
@@ -26,7 +27,6 @@ from fanout_scheduler.core.events import (
     Record,
 )
 from fanout_scheduler.core.object_state import OBJECT_RECORDS, record_key
-from fanout_scheduler.home import write_private
 
 if TYPE_CHECKING:
     from cryptography.fernet import Fernet
