@@ -22,7 +22,7 @@ from fanout.exceptions import ContainerStartError, ProtocolError
 from fanout.protocol import messages as m
 from fanout.remote_errors import encode_error
 from fanout_worker import channel as ch
-from fanout_worker import outcome, process, resources, shared
+from fanout_worker import leftovers, outcome, process, resources, shared
 from fanout_worker.concurrent import ConcurrentWay
 from fanout_worker.environment import Launch, plan_launch, start_info
 from fanout_worker.host import Host
@@ -57,7 +57,7 @@ class Container:
         self._leave_grace_s = host.settings.kill_grace_s
         if message.options.get("methods") is not None:
             self._leave_grace_s = max(self._leave_grace_s, host.settings.exit_grace_s)
-        self.memory = shared.SharedMemory.create()
+        self.memory = shared.SharedMemory.create(leftovers.mark_of(container_id))
         try:
             self.wire = Wire(host.loop, self.drain)
         except OSError:
@@ -99,6 +99,8 @@ class Container:
             # Leases and a stop may have been ordered meanwhile; they come behind it.
             info = start_info(launch, self.host.settings, self._message)
             info |= {"container_id": self.container_id, "secret": self.secret}
+            info |= {"mark": leftovers.mark_of(self.container_id)}
+            info |= {"group": self.host.leftovers.group_of(pid)}
             payload = self._message.payload
             self.wire.open([ch.prefix(ch.START, info, payload_size=len(payload)), payload])
         except Exception as error:
@@ -216,7 +218,7 @@ class Container:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             self.host.unwatch(pid)
-            self.host.bury(pid)
+            self.host.bury(pid, self.container_id)
         is_told = isinstance(error, ContainerStartError)
         shown = error if is_told else ContainerStartError(f"no container can start: {error}")
         reason = "stopped" if self._is_stop_ordered else "start"
@@ -358,7 +360,7 @@ class Container:
         name, is_started = self._message.name, self.is_started
         details = outcome.exit_details(status, peak_memory_kib, name, is_started)
         self._release()
-        self.host.bury(pid)
+        self.host.bury(pid, self.container_id)
         self._remove_drafts(pid)
         reason, running = self._judge(details)
         self._tell_dropped(*self._way.recent)

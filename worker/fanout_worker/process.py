@@ -46,18 +46,33 @@ def lower_priority() -> None:
         file.write(str(min(score, 1000)))
 
 
-def children() -> list[int]:
-    """The pids of this process's children, adopted ones included; [] where the kernel does not
-    say."""
+def children(pid: int | str = "self") -> list[int]:
+    """The pids of a process's children, adopted ones included; [] where the kernel does not say."""
     found: list[int] = []
     with contextlib.suppress(OSError):
-        for thread in os.listdir("/proc/self/task"):
+        for thread in os.listdir(f"/proc/{pid}/task"):
             with (
                 contextlib.suppress(OSError),
-                open(f"/proc/self/task/{thread}/children") as file,
+                open(f"/proc/{pid}/task/{thread}/children") as file,
             ):
-                found += [int(pid) for pid in file.read().split()]
+                found += [int(number) for number in file.read().split()]
     return found
+
+
+def descendants(pid: int) -> list[int]:
+    """The pids of all processes below one, parents first; [] where the kernel does not say."""
+    found = [pid]
+    for parent in found:
+        # What is added while this goes on is looked at too.
+        found += children(parent)
+    return found[1:]
+
+
+def join_group(folder: str) -> None:
+    """Enter a control group, with all that this process will start; best effort."""
+    if folder:
+        with contextlib.suppress(OSError), open(f"{folder}/cgroup.procs", "w") as file:
+            file.write("0")
 
 
 def kill_group(pid: int) -> None:

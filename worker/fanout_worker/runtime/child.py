@@ -216,6 +216,7 @@ def main(channel_fd: int, memory_fd: int, stdout_fd: int, stderr_fd: int) -> typ
         channel.read()
     info, payload = channel.start
     process.die_with_parent(info["daemon_pid"])
+    process.join_group(info["group"])
     try:
         runner = _prepare(info, bytes(payload), channel, memory, gate)
         runner.enter()
@@ -329,6 +330,7 @@ def _own_variables(info: dict[str, Any], definition: Definition) -> dict[str, st
     return {
         "FANOUT_IS_REMOTE": "1",
         "FANOUT_CONTAINER_ID": number,
+        "FANOUT_CONTAINER_MARK": info["mark"],
         "FANOUT_APP_NAME": definition.app_name,
         "FANOUT_FUNCTION_NAME": definition.function_name,
         "MODAL_IS_REMOTE": "1",
