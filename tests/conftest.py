@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,12 +222,19 @@ class HandStarted:
         self.port = self.state["port"]
         return process
 
-    def start_worker(self, name: str = "w1", cpu: float = 2) -> subprocess.Popen[bytes]:
-        """Start a worker and wait until the scheduler has accepted it."""
+    def start_worker(
+        self, name: str = "w1", cpu: float = 2, prefix: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
+        """Start a worker and wait until the scheduler has accepted it.
+
+        Args:
+            prefix: a command that executes the one that follows it, in the same process.
+        """
         home = self.folder / name
         home.mkdir(mode=0o700, exist_ok=True)
         arguments = ["-m", "fanout_worker", "--home", str(home), "--name", name, "--cpu", str(cpu)]
-        process = self._start(name, arguments, {"FANOUT_WORKER_JOIN": self.state["worker_join"]})
+        variables = {"FANOUT_WORKER_JOIN": self.state["worker_join"]}
+        process = self._start(name, arguments, variables, prefix)
 
         def is_ready() -> bool:
             self._require_alive(name, process)
@@ -269,11 +276,15 @@ class HandStarted:
                 process.wait()
 
     def _start(
-        self, name: str, arguments: list[str], variables: dict[str, str]
+        self,
+        name: str,
+        arguments: list[str],
+        variables: dict[str, str],
+        prefix: Sequence[str] = (),
     ) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *arguments],
+                [*prefix, sys.executable, *arguments],
                 env=environment(**variables),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -43,13 +43,20 @@ class Oops(Exception):
 # --- deeds ----------------------------------------------------------------------------------------
 
 
-def note_pid(folder: str, pid: int) -> None:
+def note_pid(folder: str, name: str, pid: int) -> None:
     """Tell the test of a process that must be gone at the end."""
     with open(os.path.join(folder, "pids"), "a") as file:
-        file.write(f"{pid}\n")
+        file.write(f"{pid} {name}\n")
 
 
-def fork_away(folder: str, command: list[str]) -> None:
+def noted(folder: str | Path) -> dict[int, str]:
+    """The names of all processes that were noted in the folder."""
+    path = Path(folder, "pids")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {int(pid): name for pid, name in map(str.split, lines)}
+
+
+def fork_away(folder: str, name: str, command: list[str]) -> None:
     """Fork twice and leave the session in between; the grandchild runs for ever.
 
     Args:
@@ -63,7 +70,7 @@ def fork_away(folder: str, command: list[str]) -> None:
     os.setsid()
     if os.fork():
         os._exit(0)
-    note_pid(folder, os.getpid())
+    note_pid(folder, name, os.getpid())
     if command:
         os.closerange(0, 256)
         os.execve(command[0], command, {})
@@ -72,21 +79,22 @@ def fork_away(folder: str, command: list[str]) -> None:
     os._exit(0)
 
 
+#: A program that has left its parent and its session, and shows nothing of where it comes from.
+STRANGER = "stranger"
+CHILDREN = {"child", "of-a-group", "of-a-session", "fork", STRANGER}
+
+
 def start_children(folder: str) -> None:
     """Start processes that leave process group, session and parent, each more than the last."""
-    forever = str(int(FOREVER_S))
-    note_pid(folder, subprocess.Popen(["sleep", forever]).pid)
-    note_pid(folder, subprocess.Popen(["sleep", forever], process_group=0).pid)
-    note_pid(folder, subprocess.Popen(["sleep", forever], start_new_session=True).pid)
-    fork_away(folder, [])
-    fork_away(folder, ["/bin/sleep", forever])
-    poll_for_lines(folder, 5)
-
-
-def poll_for_lines(folder: str, count: int) -> None:
-    """Grandchildren note themselves; only then is it known that they run."""
+    sleep = ["/bin/sleep", str(int(FOREVER_S))]
+    note_pid(folder, "child", subprocess.Popen(sleep).pid)
+    note_pid(folder, "of-a-group", subprocess.Popen(sleep, process_group=0).pid)
+    note_pid(folder, "of-a-session", subprocess.Popen(sleep, start_new_session=True).pid)
+    fork_away(folder, "fork", [])
+    fork_away(folder, STRANGER, sleep)
+    # Grandchildren note themselves; only then is it known that they run.
     deadline = time.monotonic() + FOREVER_S
-    while len(Path(folder, "pids").read_text().splitlines()) % count:
+    while len(noted(folder)) % len(CHILDREN):
         assert time.monotonic() < deadline
         os.sched_yield()
 
@@ -303,3 +311,57 @@ def meet(x: int, folder: str, count: int) -> int:
     for other in range(count):
         wait_for_file(os.path.join(folder, f"met-{other}"))
     return x
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def note_run(folder: str, x: int) -> int:
+    """Note that an input runs, in one write as others do so too. Returns how often it has."""
+    path = os.path.join(folder, "runs")
+    with open(path, "ab", buffering=0) as file:
+        file.write(b"%d\n" % x)
+    return runs(folder).count(x)
+
+
+def runs(folder: str | Path) -> list[int]:
+    """The inputs that have run, in this order."""
+    path = Path(folder, "runs")
+    return list(map(int, path.read_bytes().split())) if path.exists() else []
+
+
+@app.function(max_containers=1)
+def fault_at(x: int, bad: int, folder: str, times: int = 99) -> int:
+    """The bad input ends its process, as often as is said."""
+    with open(os.path.join(folder, "runs"), "ab", buffering=0) as file:
+        file.write(b"%d\n" % x)
+    if x == bad and runs(folder).count(x) <= times:
+        fault(folder)
+    return x
+
+
+@app.function()
+def nap(x: int, seconds: float) -> tuple[int, int]:
+    time.sleep(seconds)
+    return x, os.getpid()
+
+
+@app.function()
+def hang_at_first(x: int, bad: int, folder: str) -> int:
+    """The first run of the bad input never ends; it notes that it has begun and was stopped."""
+    if note_run(folder, x) == 1 and x == bad:
+        path = Path(folder, "begun")
+        path.with_suffix(".part").write_text(str(os.getpid()))
+        path.with_suffix(".part").rename(path)
+        try:
+            time.sleep(FOREVER_S)
+        finally:
+            Path(folder, "stopped").touch()
+    return x
+
+
+@app.function()
+def start_children_and_wait(folder: str) -> None:
+    start_children(folder)
+    Path(folder, "begun").write_text(str(os.getpid()))
+    time.sleep(FOREVER_S)

@@ -232,14 +232,9 @@ def is_idle(worker: dict[str, Any]) -> bool:
     return bool(worker["containers"] == 0 and worker["cpu_free"] == worker["cpu"])
 
 
-def left_of(folder: Path) -> list[int]:
+def left_of(folder: Path) -> list[str]:
     """Which of the processes that deeds have started run."""
-    path = folder / "pids"
-    return (
-        [pid for pid in map(int, path.read_text().split()) if is_alive(pid)]
-        if path.exists()
-        else []
-    )
+    return [f"{name} {pid}" for pid, name in kit.noted(folder).items() if is_alive(pid)]
 
 
 def limited(function: Any, deed: str, **limits: float) -> Any:
