@@ -206,10 +206,7 @@ def test_a_killed_worker_leaves_nothing_running(
         worker.wait()
         if is_limited or not has_groups():
             # Nothing tells where it comes from; see worker/README.md.
-            strangers = {pid for pid, name in started.items() if name == kit.STRANGER}
-            everybody -= strangers
-        else:
-            strangers = set()
+            everybody -= {pid for pid, name in started.items() if name == kit.STRANGER}
         try:
             poll_until(
                 lambda: not any(map(is_alive, everybody)),
@@ -217,7 +214,7 @@ def test_a_killed_worker_leaves_nothing_running(
                 2.0,
             )
         finally:
-            for pid in filter(is_alive, strangers):
+            for pid in filter(is_alive, started):
                 os.kill(pid, signal.SIGKILL)
         call.cancel()
 

@@ -91,6 +91,7 @@ class Container:
         """Fork the process and have it load the user's code. Failures are told as an exit."""
         pid = 0
         try:
+            self.host.guard()
             launch = await plan_launch(unpack_definition(self._message.payload), self.host.settings)
             pid = await self._fork(launch)
             if self._is_kill_ordered:
@@ -100,7 +101,6 @@ class Container:
             info = start_info(launch, self.host.settings, self._message)
             info |= {"container_id": self.container_id, "secret": self.secret}
             info |= {"mark": leftovers.mark_of(self.container_id)}
-            info |= {"group": self.host.leftovers.group_of(pid)}
             payload = self._message.payload
             self.wire.open([ch.prefix(ch.START, info, payload_size=len(payload)), payload])
         except Exception as error:

@@ -3,7 +3,7 @@
 The kernel kills a container when its daemon dies, but not the container's own children. So each
 daemon has this process beside it, which does nothing but read a pipe: "+pid" when a container
 starts, "-pid" before one is waited for. The pipe ends when the daemon does, however that happens.
-Where containers are in control groups (see `leftovers.py`) none escapes; elsewhere who left its
+Where containers are in a control group (see `leftovers.py`) none escapes; elsewhere who left its
 session is looked for by its mark, and one that has no mark any more escapes.
 
 It is run as a file, by a bare interpreter, and imports almost nothing: it lives as long as the
@@ -58,7 +58,7 @@ def kill_all(sessions: set[int], marks: list[bytes]) -> bool:
 
 
 def end_group(folder: str) -> None:
-    """Kill all that is in a control group and in those below it, and remove them."""
+    """Kill all that is in a control group, and remove it."""
     try:
         with open(os.path.join(folder, "cgroup.kill"), "w") as file:
             file.write("1")
@@ -66,15 +66,13 @@ def end_group(folder: str) -> None:
         return
     deadline = time.monotonic() + _EMPTY_TIMEOUT_S
     while time.monotonic() < deadline:
-        is_left = False
-        for path in [entry.path for entry in os.scandir(folder) if entry.is_dir()] + [folder]:
-            try:
-                os.rmdir(path)
-            except OSError:
-                is_left = True
-        if not is_left:
+        try:
+            os.rmdir(folder)
+        except OSError:
+            # Not all have died yet.
+            time.sleep(_EMPTY_INTERVAL_S)
+        else:
             return
-        time.sleep(_EMPTY_INTERVAL_S)
 
 
 def main(descriptor: int, folder: str, daemon_pid: int, group: str) -> None:

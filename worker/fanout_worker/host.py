@@ -184,10 +184,12 @@ class Host:
             self.activate()
 
     def guard(self) -> None:
-        """Start the guardian, if there is none. It also removes the socket's folder."""
+        """Start the guardian, if there is none: before the first template, as it makes what that
+        is put into. The guardian also removes the socket's folder."""
         if self._guardian is not None:
             return
         self.leftovers.open()
+        self.launcher.group = self.leftovers.group
         reader, self._guardian_pipe = os.pipe()
         folder = os.path.dirname(self.settings.socket_path)
         self._guardian = subprocess.Popen(

@@ -1,11 +1,14 @@
 """What dead containers have left running, found and killed.
 
-A process can leave its group and its session, and by a double fork its parent. Where this worker
-may make control groups (version 2 of them, as root or in a folder that was given to the user),
-each container is in one of its own: nothing that it starts can leave that, and the kernel kills
-all that is in it. Elsewhere it is a search, best effort, among the daemon's orphans: by session,
-and by the container's mark, which its forks have in their memory and its programs in their
-variables. Once no container is left, all orphans are those of dead ones.
+A process can leave its group and its session, and by a double fork its parent. So what a container
+leaves is searched for among the daemon's orphans: by session, and by the container's mark, which
+its forks have in their memory and its programs in their variables. Once no container is left, all
+that is found is a dead one's.
+
+Where the worker may make a control group (version 2 of them, as root or in a folder that was given
+to the user), templates are in one, and so is all that comes from them: nothing can leave that, and
+the kernel kills all that is in it when the daemon was killed. There is one for all containers and
+not one for each, as to enter one can take the kernel 20 ms, three times what a container takes.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ def mark_of(container_id: int) -> str:
 
 
 def make_group() -> Path | None:
-    """A control group for all containers of this daemon, None where there can be none."""
+    """A control group for the containers of this daemon, None where there can be none."""
     folder = _own_group()
     if folder is None:
         return None
@@ -79,31 +82,15 @@ class Leftovers:
         self._has_only_ours = is_reaper and os.getpid() != 1 and not process.children()
         self._sessions: set[int] = set()
         self._marks: list[bytes] = []
-        self._groups: set[Path] = set()
 
     def open(self) -> None:
-        """Make what containers are put into."""
+        """Make what templates are put into."""
         self.group = make_group()
-
-    def group_of(self, pid: int) -> str:
-        """A control group for a container, which is to join it before it runs anything; "" if
-        there is none."""
-        if self.group is None:
-            return ""
-        folder = self.group / str(pid)
-        try:
-            folder.mkdir()
-        except OSError as error:
-            logger.warning("= container %d has no control group: %s", pid, error)
-            return ""
-        return str(folder)
 
     def bury(self, pid: int, container_id: int) -> None:
         """This container is dead, so what it started has to go."""
         self._sessions.add(pid)
         self._marks.append(mark_of(container_id).encode())
-        if self.group is not None:
-            self._groups.add(self.group / str(pid))
 
     def sweep(self, known: set[int], is_alone: bool) -> bool:
         """Kill what is left of the dead, and reap what has died. Returns whether to come again.
@@ -112,8 +99,12 @@ class Leftovers:
             known: children of this process that are not orphans.
             is_alone: no container lives or is about to, so every orphan is one of the dead.
         """
-        self._groups = {folder for folder in self._groups if not _end_group(folder)}
-        is_left = bool(self._groups)
+        is_left = False
+        if is_alone:
+            for pid in self._members() - known:
+                is_left = True
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
         for pid in process.children():
             if pid in known:
                 continue
@@ -132,20 +123,16 @@ class Leftovers:
             self._marks.clear()
         return is_left
 
+    def _members(self) -> set[int]:
+        """Who is in the control group: templates and all that comes from them."""
+        if self.group is None:
+            return set()
+        try:
+            return set(map(int, (self.group / "cgroup.procs").read_text().split()))
+        except OSError:
+            return set()
+
     def _is_of_dead(self, pid: int) -> bool:
         if not self._marks:
             return False
         return os.getsid(pid) in self._sessions or guardian.is_marked(pid, self._marks)
-
-
-def _end_group(folder: Path) -> bool:
-    """Kill all that is in a control group and remove it. Returns whether it is gone."""
-    try:
-        (folder / "cgroup.kill").write_text("1")
-        folder.rmdir()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        # Those that were killed have not all died yet.
-        return False
-    return True

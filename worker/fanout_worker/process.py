@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -68,11 +69,11 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def join_group(folder: str) -> None:
-    """Enter a control group, with all that this process will start; best effort."""
-    if folder:
-        with contextlib.suppress(OSError), open(f"{folder}/cgroup.procs", "w") as file:
-            file.write("0")
+def put_into_group(pid: int, folder: Path) -> None:
+    """Have a process, and all that it will start, be in a control group; best effort. The kernel
+    may take its time."""
+    with contextlib.suppress(OSError):
+        (folder / "cgroup.procs").write_text(str(pid))
 
 
 def kill_group(pid: int) -> None:

@@ -216,7 +216,6 @@ def main(channel_fd: int, memory_fd: int, stdout_fd: int, stderr_fd: int) -> typ
         channel.read()
     info, payload = channel.start
     process.die_with_parent(info["daemon_pid"])
-    process.join_group(info["group"])
     try:
         runner = _prepare(info, bytes(payload), channel, memory, gate)
         runner.enter()
