@@ -190,6 +190,37 @@ def without_groups() -> list[str]:
     return ["unshare", "--mount", shell, "-c", "; ".join([*commands, 'exec "$@"']), "sh"]
 
 
+async def test_what_a_dead_container_started_dies_and_what_its_neighbour_started_lives(
+    tmp_path: Path,
+) -> None:
+    folders = [tmp_path / "neighbour", tmp_path / "dead"]
+    try:
+        async with containers() as daemon:
+            for number, deed in enumerate(("children", "children-and-death")):
+                folders[number].mkdir()
+                container = await daemon.start(
+                    "from tests import crash_kit\n"
+                    "def f(folder, deed): return crash_kit.do(deed, folder)\n",
+                    container_id=number,
+                )
+                inputs = [(str(folders[number]), deed)]
+                container.give(lease_of(inputs, lease_id=number, start=number))
+                await daemon.until(lambda: daemon.events.outputs, "the neighbour has children")
+            await daemon.until(lambda: daemon.events.exits, "the other container died")
+            poll_until(lambda: alive_of(folders[1]) <= {kit.STRANGER}, "its children end")
+            assert alive_of(folders[0]) == kit.CHILDREN
+        may_live = set() if has_groups() else {kit.STRANGER}
+        poll_until(lambda: set().union(*map(alive_of, folders)) <= may_live, "all end")
+    finally:
+        for pid in filter(is_alive, {**kit.noted(folders[0]), **kit.noted(folders[1])}):
+            os.kill(pid, signal.SIGKILL)
+
+
+def alive_of(folder: Path) -> set[str]:
+    """The names of those that live of what was started."""
+    return {name for pid, name in kit.noted(folder).items() if is_alive(pid)}
+
+
 @pytest.mark.parametrize("is_limited", [False, True], ids=["as-here", "without-control-groups"])
 def test_a_killed_worker_leaves_nothing_running(
     scheduler_and_workers: Start, tmp_path: Path, is_limited: bool

@@ -221,11 +221,11 @@ def around(impatient: Cluster, tmp_path: Path) -> Iterator[None]:
         assert list(met) == [0, 1], "both cores are free"
     wait_until_no_call_is_open()
     poll_until(lambda: is_idle(status()["workers"][0]), lambda: f"all is back: {status()}")
+    poll_until(lambda: not left_of(tmp_path), lambda: f"no child is left: {left_of(tmp_path)}")
     poll_until(
         lambda: worker_processes(impatient) <= before,
         lambda: f"no process is left: {worker_processes(impatient) - before}",
     )
-    poll_until(lambda: not left_of(tmp_path), lambda: f"no child is left: {left_of(tmp_path)}")
 
 
 def is_idle(worker: dict[str, Any]) -> bool:

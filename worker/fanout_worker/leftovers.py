@@ -82,6 +82,8 @@ class Leftovers:
         self._has_only_ours = is_reaper and os.getpid() != 1 and not process.children()
         self._sessions: set[int] = set()
         self._marks: list[bytes] = []
+        # What has died shows no mark any more, and is to be waited for.
+        self._killed: set[int] = set()
 
     def open(self) -> None:
         """Make what templates are put into."""
@@ -103,17 +105,19 @@ class Leftovers:
         if is_alone:
             for pid in self._members() - known:
                 is_left = True
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+                self._kill(pid)
         for pid in process.children():
             if pid in known:
                 continue
             with contextlib.suppress(OSError):
-                is_dead_ones = (is_alone and self._has_only_ours) or self._is_of_dead(pid)
+                is_dead_ones = (
+                    (is_alone and self._has_only_ours)
+                    or pid in self._killed
+                    or self._is_of_dead(pid)
+                )
                 if is_dead_ones:
                     for number in (*process.descendants(pid), pid):
-                        with contextlib.suppress(OSError):
-                            os.kill(number, signal.SIGKILL)
+                        self._kill(number)
                 elif not self._is_reaper:
                     continue
                 is_gone = os.waitpid(pid, os.WNOHANG)[0] == pid
@@ -121,6 +125,7 @@ class Leftovers:
         if not is_left:
             self._sessions.clear()
             self._marks.clear()
+            self._killed.clear()
         return is_left
 
     def _members(self) -> set[int]:
@@ -131,6 +136,11 @@ class Leftovers:
             return set(map(int, (self.group / "cgroup.procs").read_text().split()))
         except OSError:
             return set()
+
+    def _kill(self, pid: int) -> None:
+        self._killed.add(pid)
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
     def _is_of_dead(self, pid: int) -> bool:
         if not self._marks:
