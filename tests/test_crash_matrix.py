@@ -175,13 +175,14 @@ ENDLESS = {"c-loop", "re-match", "signals-changed-and-hang"}
 
 #: Cells that come only with FANOUT_TEST_FULL=1: other cells take the same way through the code.
 ONLY_IN_FULL = {
+    "run": {"children", "signals-changed", "stdio-replaced"},
     "yield": {"sys.exit", "children-and-death", "signals-changed", "all-closed"},
     "pickle": {"sys.exit", "SIGSEGV", "children-and-death"},
-    "unpickle": {"os._exit", "SIGKILL"},
+    "unpickle": {"os._exit", "SIGKILL", "children-and-death"},
     "import": {
         "SIGKILL", "children-and-death", "stdio-closed", "stdio-replaced", "cwd-gone",
     },
-    "enter": {"sys.exit", "os._exit", "SIGSEGV", "threads-left"},
+    "enter": {"sys.exit", "os._exit", "SIGSEGV", "children-and-death", "threads-left"},
     "exit": {"sys.exit", "children-and-death", "threads-left"},
 }  # fmt: skip
 
@@ -255,7 +256,7 @@ def inputs(bad: Any) -> list[Any]:
 # --- the cells ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("deed", RUN)
+@pytest.mark.parametrize("deed", cells("run", RUN))
 def test_while_an_input_runs(around: None, tmp_path: Path, deed: str) -> None:
     function = limited(kit.run, deed, timeout=kit.TIMEOUT_S)
     options = {"deed": deed, "folder": str(tmp_path)}
