@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,14 +231,19 @@ class HandStarted:
         return process
 
     def start_worker(
-        self, name: str = "w1", cpu: float = 2, join: str = ""
+        self, name: str = "w1", cpu: float = 2, join: str = "", prefix: Sequence[str] = ()
     ) -> subprocess.Popen[bytes]:
-        """Start a worker and wait until the scheduler has accepted it."""
+        """Start a worker and wait until the scheduler has accepted it.
+
+        Args:
+            join: with which it joins; "" for the token that the scheduler was born with.
+            prefix: a command that executes the one that follows it, in the same process.
+        """
         home = self.folder / name
         home.mkdir(mode=0o700, exist_ok=True)
         arguments = ["-m", "fanout_worker", "--home", str(home), "--name", name, "--cpu", str(cpu)]
-        join = join or self.state["worker_join"]
-        process = self._start(name, arguments, {"FANOUT_WORKER_JOIN": join})
+        variables = {"FANOUT_WORKER_JOIN": join or self.state["worker_join"]}
+        process = self._start(name, arguments, variables, prefix)
 
         def is_ready() -> bool:
             self._require_alive(name, process)
@@ -283,11 +288,15 @@ class HandStarted:
         return [sys.executable, *arguments]
 
     def _start(
-        self, name: str, arguments: list[str], variables: dict[str, str]
+        self,
+        name: str,
+        arguments: list[str],
+        variables: dict[str, str],
+        prefix: Sequence[str] = (),
     ) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                self._command(name, arguments),
+                [*prefix, *self._command(name, arguments)],
                 env=environment(**self.variables, **variables),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

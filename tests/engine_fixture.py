@@ -31,13 +31,16 @@ def wait_until_no_call_is_open() -> None:
     )
 
 
-def _engine(tmp_path_factory: pytest.TempPathFactory, cpu: str) -> Iterator[Cluster]:
+def engine_of(
+    tmp_path_factory: pytest.TempPathFactory, cpu: str, kill_grace_s: float = KILL_GRACE_S
+) -> Iterator[Cluster]:
+    """an embedded cluster for a whole module, whose logs tell of no bug at the end."""
     home = tmp_path_factory.mktemp("engine") / "fanout-home"
     changes = {
         "FANOUT_HOME": str(home),
         "FANOUT_CPU": cpu,
         "FANOUT_IDLE_TIMEOUT": "120",
-        "FANOUT_KILL_GRACE": str(KILL_GRACE_S),
+        "FANOUT_KILL_GRACE": str(kill_grace_s),
     }
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("FANOUT_")]:
@@ -61,13 +64,13 @@ def _engine(tmp_path_factory: pytest.TempPathFactory, cpu: str) -> Iterator[Clus
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """An embedded cluster of two cores, one for the whole module."""
-    yield from _engine(tmp_path_factory, "2")
+    yield from engine_of(tmp_path_factory, "2")
 
 
 @pytest.fixture(scope="module")
 def one_core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """An embedded cluster of one core, one for the whole module."""
-    yield from _engine(tmp_path_factory, "1")
+    yield from engine_of(tmp_path_factory, "1")
 
 
 @pytest.fixture

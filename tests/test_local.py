@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -407,6 +408,24 @@ def test_successor_of_a_killed_scheduler_has_its_address_and_its_worker(fanout_h
     assert ensure_cluster() == join, "clients that outlived it must find it again"
     assert pid_of("scheduler") != scheduler_pid
     assert pid_of("worker") == worker_pid
+    wait_until(lambda: len((cluster_status() or {})["workers"]) == 1, soon())
+
+
+def test_scheduler_that_dies_while_its_worker_starts_has_a_successor(fanout_home: Path) -> None:
+    ensure_cluster()
+    scheduler_pid, worker_pid = pid_of("scheduler"), pid_of("worker")
+    # Connections to it are accepted and nobody serves them, as while it is being killed.
+    os.kill(scheduler_pid, signal.SIGSTOP)
+    os.kill(worker_pid, signal.SIGKILL)
+    wait_until(lambda: is_gone(worker_pid), soon())
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(ensure_cluster)
+        try:
+            wait_until(lambda: find_starting(home_folder(), "worker") is not None, soon())
+        finally:
+            os.kill(scheduler_pid, signal.SIGKILL)
+        found.result()
+    assert pid_of("scheduler") != scheduler_pid
     wait_until(lambda: len((cluster_status() or {})["workers"]) == 1, soon())
 
 

@@ -31,7 +31,7 @@ class Pair:
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    memory = shared.SharedMemory.create()
+    memory = shared.SharedMemory.create("fanout-test")
     try:
         yield Pair(memory)
     finally:
@@ -181,7 +181,7 @@ def test_nonsense_in_the_words_is_refused(pair: Pair, word: int, value: int) -> 
 def test_random_bytes_all_over_raise_nothing_but_protocol_errors() -> None:
     chance = random.Random(11)
     for _ in range(60):
-        memory = shared.SharedMemory.create()
+        memory = shared.SharedMemory.create("fanout-test")
         pair = Pair(memory)
         pair.writer.mark(0, shared.KIND_OUTPUT, 0, 0)
         pair.writer.put(0, b"good", 0)

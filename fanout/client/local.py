@@ -105,6 +105,15 @@ def _find(home: str) -> Daemon | None:
 
 def _start_missing(home: str, deadline: float) -> Daemon:
     """Under the lock: have both daemons run. Returns the scheduler."""
+    scheduler = _start_what_is_missing(home, deadline)
+    while scheduler is None:
+        scheduler = _start_what_is_missing(home, deadline)
+    return scheduler
+
+
+def _start_what_is_missing(home: str, deadline: float) -> Daemon | None:
+    """As `_start_missing`; None if the scheduler died while its worker started. It may have been
+    about to when it was found, and the worker waits for its successor."""
     scheduler = find_daemon(home, "scheduler")
     if scheduler is not None and not answers(scheduler):
         _wait_leaving(home, scheduler, deadline)
@@ -116,8 +125,8 @@ def _start_missing(home: str, deadline: float) -> Daemon:
             end_daemon(worker)
             worker = None
         scheduler = _start_scheduler(home, _port_of_dead(home), deadline)
-    if worker is None:
-        _start_worker(home, scheduler, deadline)
+    if worker is None and _start_worker(home, scheduler, deadline) is None:
+        return None
     return scheduler
 
 
@@ -173,25 +182,39 @@ def _is_free(port: int) -> bool:
 def _start_scheduler(home: str, port: int, deadline: float) -> Daemon:
     idle_timeout_s = config.number_from_env("FANOUT_IDLE_TIMEOUT", config.IDLE_TIMEOUT_S)
     arguments = ["--host", LOOPBACK, "--port", str(port), "--idle-timeout", str(idle_timeout_s)]
-    return _start(home, "scheduler", arguments, {}, deadline)
+    found = _start(home, "scheduler", arguments, {}, deadline)
+    assert found is not None, "it waits for no other"
+    return found
 
 
-def _start_worker(home: str, scheduler: Daemon, deadline: float) -> Daemon:
+def _start_worker(home: str, scheduler: Daemon, deadline: float) -> Daemon | None:
+    """None if the scheduler died meanwhile."""
     arguments = []
     if os.environ.get("FANOUT_CPU"):
         arguments = ["--cpu", str(config.number_from_env("FANOUT_CPU", 1.0))]
     variables = {"FANOUT_WORKER_JOIN": scheduler.worker_join}
-    return _start(home, "worker", arguments, variables, deadline)
+    return _start(home, "worker", arguments, variables, deadline, scheduler)
 
 
 def _start(
-    home: str, kind: str, arguments: list[str], variables: dict[str, str], deadline: float
-) -> Daemon:
-    """Start a daemon and wait until it is ready; take one that is on its way already."""
+    home: str,
+    kind: str,
+    arguments: list[str],
+    variables: dict[str, str],
+    deadline: float,
+    scheduler: Daemon | None = None,
+) -> Daemon | None:
+    """Start a daemon and wait until it is ready; take one that is on its way already.
+
+    Args:
+        scheduler: the one without which it is never ready. None is returned if that died.
+    """
     starting = find_starting(home, kind)
-    found = _wait_ready(home, starting, deadline) if starting is not None else None
+    found = _wait_ready(home, starting, deadline, scheduler) if starting is not None else None
     if found is not None:
         return found
+    if _is_lost(scheduler):
+        return None
     if kind == "scheduler":
         _wait_leaving(home, None, deadline)
     command = [
@@ -199,25 +222,34 @@ def _start(
     ]  # fmt: skip
     pid = launch(command, os.path.join(home, f"{kind}.output"), variables)
     note_starting(home, kind, pid)
-    found = _wait_ready(home, Daemon(kind, pid), deadline)
+    found = _wait_ready(home, Daemon(kind, pid), deadline, scheduler)
+    if found is None and _is_lost(scheduler):
+        return None
     forget_starting(home, kind)
     if found is None:
         raise _start_error(home, kind, "ended while it started")
     return found
 
 
-def _wait_ready(home: str, starting: Daemon, deadline: float) -> Daemon | None:
-    """The daemon when it is ready; None when it ended instead."""
+def _wait_ready(
+    home: str, starting: Daemon, deadline: float, scheduler: Daemon | None
+) -> Daemon | None:
+    """The daemon when it is ready; None when it ended instead, or its scheduler did."""
     kind = starting.kind
 
     def is_decided() -> bool:
-        return find_daemon(home, kind) is not None or not is_alive(starting.pid, kind)
+        is_over = not is_alive(starting.pid, kind) or _is_lost(scheduler)
+        return is_over or find_daemon(home, kind) is not None
 
     try:
         wait_until(is_decided, deadline)
     except TimeoutError:
         raise _start_error(home, kind, f"was not ready after {START_TIMEOUT_S:g} s") from None
     return find_daemon(home, kind)
+
+
+def _is_lost(scheduler: Daemon | None) -> bool:
+    return scheduler is not None and not is_alive(scheduler.pid, scheduler.kind)
 
 
 def _start_error(home: str, kind: str, what: str) -> ConnectionError:

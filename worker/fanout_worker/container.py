@@ -22,7 +22,7 @@ from fanout.exceptions import ContainerStartError, ProtocolError
 from fanout.protocol import messages as m
 from fanout.remote_errors import encode_error
 from fanout_worker import channel as ch
-from fanout_worker import outcome, process, resources, shared
+from fanout_worker import leftovers, outcome, process, resources, shared
 from fanout_worker.concurrent import ConcurrentWay
 from fanout_worker.environment import Launch, plan_launch, start_info
 from fanout_worker.host import Host
@@ -57,7 +57,7 @@ class Container:
         self._leave_grace_s = host.settings.kill_grace_s
         if message.options.get("methods") is not None:
             self._leave_grace_s = max(self._leave_grace_s, host.settings.exit_grace_s)
-        self.memory = shared.SharedMemory.create()
+        self.memory = shared.SharedMemory.create(leftovers.mark_of(container_id))
         try:
             self.wire = Wire(host.loop, self.drain)
         except OSError:
@@ -96,6 +96,7 @@ class Container:
         """Fork the process and have it load the user's code. Failures are told as an exit."""
         pid = 0
         try:
+            self.host.guard()
             launch = await plan_launch(unpack_definition(self._message.payload), self.host.settings)
             pid = await self._fork(launch)
             if self._is_kill_ordered:
@@ -104,6 +105,7 @@ class Container:
             # Leases and a stop may have been ordered meanwhile; they come behind it.
             info = start_info(launch, self.host.settings, self._message)
             info |= {"container_id": self.container_id, "secret": self.secret}
+            info |= {"mark": leftovers.mark_of(self.container_id)}
             payload = self._message.payload
             self.wire.open([ch.prefix(ch.START, info, payload_size=len(payload)), payload])
         except Exception as error:
@@ -221,7 +223,7 @@ class Container:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             self.host.unwatch(pid)
-            self.host.bury(pid)
+            self.host.bury(pid, self.container_id)
         is_told = isinstance(error, ContainerStartError)
         shown = error if is_told else ContainerStartError(f"no container can start: {error}")
         reason = "stopped" if self._is_stop_ordered else "start"
@@ -398,7 +400,7 @@ class Container:
         name, is_started = self._message.name, self.is_started
         details = outcome.exit_details(status, peak_memory_kib, name, is_started)
         self._release()
-        self.host.bury(pid)
+        self.host.bury(pid, self.container_id)
         self._remove_drafts(pid)
         self.release_text()
         reason, running = self._judge(details)

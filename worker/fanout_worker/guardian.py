@@ -3,9 +3,11 @@
 The kernel kills a container when its daemon dies, but not the container's own children. So each
 daemon has this process beside it, which does nothing but read a pipe: "+pid" when a container
 starts, "-pid" before one is waited for. The pipe ends when the daemon does, however that happens.
+Where containers are in a control group (see `leftovers.py`) none escapes; elsewhere who left its
+session is looked for by its mark, and one that has no mark any more escapes.
 
 It is run as a file, by a bare interpreter, and imports almost nothing: it lives as long as the
-daemon and should cost little. What left its session with `setsid` escapes it.
+daemon and should cost little.
 """
 
 from __future__ import annotations
@@ -13,16 +15,41 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+
+#: Those that were killed die at once, but for one that the kernel keeps waiting for a disk.
+_EMPTY_TIMEOUT_S = 5.0
+_EMPTY_INTERVAL_S = 0.005
 
 
-def kill_session(pid: int) -> bool:
-    """SIGKILL the members of a session. Returns whether there were any."""
+def mark_of(daemon_pid: int) -> str:
+    """What the marks of all containers of a daemon begin with."""
+    return f"fanout-container-{daemon_pid}-"
+
+
+def is_marked(pid: int, marks: list[bytes]) -> bool:
+    """Whether a process shows one of these marks. The memory that a container shares with its
+    daemon is named by its mark, and a fork has that too; a program has the mark in its
+    variables."""
+    for name in ("environ", "maps"):
+        try:
+            with open(f"/proc/{pid}/{name}", "rb") as file:
+                text = file.read()
+        except OSError:
+            continue
+        if any(mark in text for mark in marks):
+            return True
+    return False
+
+
+def kill_all(sessions: set[int], marks: list[bytes]) -> bool:
+    """SIGKILL the members of sessions, and the marked. Returns whether there were any."""
     is_found = False
     for name in os.listdir("/proc"):
-        if not name.isdigit():
+        if not name.isdigit() or int(name) == os.getpid():
             continue
         try:
-            if os.getsid(int(name)) == pid:
+            if os.getsid(int(name)) in sessions or is_marked(int(name), marks):
                 os.kill(int(name), signal.SIGKILL)
                 is_found = True
         except OSError:
@@ -30,7 +57,32 @@ def kill_session(pid: int) -> bool:
     return is_found
 
 
-def main(descriptor: int, folder: str) -> None:
+def end_group(folder: str) -> None:
+    """Kill all that is in a control group, and remove it."""
+    try:
+        with open(os.path.join(folder, "cgroup.kill"), "w") as file:
+            file.write("1")
+    except OSError:
+        return
+    deadline = time.monotonic() + _EMPTY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            os.rmdir(folder)
+        except OSError:
+            # Not all have died yet.
+            time.sleep(_EMPTY_INTERVAL_S)
+        else:
+            return
+
+
+def main(descriptor: int, folder: str, daemon_pid: int, group: str) -> None:
+    """Wait for the end of the daemon.
+
+    Args:
+        descriptor: of the pipe.
+        folder: of the daemon's unix socket; "" if it has none.
+        group: the control group that its containers are in; "" if they are in none.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     pids: set[int] = set()
@@ -46,10 +98,12 @@ def main(descriptor: int, folder: str) -> None:
                 pids.add(pid)
             else:
                 pids.discard(pid)
-    for pid in pids:
+    if group:
+        end_group(group)
+    if pids:
         # A dying parent may have forked once more; two rounds see to that.
         for _ in range(3):
-            if not kill_session(pid):
+            if not kill_all(pids, [mark_of(daemon_pid).encode()]):
                 break
     remove_folder(folder)
 
@@ -66,4 +120,4 @@ def remove_folder(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])

@@ -14,12 +14,15 @@ from typing import Any, Protocol
 from fanout.protocol import messages as m
 from fanout_worker import guardian, process
 from fanout_worker.launcher import Launcher
+from fanout_worker.leftovers import Leftovers
 
 #: While leases are active, rings are looked at and time limits are checked this often. The ring
 #: has a doorbell; this is for the one time in millions when both sides miss each other.
 TICK_INTERVAL_S = 0.02
 #: Hooks write back what a model has learnt, or close connections; 30 s is what Modal gives them.
 EXIT_GRACE_S = 30.0
+#: Between two looks at what a dead container has left running, until nothing is.
+SWEEP_INTERVAL_S = 0.05
 
 
 class ContainerEvents(Protocol):
@@ -117,8 +120,8 @@ class Host:
         self.changed = changed
         self.launcher = Launcher()
         self.containers: dict[int, Ticking] = {}
-        self._is_reaper = is_reaper
-        self._dead_sessions: set[int] = set()
+        self.leftovers = Leftovers(is_reaper)
+        self._sweep_timer: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._guardian: subprocess.Popen[bytes] | None = None
         self._guardian_pipe = -1
@@ -140,11 +143,10 @@ class Host:
         if self._timer is None:
             self._timer = self.loop.call_later(TICK_INTERVAL_S, self._tick)
 
-    def bury(self, pid: int) -> None:
-        """End what a dead container has left running in its session."""
-        self._dead_sessions.add(pid)
+    def bury(self, pid: int, container_id: int) -> None:
+        """End what a dead container has left running."""
+        self.leftovers.bury(pid, container_id)
         self.sweep()
-        self.loop.call_later(0.1, self.sweep)
 
     def sweep(self) -> None:
         """Kill and reap orphans. They are our children, as this process adopts them."""
@@ -152,19 +154,13 @@ class Host:
         known |= self.launcher.pids
         if self._guardian is not None:
             known.add(self._guardian.pid)
-        sessions_left = set()
-        for pid in process.children():
-            if pid in known:
-                continue
-            with contextlib.suppress(OSError):
-                session = os.getsid(pid)
-                if session in self._dead_sessions:
-                    sessions_left.add(session)
-                    os.kill(pid, 9)
-                elif not self._is_reaper:
-                    continue
-                os.waitpid(pid, os.WNOHANG)
-        self._dead_sessions &= sessions_left
+        is_alone = not self.containers
+        if self.leftovers.sweep(known, is_alone) and self._sweep_timer is None:
+            self._sweep_timer = self.loop.call_later(SWEEP_INTERVAL_S, self._sweep_again)
+
+    def _sweep_again(self) -> None:
+        self._sweep_timer = None
+        self.sweep()
 
     def close(self) -> None:
         """After the last container has ended."""
@@ -173,8 +169,11 @@ class Host:
         self.launcher.close()
         if self._guardian is not None:
             os.close(self._guardian_pipe)
+            # It ends what is still there.
             self._guardian.wait()
         self.sweep()
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
         process.adopt_orphans(False)
 
     def _tick(self) -> None:
@@ -185,13 +184,25 @@ class Host:
             self.activate()
 
     def guard(self) -> None:
-        """Start the guardian, if there is none. It also removes the socket's folder."""
+        """Start the guardian, if there is none: before the first template, as it makes what that
+        is put into. The guardian also removes the socket's folder."""
         if self._guardian is not None:
             return
+        self.leftovers.open()
+        self.launcher.group = self.leftovers.group
         reader, self._guardian_pipe = os.pipe()
         folder = os.path.dirname(self.settings.socket_path)
         self._guardian = subprocess.Popen(
-            [sys.executable, "-I", "-S", guardian.__file__, str(reader), folder],
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                guardian.__file__,
+                str(reader),
+                folder,
+                str(os.getpid()),
+                str(self.leftovers.group or ""),
+            ],  # fmt: skip
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -25,7 +25,7 @@ import msgpack
 import fanout
 import fanout_worker
 from fanout.exceptions import ContainerStartError
-from fanout_worker import channel
+from fanout_worker import channel, process
 
 logger = logging.getLogger("fanout.worker")
 
@@ -70,9 +70,13 @@ class Interpreter:
 
 
 class Template:
-    """One template process."""
+    """One template process.
 
-    def __init__(self, interpreter: Interpreter) -> None:
+    Args:
+        group: a control group that it is put into; None for none.
+    """
+
+    def __init__(self, interpreter: Interpreter, group: Path | None) -> None:
         """Start it.
 
         Raises:
@@ -112,6 +116,13 @@ class Template:
         finally:
             theirs.close()
         self._loop.add_reader(self._control, self._on_readable)
+        #: In a thread, as it takes longer than this loop may stand still; the template, which has
+        #: its imports to do, takes longer still.
+        self._grouping: asyncio.Future[None] | None = None
+        if group is not None:
+            self._grouping = self._loop.run_in_executor(
+                None, process.put_into_group, self.pid, group
+            )
 
     @property
     def pid(self) -> int:
@@ -127,6 +138,8 @@ class Template:
         try:
             async with asyncio.timeout(TEMPLATE_START_TIMEOUT_S):
                 await asyncio.shield(self._ready)
+                if self._grouping is not None:
+                    await asyncio.shield(self._grouping)
                 if self.is_dead:
                     raise ContainerStartError(f"the template of {self._python} has ended")
                 answer: asyncio.Future[int] = self._loop.create_future()
@@ -192,6 +205,8 @@ class Launcher:
     """The templates of a daemon."""
 
     def __init__(self) -> None:
+        #: A control group for all that is started from now on; None for none.
+        self.group: Path | None = None
         self._templates: OrderedDict[tuple[object, ...], Template] = OrderedDict()
 
     @property
@@ -209,7 +224,7 @@ class Launcher:
         key = interpreter.key()
         template = self._templates.get(key)
         if template is None or template.is_dead:
-            template = self._templates[key] = Template(interpreter)
+            template = self._templates[key] = Template(interpreter, self.group)
             logger.info("= template %d for %s", template.pid, interpreter.python)
         self._templates.move_to_end(key)
         try:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -48,13 +49,8 @@ def lower_priority() -> None:
         file.write(str(min(score, 1000)))
 
 
-def children() -> list[int]:
-    """The pids of this process's children, adopted ones included; [] where the kernel does not
-    say."""
-    return _children_of("self")
-
-
-def _children_of(pid: int | str) -> list[int]:
+def children(pid: int | str = "self") -> list[int]:
+    """The pids of a process's children, adopted ones included; [] where the kernel does not say."""
     found: list[int] = []
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -62,29 +58,40 @@ def _children_of(pid: int | str) -> list[int]:
                 contextlib.suppress(OSError),
                 open(f"/proc/{pid}/task/{thread}/children") as file,
             ):
-                found += [int(pid) for pid in file.read().split()]
+                found += [int(number) for number in file.read().split()]
     return found
 
 
 def cpu_time_ms(pid: int) -> int:
     """Milliseconds of processor time that a process and its descendants have used, those that
     have ended and were waited for included; 0 when it is gone."""
-    total, found = 0, [pid]
-    while found:
-        own, children_of_it = _own_cpu_time_ms(found.pop())
-        total += own
-        found += children_of_it
-    return total
+    return sum(map(_own_cpu_time_ms, [pid, *descendants(pid)]))
 
 
-def _own_cpu_time_ms(pid: int) -> tuple[int, list[int]]:
+def _own_cpu_time_ms(pid: int) -> int:
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
         # The name, in brackets, may hold anything. Behind it come state and 10 other fields, then
         # user and system time, and the same of children that were waited for: see proc(5).
         fields = file.read().rpartition(b")")[2].split()
         ticks = sum(map(int, fields[11:15]))
-        return ticks * 1000 // _TICKS_PER_S, _children_of(pid)
-    return 0, []
+        return ticks * 1000 // _TICKS_PER_S
+    return 0
+
+
+def descendants(pid: int) -> list[int]:
+    """The pids of all processes below one, parents first; [] where the kernel does not say."""
+    found = [pid]
+    for parent in found:
+        # What is added while this goes on is looked at too.
+        found += children(parent)
+    return found[1:]
+
+
+def put_into_group(pid: int, folder: Path) -> None:
+    """Have a process, and all that it will start, be in a control group; best effort. The kernel
+    may take its time."""
+    with contextlib.suppress(OSError):
+        (folder / "cgroup.procs").write_text(str(pid))
 
 
 def kill_group(pid: int) -> None:

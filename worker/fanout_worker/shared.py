@@ -148,9 +148,9 @@ class SharedMemory:
         ]  # fmt: skip
 
     @classmethod
-    def create(cls) -> SharedMemory:
-        """New memory, all zero; `fd` is to be passed to the container."""
-        fd = os.memfd_create("fanout-container", os.MFD_CLOEXEC)
+    def create(cls, name: str) -> SharedMemory:
+        """New memory, all zero; `fd` is to be passed to the container. /proc shows the name."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
         os.ftruncate(fd, SIZE_BYTES)
         return cls(fd)
 

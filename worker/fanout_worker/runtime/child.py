@@ -329,6 +329,7 @@ def _own_variables(info: dict[str, Any], definition: Definition) -> dict[str, st
     return {
         "FANOUT_IS_REMOTE": "1",
         "FANOUT_CONTAINER_ID": number,
+        "FANOUT_CONTAINER_MARK": info["mark"],
         "FANOUT_APP_NAME": definition.app_name,
         "FANOUT_FUNCTION_NAME": definition.function_name,
         "MODAL_IS_REMOTE": "1",
