@@ -9,6 +9,7 @@ Every host has a folder of its own, and what is in the folders of the others doe
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -133,6 +134,51 @@ class Host:
         return text
 
 
+@dataclass
+class Carried:
+    """Frames that a cable has carried and dropped, from the host and to it."""
+
+    out_count: int
+    out_dropped_count: int
+    in_count: int
+    in_dropped_count: int
+
+
+class Cable:
+    """What connects a host to the switch, and can be made bad: see `tests/cable.py`."""
+
+    def __init__(self, command: list[str], host_card: str, switch_card: str) -> None:
+        script = Path(__file__).with_name("cable.py")
+        self.process = subprocess.Popen(
+            [*command, sys.executable, str(script), host_card, switch_card],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._answer()
+
+    def set(self, *, outward: dict[str, Any] | None = None, inward: dict[str, Any] | None = None) -> Carried:
+        """What the two directions are from now on; one that is not named is a good one."""
+        return self._ask({"out": outward or {}, "in": inward or {}})
+
+    def counts(self) -> Carried:
+        """What was carried and dropped so far."""
+        return self._ask({})
+
+    def _ask(self, question: dict[str, Any]) -> Carried:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Carried:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the cable has broken"
+        answer = json.loads(line)
+        return Carried(*answer["out"], *answer["in"])
+
+
 class Network:
     """Hosts that reach each other, and no other machine.
 
@@ -145,6 +191,7 @@ class Network:
         self._folder = folder
         self._switch = _hold(["--net"])
         self.hosts: dict[str, Host] = {}
+        self.cables: dict[str, Cable] = {}
         self._sniffer: subprocess.Popen[str] | None = None
         try:
             self._on_switch("ip link add bridge0 type bridge", "ip link set bridge0 up")
@@ -171,6 +218,22 @@ class Network:
         """Undo `cut_cable`."""
         self._on_host(self.hosts[name], "ip link set eth0 up", "ip route add default dev eth0")
 
+    def lay_cable(self, name: str) -> Cable:
+        """Put a cable that can be made bad between a host and the switch; at first it is good."""
+        number = list(self.hosts).index(name) + 1
+        port, jack, plug = f"port{number}", f"jack{number}", f"plug{number}"
+        self._on_switch(
+            f"ip link set {port} nomaster",
+            f"ip link add {jack} type veth peer name {plug}",
+            f"ip link set {plug} master bridge0 up",
+            f"ip link set {jack} up",
+        )
+        script = Path(__file__).with_name("cable.py")
+        self._on_switch(f"{sys.executable} {script} --plain {plug}")
+        self._on_host(self.hosts[name], f"{sys.executable} {script} --plain eth0")
+        cable = self.cables[name] = Cable(self._enter_switch(), port, jack)
+        return cable
+
     def start_sniffer(self) -> None:
         """From now on keep all bytes that travel between hosts."""
         with self._captured_path.open("wb") as captured:
@@ -195,6 +258,8 @@ class Network:
         processes = [p for host in reversed(self.hosts.values()) for p in host.processes]
         for process in processes:
             _end(process, signal.SIGTERM)
+        for cable in self.cables.values():
+            _end(cable.process, signal.SIGTERM)
         if self._sniffer is not None:
             _end(self._sniffer, signal.SIGTERM)
         for host in self.hosts.values():
