@@ -102,6 +102,8 @@ class Transport(asyncio.Protocol):
         self._lost = asyncio.Event()
         #: False while so much is unsent that the sender should wait; see `PeerHandler`.
         self.is_writable = True
+        #: Reads that completed no message: they tell that the peer lives, and nothing else.
+        self.unfinished_count = 0
         #: True from `close`, `abort`, a Goodbye of the peer or the loss on: sending is useless.
         self.is_closed = False
 
@@ -229,7 +231,9 @@ class Transport(asyncio.Protocol):
         except Exception as error:
             self._receive_failed(error)
             return
-        if messages and self._handler is not None:
+        if not messages:
+            self.unfinished_count += 1
+        elif self._handler is not None:
             self._is_receiving = True
             try:
                 self._handler.messages_received(messages)

@@ -38,6 +38,7 @@ from fanout_scheduler.core.events import (
     Exit,
     FrameReceived,
     PeerConnected,
+    PeerHeard,
     PeerId,
     PeerLost,
     PeerWritable,
@@ -144,6 +145,7 @@ class Peer:
         "role",
         "sessions",
         "transport",
+        "unfinished_count",
     )
 
     def __init__(
@@ -164,6 +166,8 @@ class Peer:
         self.sessions: dict[bytes, Peer] = {}
         self.is_gone = False
         self.reason = ""
+        #: As last seen; see `Transport`.
+        self.unfinished_count = 0
 
     # --- called by the transport -----------------------------------------------------------------
 
@@ -583,8 +587,21 @@ class SchedulerServer:
     def _tick(self) -> None:
         now = self.clock.now()
         self.blobs.expire(now)
+        self._hear_unfinished()
         self._leave_if_idle(now)
         self._loop.call_later(TICK_INTERVAL_S, self._tick)
+
+    def _hear_unfinished(self) -> None:
+        """A frame of many megabytes may take longer than a worker may be silent, and nothing else
+        comes beside it."""
+        for peer in self._peers.values():
+            transport = peer.transport
+            if not isinstance(transport, Transport):
+                continue
+            if transport.unfinished_count != peer.unfinished_count:
+                peer.unfinished_count = transport.unfinished_count
+                self.events.append(PeerHeard(peer.peer_id))
+                self.schedule_turn()
 
     def _leave_if_idle(self, now: float) -> None:
         timeout_s = self.options.idle_timeout_s

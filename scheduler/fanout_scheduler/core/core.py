@@ -42,6 +42,7 @@ from fanout_scheduler.core.events import (
     Event,
     FrameReceived,
     PeerConnected,
+    PeerHeard,
     PeerLost,
     PeerWritable,
     Record,
@@ -118,6 +119,10 @@ class Scheduler:
             self._on_peer_connected(event)
         elif isinstance(event, PeerLost):
             self._on_peer_lost(event)
+        elif isinstance(event, PeerHeard):
+            peer = state.peers.get(event.peer_id)
+            if peer is not None and peer.worker is not None:
+                peer.worker.heard_at = now
         elif isinstance(event, PeerWritable):
             peer = state.peers.get(event.peer_id)
             if peer is not None:

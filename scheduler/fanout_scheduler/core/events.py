@@ -34,6 +34,13 @@ class FrameReceived:
 
 
 @dataclass(slots=True)
+class PeerHeard:
+    """Bytes came of a frame that is not complete yet: the peer lives, on a slow connection."""
+
+    peer_id: PeerId
+
+
+@dataclass(slots=True)
 class PeerLost:
     peer_id: PeerId
     reason: str
@@ -78,6 +85,7 @@ class TimePassed:
 Event = (
     PeerConnected
     | FrameReceived
+    | PeerHeard
     | PeerLost
     | PeerWritable
     | Stored
