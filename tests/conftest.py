@@ -40,7 +40,10 @@ WaitUntil = Callable[..., Any]
 
 
 def poll_until(
-    predicate: Callable[[], Any], describe: str | Callable[[], str], timeout_s: float = 10.0
+    predicate: Callable[[], Any],
+    describe: str | Callable[[], str],
+    timeout_s: float = 10.0,
+    interval_s: float = POLL_INTERVAL_S,
 ) -> Any:
     """What `predicate` returns as soon as that is true.
 
@@ -48,6 +51,7 @@ def poll_until(
         predicate: called again and again.
         describe: what is waited for, for the failure; a function is called when it is needed.
         timeout_s: seconds, multiplied by `FANOUT_TEST_TIMEOUT_FACTOR`.
+        interval_s: seconds between calls; more where the predicate is dear or the wait is long.
 
     Raises:
         AssertionError: the time is up.
@@ -60,7 +64,7 @@ def poll_until(
         if time.monotonic() > deadline:
             text = describe() if callable(describe) else describe
             raise AssertionError(f"not within {timeout_s * TIMEOUT_FACTOR:g} s: {text}")
-        time.sleep(POLL_INTERVAL_S)
+        time.sleep(interval_s)
 
 
 @pytest.fixture

@@ -96,7 +96,11 @@ class Host:
         )
 
     def start(
-        self, *arguments: str | Path, stdout: IO[Any] | int = subprocess.PIPE, **variables: str
+        self,
+        *arguments: str | Path,
+        stdout: IO[Any] | int = subprocess.PIPE,
+        stderr: IO[Any] | int = subprocess.STDOUT,
+        **variables: str,
     ) -> subprocess.Popen[str]:
         """Start a command, which `Network.close` ends."""
         process = subprocess.Popen(
@@ -104,7 +108,7 @@ class Host:
             env=self.variables(**variables),
             stdin=subprocess.PIPE,
             stdout=stdout,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             text=True,
         )
         self.processes.append(process)

@@ -1,11 +1,12 @@
 """What clients do on a bad network; each result is printed as a line of JSON, with its time."""
 
+import asyncio
 import json
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +21,60 @@ def note(name: str, text: str) -> None:
         notes.write(f"{text}\n")
 
 
-@app.function(cpu=0.1)
+def wait_for_release() -> None:
+    """Until the test puts a file into the home folder of this host."""
+    while not Path(os.environ["HOME"], "release").exists():
+        time.sleep(0.05)
+
+
+@app.function(cpu=0.1, timeout=900)
 def look(x: int, seconds: float = 0.0) -> tuple[int, str, int]:
     time.sleep(seconds)
     return x, socket.gethostname(), os.getpid()
 
 
-@app.function(cpu=0.1)
+@app.function(cpu=0.1, timeout=900)
 def items(count: int, seconds: float = 0.0) -> Iterator[int]:
     for number in range(count):
         time.sleep(seconds)
         yield number
 
 
-@app.function(cpu=0.1)
+@app.function(cpu=0.2)
+def held(kind: str, x: int) -> tuple[int, str, int]:
+    note("begun", f"{os.getpid()} {kind} {x}")
+    try:
+        wait_for_release()
+    except BaseException as error:
+        note("stopped", f"{os.getpid()} {kind} {x} {type(error).__name__}")
+        raise
+    note("ended", f"{os.getpid()} {kind} {x}")
+    return x, socket.gethostname(), os.getpid()
+
+
+@app.function(cpu=0.2)
+def held_items(count: int) -> Iterator[tuple[int, str, int]]:
+    for x in range(count):
+        if x == 3:
+            note("begun", f"{os.getpid()} item {x}")
+            try:
+                wait_for_release()
+            except BaseException as error:
+                note("stopped", f"{os.getpid()} item {x} {type(error).__name__}")
+                raise
+            note("ended", f"{os.getpid()} item {x}")
+        yield x, socket.gethostname(), os.getpid()
+
+
+@app.function(cpu=0.1, timeout=2400)
 def large(x: int, size: int) -> bytes:
     note("large", str(x))
     return x.to_bytes(8, "little") * (size // 8)
 
 
-@app.function(cpu=0.1)
-def endless(x: int) -> int:
-    note("begun", str(os.getpid()))
-    try:
-        time.sleep(600)
-    except BaseException as error:
-        note("stopped", f"{os.getpid()} {type(error).__name__}")
-        raise
-    return x
+@app.function(cpu=0.1, timeout=2400)
+def long_text(size: int) -> str:
+    return "x" * size
 
 
 def say(**what: Any) -> None:
@@ -55,9 +82,10 @@ def say(**what: Any) -> None:
     sys.stdout.flush()
 
 
-def run_map(count: str, seconds: str) -> None:
+def run_map(count: str, seconds: str, pause_s: str = "0") -> None:
     for x, host, pid in look.map(range(int(count)), kwargs={"seconds": float(seconds)}):
         say(x=x, host=host, pid=pid)
+        time.sleep(float(pause_s))
 
 
 def run_generator(count: str, seconds: str) -> None:
@@ -79,14 +107,38 @@ def run_large(count: str, size: str) -> None:
         say(x=x)
 
 
-def run_endless() -> None:
-    say(x=endless.remote(1))
+def run_text(size: str) -> None:
+    assert long_text.remote(int(size)) == "x" * int(size)
+    say(x=0)
+
+
+def run_held() -> None:
+    """Five inputs that end when they are released: of a map, of a generator, and spawned."""
+
+    async def tell(kind: str, results: AsyncIterable[tuple[int, str, int]]) -> None:
+        async for x, host, pid in results:
+            say(kind=kind, x=x, host=host, pid=pid)
+
+    async def main() -> None:
+        spawned = await held.spawn_map.aio(["spawned"] * 2, range(2))
+        say(call_id=spawned.object_id)
+        await asyncio.gather(
+            tell("map", held.map.aio(["map"] * 2, range(2))),
+            tell("item", held_items.remote_gen.aio(5)),
+            tell("spawned", spawned.iter.aio()),
+        )
+
+    asyncio.run(main())
+    say(held=True)
+    sys.stdin.readline()
+    for x, host, pid in held.map(["again"] * 8, range(8)):
+        say(kind="again", x=x, host=host, pid=pid)
 
 
 def run_spawn(count: str, seconds: str) -> None:
     call = look.spawn_map(range(int(count)), kwargs={"seconds": float(seconds)})
     say(call_id=call.object_id)
-    sys.stdin.readline()
+    held.remote("attached", 0)
 
 
 def run_collect(call_id: str) -> None:
