@@ -161,7 +161,9 @@ class Cable:
         )
         self._answer()
 
-    def set(self, *, outward: dict[str, Any] | None = None, inward: dict[str, Any] | None = None) -> Carried:
+    def set(
+        self, *, outward: dict[str, Any] | None = None, inward: dict[str, Any] | None = None
+    ) -> Carried:
         """What the two directions are from now on; one that is not named is a good one."""
         return self._ask({"out": outward or {}, "in": inward or {}})
 

@@ -193,7 +193,9 @@ class Stories:
         ]
         told = [name for name in chosen if name in self.told]
         with ThreadPoolExecutor(max(1, len(told))) as pool:
-            running = {name: pool.submit(_tell, self.told[name], folder / name[-40:]) for name in told}
+            running = {
+                name: pool.submit(_tell, self.told[name], folder / name[-40:]) for name in told
+            }
         return {name: _ending(future) for name, future in running.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -496,3 +497,60 @@ def test_worker_that_cannot_reach_its_scheduler_says_so_and_joins_when_it_is_the
     assert "trying again" in log.read_text()
     started.start_scheduler()
     poll_until(lambda: "has joined the scheduler" in log.read_text(), "it has joined")
+
+
+@pytest.mark.slow
+def test_people_are_told_that_the_scheduler_is_away_and_that_it_is_back(
+    scheduler_and_workers: StartCluster, tmp_path: Path
+) -> None:
+    started = scheduler_and_workers(1, cpu=1)
+    script = tmp_path / "long.py"
+    script.write_text(KEEPS_CALLING)
+    errors = tmp_path / "errors"
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=environment(FANOUT_URL=started.client_join),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as client,
+    ):
+        assert client.stdin is not None
+        assert client.stdout is not None
+        try:
+            client.stdout.readline()
+            scheduler = started.scheduler
+            assert scheduler is not None
+            scheduler.kill()
+            scheduler.wait()
+            address = f"127.0.0.1:{started.port}"
+            for words in (
+                f"lost the scheduler at {address}: ",
+                "containers go on, and it tries to reach the scheduler until it is back",
+                f"cannot reach the scheduler at {address}: Connection refused",
+            ):
+                poll_until(lambda: words in started.log("w1"), lambda: started.log("w1"))
+            poll_until(errors.read_text, "the client tells that the scheduler is away")
+            away = errors.read_text()
+            assert (
+                f"the scheduler has been away for 5 s (cannot reach the scheduler at {address}: "
+                in away
+            )
+            assert "calls wait for it and go on when it is back" in away
+            started.start_scheduler()
+            back = rf"has joined the scheduler at {address} again after \d+ s"
+            poll_until(lambda: re.search(back, started.log("w1")), lambda: started.log("w1"))
+            poll_until(
+                lambda: re.search(r"the scheduler is back after \d+ s", errors.read_text()),
+                errors.read_text,
+            )
+            client.stdin.close()
+            assert client.wait(10 * TIMEOUT_FACTOR) == 0
+        finally:
+            client.kill()
+            client.wait()
+    assert started.log("w1").count("cannot reach the scheduler") == 1, "told once"
+    assert errors.read_text().count("\n") == 2, errors.read_text()

@@ -25,7 +25,9 @@ stories = Stories()
 
 
 @pytest.fixture(scope="module")
-def endings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def endings(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     return stories.run(request, tmp_path_factory.mktemp("network"))
 
 
@@ -55,7 +57,9 @@ def results_of(client: Client) -> dict[str, list[int]]:
 
 
 @stories.test
-def test_cut_workers_are_waited_for_or_replaced_and_taken_back(folder: Path, stack: ExitStack) -> None:
+def test_cut_workers_are_waited_for_or_replaced_and_taken_back(
+    folder: Path, stack: ExitStack
+) -> None:
     cluster = make(stack, folder, "desk", *CUT, "steady")
     clients: dict[str, Client] = {}
     begun: dict[str, set[int]] = {}
@@ -65,7 +69,9 @@ def test_cut_workers_are_waited_for_or_replaced_and_taken_back(folder: Path, sta
         clients[name] = cluster.client("desk", "held")
         # The other workers are full, so all of it is here.
         noted = until(
-            lambda: len(notes(cluster[name], "begun")) == HELD_COUNT and notes(cluster[name], "begun"),
+            lambda: (
+                len(notes(cluster[name], "begun")) == HELD_COUNT and notes(cluster[name], "begun")
+            ),
             lambda: f"{HELD_COUNT} held on {name}: {notes(cluster[name], 'begun')} {clients[name]}",
             20,
         )
@@ -82,21 +88,34 @@ def test_cut_workers_are_waited_for_or_replaced_and_taken_back(folder: Path, sta
     release(cluster["brief"])
     clients["brief"].until("held", timeout_s=20)
     print("brief", time.monotonic() - cut_at)
-    assert all(line["host"] == "brief" for line in clients["brief"].of("kind") if line["kind"]!="item")
+    assert all(
+        line["host"] == "brief" for line in clients["brief"].of("kind") if line["kind"] != "item"
+    )
     for name in lost:
         clients[name].until("held", timeout_s=20)
         print(name, time.monotonic() - cut_at)
         print(name, clients[name].of("kind"))
     for name in CUT:
-        assert results_of(clients[name]) == {"map": [0,1], "item": list(range(5)), "spawned": [0, 1]}
+        assert results_of(clients[name]) == {
+            "map": [0, 1],
+            "item": list(range(5)),
+            "spawned": [0, 1],
+        }
     for name in lost:
         cluster.network.cables[name].set()
-    until(lambda: cluster.worker_names() == {*CUT, "steady"}, lambda: str(cluster.worker_names()), 30)
+    until(
+        lambda: cluster.worker_names() == {*CUT, "steady"}, lambda: str(cluster.worker_names()), 30
+    )
     print("back", time.monotonic() - cut_at)
     for name in lost:
-        until(lambda: len(notes(cluster[name], "stopped")) == HELD_COUNT, lambda: f"{notes(cluster[name],'stopped')} {cluster[name].log}", 10)
+        until(
+            lambda: len(notes(cluster[name], "stopped")) == HELD_COUNT,
+            lambda: f"{notes(cluster[name], 'stopped')} {cluster[name].log}",
+            10,
+        )
         print(notes(cluster[name], "stopped"))
-    steady.terminate(); steady.wait()
+    steady.terminate()
+    steady.wait()
     for name in lost:
         release(cluster[name])
     for name in CUT:
@@ -106,5 +125,3 @@ def test_cut_workers_are_waited_for_or_replaced_and_taken_back(folder: Path, sta
         print(name, cluster[name].log)
         print(clients[name].errors)
     assert 0
-
-

@@ -208,16 +208,26 @@ class Session:
         while True:
             self._lost.clear()
             try:
-                return await self._dial_once()
+                transport = await self._dial_once()
+                if is_warned:
+                    away_s = time.monotonic() - started
+                    logger.warning("the scheduler is back after %.0f s", away_s)
+                return transport
             except (AuthError, VersionError, InvalidError):
                 raise
             except (ConnectionError, OSError) as error:
                 is_gone = self._was_found and time.monotonic() < started + config.CONNECT_TIMEOUT_S
                 if is_first and not (self._is_embedded and is_gone):
                     raise
-                if not is_warned and time.monotonic() - started > WARN_AFTER_S:
+                away_s = time.monotonic() - started
+                if not is_warned and away_s > WARN_AFTER_S:
                     is_warned = True
-                    logger.warning("the scheduler is away, calls wait for it: %s", error)
+                    logger.warning(
+                        "the scheduler has been away for %.0f s (%s); calls wait for it and go on "
+                        "when it is back",
+                        away_s,
+                        error,
+                    )
             await asyncio.sleep(delay)
             delay = min(delay * 2, RECONNECT_DELAY_MAX_S)
 

@@ -112,6 +112,11 @@ class Daemon:
         self._heartbeats = 0
         self._leave = asyncio.Event()
         self._unreachable_since: float | None = None
+        #: Since when the worker is not among the scheduler's; people were told.
+        self._lost_at: float | None = None
+        self._goodbye = ""
+        #: Whether people know that it cannot be reached now.
+        self._is_absence_told = False
         self._exit_code = 0
 
     async def run(self) -> int:
@@ -161,10 +166,8 @@ class Daemon:
                     return
                 logger.warning("= the scheduler refuses this worker: %s", error)
             except ConnectionError as error:
-                is_news = self._unreachable_since is None and not self._options.is_embedded
-                logger.log(
-                    logging.WARNING if is_news else logging.INFO, "= %s; trying again", error
-                )
+                self._tell(not self._is_absence_told, "= %s; trying again", error)
+                self._is_absence_told = True
             else:
                 delay_s = RECONNECT_DELAY_MIN_S
                 await transport.wait_closed()
@@ -221,6 +224,8 @@ class Daemon:
         assert isinstance(welcome, m.Welcome)
         self._transport = transport
         self._unreachable_since = None
+        self._is_absence_told = False
+        self._goodbye = ""
         self._is_writable = True
         self._exchange = BlobExchange(
             self._store,
@@ -250,14 +255,22 @@ class Daemon:
                 self._refuse(message)
             else:
                 self.state.handle(message)
-                if isinstance(message, m.WorkerAccepted) and not self._was_accepted:
-                    self._was_accepted = True
-                    self._write_record()
-                    self._tell_joined()
+                if isinstance(message, m.WorkerAccepted):
+                    self._on_accepted()
         self._act()
 
     def connection_lost(self, error: Exception | None) -> None:
-        logger.info("= lost the scheduler: %s", error or "closed in order")
+        is_news = self._was_accepted and self._lost_at is None and not self._leave.is_set()
+        self._tell(
+            is_news,
+            "= lost the scheduler at %s:%d: %s; containers go on, and it tries to reach the "
+            "scheduler until it is back",
+            self._options.join.host,
+            self._options.join.port,
+            error or self._goodbye or "closed in order",
+        )
+        if self._lost_at is None:
+            self._lost_at = self._loop.time()
         self._transport = None
         if self._exchange is not None:
             self._exchange.close()
@@ -289,6 +302,7 @@ class Daemon:
 
     def _on_goodbye(self, message: m.Goodbye) -> None:
         logger.info("= the scheduler says goodbye: %s", message.text)
+        self._goodbye = message.text
         if message.code == "shutdown" and self._options.is_embedded:
             self._leave.set()
 
@@ -451,15 +465,27 @@ class Daemon:
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=config.KILL_GRACE_S)
 
-    def _tell_joined(self) -> None:
-        options = self._options
+    def _on_accepted(self) -> None:
+        if not self._was_accepted:
+            self._was_accepted = True
+            self._write_record()
+        options, lost_at = self._options, self._lost_at
+        self._lost_at = None
         if options.is_embedded:
             return
+        rest = f"with {options.cpu:g} cores and {options.memory_mib} MiB"
+        if lost_at is not None:
+            rest = f"again after {self._loop.time() - lost_at:.0f} s"
         sys.stdout.write(
             f"fanout worker {options.name} has joined the scheduler at {options.join.host}:"
-            f"{options.join.port} with {options.cpu:g} cores and {options.memory_mib} MiB\n"
+            f"{options.join.port} {rest}\n"
         )
         sys.stdout.flush()
+
+    def _tell(self, is_news: bool, text: str, *values: object) -> None:
+        """On the log; what is news is seen by the person who started the worker by hand."""
+        is_shown = is_news and not self._options.is_embedded
+        logger.log(logging.WARNING if is_shown else logging.INFO, text, *values)
 
     def _write_record(self) -> None:
         """Tell who looks into the home that this worker was accepted."""
