@@ -4,7 +4,7 @@ Kernels differ in which of this they can do by themselves (`netem` is often miss
 here, with every frame in hand. Run as a script, in the namespace that has both cards; see
 `hosts_kit.Cable`.
 
-The first card is at the host, the second at the switch. Each line on stdin sets the two directions::
+The first card is at the host, the second at the switch. Each line on stdin sets both directions::
 
     {"out": {"delay_s": 0.2, "loss": 0.01}, "in": {"bits_s": 8e6}}
 

@@ -154,6 +154,18 @@ def notes(host: Host, name: str) -> list[list[str]]:
     return [line.split() for line in path.read_text().split("\n")[:-1]]
 
 
+def until_notes(
+    host: Host, name: str, count: int, describe: str = "", timeout_s: float = 20.0
+) -> list[list[str]]:
+    """The first notes of a host, when there are so many."""
+    until(
+        lambda: len(notes(host, name)) >= count,
+        lambda: f"{count} times {name!r} on {host.name}: {notes(host, name)} {describe} {host.log}",
+        timeout_s,
+    )
+    return notes(host, name)[:count]
+
+
 def release(host: Host) -> None:
     """Let the inputs that are held on this host end, and all later ones at once."""
     (host.folder / "release").touch()
