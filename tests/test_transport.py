@@ -27,6 +27,7 @@ from fanout.protocol import tls, transport, wire
 from fanout.protocol.join import JoinString, Token
 from fanout.protocol.tls import TlsIdentity
 from fanout.protocol.wire import Transport
+from tests.conftest import poll_until
 from tests.strategies import frame_of
 from tests.transport_kit import (
     SESSION_ID,
@@ -244,6 +245,35 @@ async def test_a_peer_that_vanishes_is_an_error(site: Site, raw: RawPeer) -> Non
     error = await site.accepted[0].until_lost()
     assert isinstance(error, ConnectionError)
     assert "without a goodbye" in str(error)
+
+
+@pytest.mark.slow
+async def test_a_peer_that_lives_and_does_not_read_is_not_lost(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "SILENCE_S", 0.4)
+    monkeypatch.setattr(wire, "SILENCE_LOOK_INTERVAL_S", 0.01)
+    raw = await RawPeer(site.server.port).dial()
+    await raw.prove(site.tokens["client"])
+    listener = site.accepted[0]
+    own = listener.transport
+    while own.is_writable:
+        own.send(m.StatusInfo(1, {"x": bytes(200_000)}))
+    sock = own._socket.get_extra_info("socket")  # type: ignore[union-attr]
+
+    def unheard_ms() -> int:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, wire.TCP_INFO.size)
+        return int(wire.TCP_INFO.unpack(info)[-1])
+
+    # The kernel asks less and less often whether there is room again.
+    for is_over in (
+        lambda: unheard_ms() > 2000 * wire.SILENCE_S,
+        lambda: unheard_ms() < 1000 * wire.SILENCE_S,
+    ):
+        await asyncio.to_thread(poll_until, is_over, "the kernel asks again")
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert listener.lost == []
+    raw.sock.close()
 
 
 async def test_closing_does_not_wait_for_ever_for_a_peer_that_does_not_read(

@@ -21,6 +21,8 @@ import asyncio
 import logging
 import os
 import socket
+import struct
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol, cast
@@ -50,12 +52,21 @@ PENDING_SIZE_BYTES_MAX = 256 << 10
 #: Smaller buffers are copied together: one copy is cheaper than one more element of a writev.
 JOIN_SIZE_BYTES_MAX = 32 << 10
 
+#: The peer's machine is gone when it has answered nothing for this long. Keepalive sees to it
+#: where nothing is under way, `_look_for_silence` where something is. (With `TCP_USER_TIMEOUT` the
+#: kernel would also drop a peer that is alive and does not read, as one does that was stopped.)
+SILENCE_S = 20.0
 KEEPALIVE_IDLE_S = 5
 KEEPALIVE_INTERVAL_S = 3
-KEEPALIVE_COUNT = 3
-#: The peer's machine is gone when it has acknowledged nothing for this long. The kernel counts a
-#: receive buffer that stays full the same way, so this must be longer than a loop may be busy.
-USER_TIMEOUT_S = 30
+KEEPALIVE_COUNT = 5
+SILENCE_LOOK_INTERVAL_S = 2.5
+#: Questions that are under way may yet be answered. A peer that does not read is asked less and
+#: less often, up to every two minutes, and so was not heard of for longer than `SILENCE_S`.
+UNANSWERED_COUNT_MIN = 2
+#: The first fields of Linux' `struct tcp_info`, of which three are used: how often the oldest
+#: unacknowledged bytes were sent again, probes without an answer, and as the last one the
+#: milliseconds since any acknowledgement came.
+TCP_INFO = struct.Struct("=xxBB4x48xI")
 
 
 class PeerHandler(Protocol):
@@ -97,6 +108,8 @@ class Transport(asyncio.Protocol):
         self._is_receiving = False
         self._is_writable_told = True
         self._closing_timer: asyncio.TimerHandle | None = None
+        self._silence_timer: asyncio.TimerHandle | None = None
+        self._is_silent = False
         #: Open, or lost before it was: what `connect` waits for.
         self._settled = asyncio.Event()
         self._lost = asyncio.Event()
@@ -214,7 +227,8 @@ class Transport(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._socket = cast(asyncio.Transport, transport)
-        _set_options(self._socket)
+        if _set_options(self._socket):
+            self._look_for_silence()
         self._socket.set_write_buffer_limits(high=BULK_SIZE_BYTES_HIGH, low=BULK_SIZE_BYTES_LOW)
         self._connection = self._make_connection(self._socket)
         if self.is_closed:
@@ -257,8 +271,12 @@ class Transport(asyncio.Protocol):
         self._bulk.clear()
         if self._closing_timer is not None:
             self._closing_timer.cancel()
+        if self._silence_timer is not None:
+            self._silence_timer.cancel()
         connection = self._connection
         how = "went away without a goodbye" if exc is None else f"broke the connection: {exc}"
+        if self._is_silent:
+            how = f"has answered nothing for {SILENCE_S:g} s"
         if connection.state is State.OPENING:
             how += " (during the handshake; does it need TLS, so a join string with ?fp=...?)"
         connection.receive_end(f"{self.address} {how}")
@@ -383,6 +401,16 @@ class Transport(asyncio.Protocol):
         if self._bulk and not self._is_bulk_held:
             self._plan_pump()
 
+    def _look_for_silence(self) -> None:
+        assert self._socket is not None
+        if _is_silent(self._socket):
+            self._is_silent = True
+            self.abort()
+        else:
+            self._silence_timer = self._loop.call_later(
+                SILENCE_LOOK_INTERVAL_S, self._look_for_silence
+            )
+
     def _linger(self) -> None:
         """Drop the connection when the peer neither leaves nor reads."""
         sink = self._socket
@@ -416,19 +444,31 @@ def join_small(buffers: list[m.Payload]) -> list[m.Payload]:
     return parts
 
 
-def _set_options(sink: asyncio.Transport) -> None:
+def _set_options(sink: asyncio.Transport) -> bool:
+    """Returns whether this is a TCP connection of which the kernel tells how it is."""
     sock = sink.get_extra_info("socket")
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return
+        return False
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", KEEPALIVE_IDLE_S),
         ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_S),
         ("TCP_KEEPCNT", KEEPALIVE_COUNT),
-        ("TCP_USER_TIMEOUT", USER_TIMEOUT_S * 1000),
         ("TCP_NOTSENT_LOWAT", NOTSENT_SIZE_BYTES_MAX),
     ):
         option = getattr(socket, name, None)
         if option is not None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    return sys.platform == "linux"
+
+
+def _is_silent(sink: asyncio.Transport) -> bool:
+    """Whether the peer's kernel has left what was sent, or probes, without an answer for long."""
+    sock = sink.get_extra_info("socket")
+    if sock is None or sock.fileno() < 0:
+        return False
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
+    resent_count, probe_count, *_, unheard_ms = TCP_INFO.unpack(info)
+    is_asked = max(resent_count, probe_count) >= UNANSWERED_COUNT_MIN
+    return is_asked and int(unheard_ms) >= SILENCE_S * 1000

@@ -27,7 +27,7 @@ def wait_for_release() -> None:
         time.sleep(0.05)
 
 
-@app.function(cpu=0.1, timeout=900)
+@app.function(cpu=0.1, timeout=900, max_containers=3)
 def look(x: int, seconds: float = 0.0) -> tuple[int, str, int]:
     time.sleep(seconds)
     return x, socket.gethostname(), os.getpid()
@@ -66,7 +66,7 @@ def held_items(count: int) -> Iterator[tuple[int, str, int]]:
         yield x, socket.gethostname(), os.getpid()
 
 
-@app.function(cpu=0.1, timeout=2400)
+@app.function(cpu=0.1, timeout=2400, max_containers=2)
 def large(x: int, size: int) -> bytes:
     note("large", str(x))
     return x.to_bytes(8, "little") * (size // 8)
@@ -74,6 +74,7 @@ def large(x: int, size: int) -> bytes:
 
 @app.function(cpu=0.1, timeout=2400)
 def long_text(size: int) -> str:
+    note("text", str(size))
     return "x" * size
 
 
@@ -82,15 +83,39 @@ def say(**what: Any) -> None:
     sys.stdout.flush()
 
 
-def run_map(count: str, seconds: str, pause_s: str = "0") -> None:
-    for x, host, pid in look.map(range(int(count)), kwargs={"seconds": float(seconds)}):
-        say(x=x, host=host, pid=pid)
-        time.sleep(float(pause_s))
+async def tell(kind: str, results: AsyncIterable[tuple[int, str, int]]) -> None:
+    async for x, host, pid in results:
+        say(kind=kind, x=x, host=host, pid=pid)
+    say(end=kind)
 
 
-def run_generator(count: str, seconds: str) -> None:
-    for item in items.remote_gen(int(count), float(seconds)):
-        say(item=item)
+async def tell_items(results: AsyncIterable[int]) -> None:
+    async for x in results:
+        say(kind="item", x=x)
+    say(end="item")
+
+
+def run_flow(count: str, seconds: str) -> None:
+    """A map, a generator and a spawned call at the same time."""
+    inputs, kwargs = range(int(count)), {"seconds": float(seconds)}
+
+    async def main() -> None:
+        spawned = await look.spawn_map.aio(inputs, kwargs=kwargs)
+        await asyncio.gather(
+            tell("map", look.map.aio(inputs, kwargs=kwargs)),
+            tell_items(items.remote_gen.aio(int(count), float(seconds))),
+            tell("spawned", spawned.iter.aio()),
+        )
+
+    asyncio.run(main())
+
+
+def run_map(count: str) -> None:
+    asyncio.run(tell("map", look.map.aio(range(int(count)))))
+
+
+def run_generator(count: str) -> None:
+    asyncio.run(tell_items(items.remote_gen.aio(int(count))))
 
 
 def run_calls(count: str) -> None:
@@ -115,10 +140,6 @@ def run_text(size: str) -> None:
 def run_held() -> None:
     """Five inputs that end when they are released: of a map, of a generator, and spawned."""
 
-    async def tell(kind: str, results: AsyncIterable[tuple[int, str, int]]) -> None:
-        async for x, host, pid in results:
-            say(kind=kind, x=x, host=host, pid=pid)
-
     async def main() -> None:
         spawned = await held.spawn_map.aio(["spawned"] * 2, range(2))
         say(call_id=spawned.object_id)
@@ -131,8 +152,7 @@ def run_held() -> None:
     asyncio.run(main())
     say(held=True)
     sys.stdin.readline()
-    for x, host, pid in held.map(["again"] * 8, range(8)):
-        say(kind="again", x=x, host=host, pid=pid)
+    asyncio.run(tell("again", held.map.aio(["again"] * 8, range(8))))
 
 
 def run_spawn(count: str, seconds: str) -> None:
@@ -142,8 +162,7 @@ def run_spawn(count: str, seconds: str) -> None:
 
 
 def run_collect(call_id: str) -> None:
-    for x, host, pid in fanout.FunctionCall.from_id(call_id).iter():
-        say(x=x, host=host, pid=pid)
+    asyncio.run(tell("spawned", fanout.FunctionCall.from_id(call_id).iter.aio()))
 
 
 if __name__ == "__main__":
