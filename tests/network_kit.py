@@ -217,8 +217,10 @@ class Stories:
 
 
 def _tell(story: Story, folder: Path) -> None:
+    begun = time.monotonic()
     with ExitStack() as stack:
         story(folder, stack)
+        record(f"{story.__name__}: {time.monotonic() - begun:.1f} s")
 
 
 def _ending(future: Future[None]) -> str:

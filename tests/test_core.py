@@ -8,6 +8,7 @@ from fanout_scheduler.core.events import (
     Disconnect,
     Exit,
     PeerHeard,
+    PeerId,
     Store,
     StoreFailed,
 )
@@ -374,7 +375,7 @@ def test_a_worker_whose_frame_takes_long_is_not_silent() -> None:
     worker = bench.worker(cpu=1)
     for _ in range(4):
         bench.later(14.9)
-        bench.tell(PeerHeard(worker))
+        bench.tell(PeerHeard(PeerId(worker)))
         bench.nothing_left()
     bench.later(15.1)
     assert [type(order) for order in bench.orders] == [Disconnect]

@@ -527,12 +527,11 @@ def test_people_are_told_that_the_scheduler_is_away_and_that_it_is_back(
             scheduler.kill()
             scheduler.wait()
             address = f"127.0.0.1:{started.port}"
-            for words in (
-                f"lost the scheduler at {address}: ",
-                "containers go on, and it tries to reach the scheduler until it is back",
-                f"cannot reach the scheduler at {address}: Connection refused",
-            ):
-                poll_until(lambda: words in started.log("w1"), lambda: started.log("w1"))
+            refused = f"cannot reach the scheduler at {address}: Connection refused"
+            poll_until(lambda: refused in started.log("w1"), lambda: started.log("w1"))
+            log = started.log("w1")
+            assert f"lost the scheduler at {address}: " in log
+            assert "containers go on, and it tries to reach the scheduler until it is back" in log
             poll_until(errors.read_text, "the client tells that the scheduler is away")
             away = errors.read_text()
             assert (
