@@ -48,7 +48,9 @@ while True:
 
 def require_namespaces() -> None:
     """Skip the test where namespaces cannot be made; in CI that is a failure."""
-    missing = [tool for tool in ("ip", "mount", "nsenter", "unshare") if not shutil.which(tool)]
+    missing = [
+        tool for tool in ("ip", "mount", "nsenter", "ss", "unshare") if not shutil.which(tool)
+    ]
     if missing:
         reason = f"this test makes hosts of namespaces, and there is no {', '.join(missing)} here"
     else:

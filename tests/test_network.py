@@ -186,6 +186,9 @@ def test_clients_that_come_back_get_everything_and_lost_ones_are_given_up(
     for flow in flows.values():
         flow.until_done(60)
         assert results_of(flow) == dict.fromkeys(("map", "item", "spawned"), [*range(FLOW_COUNT)])
+    for name in back:
+        ran = sorted(int(x) for [x] in notes(work, f"ran-{name}"))
+        assert ran == sorted([*range(FLOW_COUNT)] * 2), "the inputs of both calls ran once"
     collect = cluster.client("desk", "collect", call_id)
     collect.until_done()
     assert results_of(collect) == {"spawned": list(range(40))}

@@ -28,7 +28,9 @@ def wait_for_release() -> None:
 
 
 @app.function(cpu=0.1, timeout=900, max_containers=3)
-def look(x: int, seconds: float = 0.0) -> tuple[int, str, int]:
+def look(x: int, seconds: float = 0.0, label: str = "") -> tuple[int, str, int]:
+    if label:
+        note(f"ran-{label}", str(x))
     time.sleep(seconds)
     return x, socket.gethostname(), os.getpid()
 
@@ -97,7 +99,8 @@ async def tell_items(results: AsyncIterable[int]) -> None:
 
 def run_flow(count: str, seconds: str) -> None:
     """A map, a generator and a spawned call at the same time."""
-    inputs, kwargs = range(int(count)), {"seconds": float(seconds)}
+    inputs = range(int(count))
+    kwargs = {"seconds": float(seconds), "label": socket.gethostname()}
 
     async def main() -> None:
         spawned = await look.spawn_map.aio(inputs, kwargs=kwargs)
