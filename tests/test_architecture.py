@@ -72,6 +72,8 @@ SLEEPERS = {
     ("behaviour_kit.py", "alone"),
     # How long a network is cut is what is tested.
     ("network_kit.py", "let_pass"),
+    # In a container, as the above.
+    ("network.py", "wait_for_release"),
     ("test_server_time.py", "test_a_worker_is_not_lost_because_the_scheduler_was_stopped"),
     # A task that ticks: how often it gets a turn while a map is awaited is what is measured.
     ("test_values_and_errors.py", "test_a_running_loop_is_not_blocked_by_a_map"),

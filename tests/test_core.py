@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 from fanout.protocol import messages as m
-from fanout_scheduler.core.events import (
-    BlobCompleted,
-    Disconnect,
-    Exit,
-    PeerHeard,
-    PeerId,
-    Store,
-    StoreFailed,
-)
+from fanout_scheduler.core.events import BlobCompleted, Disconnect, Exit, Store, StoreFailed
 from tests.core_kit import APP, Bench, ack, inputs
 
 
@@ -368,17 +360,6 @@ def test_a_silent_worker_is_lost_after_its_deadline_and_not_before() -> None:
     bench.later(0.2)
     assert [type(order) for order in bench.orders] == [Disconnect]
     assert bench.core.state.workers == {}
-
-
-def test_a_worker_whose_frame_takes_long_is_not_silent() -> None:
-    bench = Bench()
-    worker = bench.worker(cpu=1)
-    for _ in range(4):
-        bench.later(14.9)
-        bench.tell(PeerHeard(PeerId(worker)))
-        bench.nothing_left()
-    bench.later(15.1)
-    assert [type(order) for order in bench.orders] == [Disconnect]
 
 
 def test_nothing_of_a_spawned_call_is_acknowledged_before_it_is_stored() -> None:

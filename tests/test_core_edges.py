@@ -9,7 +9,10 @@ from fanout.protocol import messages as m
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
     BlobCompleted,
+    Disconnect,
     ForgetCall,
+    PeerHeard,
+    PeerId,
     Store,
     Stored,
     StoreFailed,
@@ -385,3 +388,14 @@ def test_a_tail_is_looked_at_again_also_when_something_happened_just_before() ->
         bench.now = deadline
         bench.tell(TimePassed())
     assert [reclaim.keep for reclaim in reclaims] == [0]
+
+
+def test_a_worker_whose_frame_takes_long_is_not_silent() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    for _ in range(4):
+        bench.later(14.9)
+        bench.tell(PeerHeard(PeerId(worker)))
+        bench.nothing_left()
+    bench.later(15.1)
+    assert [type(order) for order in bench.orders] == [Disconnect]
