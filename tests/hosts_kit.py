@@ -135,6 +135,7 @@ class Host:
         found = poll_until(
             lambda: re.search(pattern, self.log),
             lambda: f"{pattern!r} in the log of {self.name}: {self.log}",
+            30,
         )
         text: str = found.group(1)
         return text

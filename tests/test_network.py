@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fanout.config import CLIENT_GRACE_S, WORKER_DEADLINE_S
+from fanout.config import BLOB_SIZE_BYTES_MIN, CLIENT_GRACE_S, WORKER_DEADLINE_S
 from fanout.protocol.wire import SILENCE_S
 from tests.conftest import TIMEOUT_FACTOR, is_alive
 from tests.network_kit import (
@@ -252,8 +252,9 @@ def test_delay_and_loss_cost_time_and_nothing_else(folder: Path, stack: ExitStac
 #: The full run has the figures of the promise; the other one what takes less time for the same.
 NARROW = {"bits_s": 1e6 if IS_FULL else 8e6}
 LARGE_SIZE_BYTES = (50 if IS_FULL else 7) << 20
-#: One frame that takes longer than a worker may be silent.
-TEXT_SIZE_BYTES = 18 << 20
+#: One frame, just too small for a blob, that takes longer than a worker may be silent.
+TEXT_SIZE_BYTES = BLOB_SIZE_BYTES_MIN - 10_000
+NARROWEST = {"bits_s": TEXT_SIZE_BYTES * 8 / (WORKER_DEADLINE_S + 4)}
 #: What is before a small answer on its way: buffers of the kernel, and of the modem.
 CALL_S_MAX = 24.0 if IS_FULL else 3.0
 
@@ -274,6 +275,7 @@ def test_nobody_is_lost_while_bytes_flow_on_a_narrow_cable(folder: Path, stack: 
     large.until_done(2000)
     record(f"large: {large.of('done')[0]['at'] - begun:.1f} s, calls beside: {max(took_s):.2f} s")
     assert [line["x"] for line in large.of("x")] == [0, 1]
+    cluster.network.cables["work"].set(outward=NARROWEST)
     text = cluster.client("desk", "text", str(TEXT_SIZE_BYTES))
     text.until_done(300)
     assert sorted(notes(cluster["work"], "large")) == [["0"], ["1"]], "each ran once"
