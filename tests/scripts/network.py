@@ -74,7 +74,7 @@ def large(x: int, size: int) -> bytes:
     return x.to_bytes(8, "little") * (size // 8)
 
 
-@app.function(cpu=0.1, timeout=2400)
+@app.function(cpu=0.05, timeout=2400)
 def long_text(size: int) -> str:
     note("text", str(size))
     return "x" * size
