@@ -114,6 +114,7 @@ def _require_taken_back(cluster: Cluster, held: dict[str, tuple[Client, set[str]
         assert {pid for pid, *_ in stopped} == held[name][1], "its leases were void"
         told = r"lost the scheduler at 10.77.0.1:7337: .*(?s:.)*joined .* again after \d+ s"
         cluster[name].find_in_log(f"({told})")
+        record(cluster[name].log)
     everybody = {*CUTS, "steady"}
     until(lambda: cluster.worker_names() == everybody, lambda: str(cluster.status()), 30)
     # It was never given up: each input ran there, and once.
@@ -284,3 +285,4 @@ def test_nobody_is_lost_while_bytes_flow_on_a_narrow_cable(folder: Path, stack: 
     for name in ("thin", "work"):
         assert "lost the scheduler" not in cluster[name].log
     assert len(notes(cluster["thin"], "text")) == 1
+    assert notes(cluster["work"], "text") == []

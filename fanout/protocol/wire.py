@@ -108,6 +108,8 @@ class Transport(asyncio.Protocol):
         self._is_receiving = False
         self._is_writable_told = True
         self._closing_timer: asyncio.TimerHandle | None = None
+        #: Kept, as the socket does not know it any more when it is gone.
+        self._address = "a unix socket"
         self._silence_timer: asyncio.TimerHandle | None = None
         self._is_silent = False
         #: Open, or lost before it was: what `connect` waits for.
@@ -134,8 +136,7 @@ class Transport(asyncio.Protocol):
     @property
     def address(self) -> str:
         """The peer's address, for people."""
-        name = self._socket.get_extra_info("peername") if self._socket else None
-        return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "a unix socket"
+        return self._address
 
     # --- sending ---
 
@@ -227,6 +228,9 @@ class Transport(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._socket = cast(asyncio.Transport, transport)
+        name = self._socket.get_extra_info("peername")
+        if isinstance(name, tuple):
+            self._address = f"{name[0]}:{name[1]}"
         if _set_options(self._socket):
             self._look_for_silence()
         self._socket.set_write_buffer_limits(high=BULK_SIZE_BYTES_HIGH, low=BULK_SIZE_BYTES_LOW)
