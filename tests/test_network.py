@@ -53,6 +53,8 @@ CUTS: dict[str, dict[str, Any]] = {
     "deaf": {"inward": NOTHING_PASSES},
 }
 LOST = [name for name in CUTS if name != "brief"]
+#: TCP pauses longer and longer between attempts, up to as long again as the cut was.
+BRIEF_CUT_S = WORKER_DEADLINE_S / 3
 #: Longer than TCP itself waits for an answer, so that workers have to dial and cannot.
 LONG_CUT_S = 50.0 if IS_FULL else WORKER_DEADLINE_S
 #: What `network.py held` has in flight: two inputs of a map, two spawned ones, a generator.
@@ -86,7 +88,7 @@ def test_cut_workers_are_waited_for_or_replaced_and_taken_back(
     for name, settings in CUTS.items():
         cluster.network.cables[name].set(**settings)
     cut_at = time.monotonic()
-    let_pass(WORKER_DEADLINE_S / 2)
+    let_pass(BRIEF_CUT_S)
     cluster.network.cables["brief"].set()
     release(cluster["brief"])
     held["brief"][0].until("held")
