@@ -96,7 +96,7 @@ def test_cut_workers_are_waited_for_or_replaced_and_taken_back(
         lines = client.until("held", timeout_s=1.5 * WORKER_DEADLINE_S)
         if client is not held["brief"][0]:
             waited_s = lines[0]["at"] - cut_at
-            assert WORKER_DEADLINE_S - 3.5 < waited_s < WORKER_DEADLINE_S + 5 * TIMEOUT_FACTOR
+            assert WORKER_DEADLINE_S - 5 < waited_s < WORKER_DEADLINE_S + 5 * TIMEOUT_FACTOR
     for client, _ in held.values():
         assert results_of(client) == {"map": [0, 1], "item": [0, 1, 2, 3, 4], "spawned": [0, 1]}
     let_pass(max(0.0, cut_at + LONG_CUT_S - time.monotonic()))
@@ -144,7 +144,7 @@ def _require_same_containers(cluster: Cluster, held: dict[str, tuple[Client, set
 
 #: Longer than TCP waits, and not as long as TCP and then the scheduler.
 CUT_S = 26.0
-FLOW_COUNT = 300
+FLOW_COUNT = 200
 #: A client that stands still, with more to read than its host has room for.
 STOP_S = 75.0 if IS_FULL else 38.0
 STOP_INPUT_COUNT = 60
@@ -170,7 +170,7 @@ def test_clients_that_come_back_get_everything_and_lost_ones_are_given_up(
     vanished_at = time.monotonic()
     flows = {name: cluster.client(name, "flow", str(FLOW_COUNT), "0.1") for name in back + LATE}
     for flow in flows.values():
-        flow.until("kind", 20)
+        flow.until("kind", 10, 40)
 
     for name in (*back, *LATE):
         cluster.network.cables[name].set(**CUTS.get(name, CUTS["long"]))
