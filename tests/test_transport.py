@@ -247,6 +247,12 @@ async def test_a_peer_that_vanishes_is_an_error(site: Site, raw: RawPeer) -> Non
     assert "without a goodbye" in str(error)
 
 
+async def test_a_connection_that_is_dropped_here_is_named_by_its_address(site: Site) -> None:
+    peer = await site.dial()
+    peer.transport.abort()
+    assert f"127.0.0.1:{site.server.port}" in str(await peer.until_lost())
+
+
 @pytest.mark.slow
 async def test_a_peer_that_lives_and_does_not_read_is_not_lost(
     site: Site, monkeypatch: pytest.MonkeyPatch
