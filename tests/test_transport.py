@@ -247,12 +247,6 @@ async def test_a_peer_that_vanishes_is_an_error(site: Site, raw: RawPeer) -> Non
     assert "without a goodbye" in str(error)
 
 
-async def test_a_connection_that_is_dropped_here_is_named_by_its_address(site: Site) -> None:
-    peer = await site.dial()
-    peer.transport.abort()
-    assert f"127.0.0.1:{site.server.port}" in str(await peer.until_lost())
-
-
 @pytest.mark.slow
 async def test_a_peer_that_lives_and_does_not_read_is_not_lost(
     site: Site, monkeypatch: pytest.MonkeyPatch
@@ -515,6 +509,12 @@ async def test_a_tls_dialler_at_a_plain_listener_fails(site: Site) -> None:
     site.fingerprint = b"x" * 32
     with pytest.raises(ConnectionError, match="cannot reach the scheduler"):
         await site.dial()
+
+
+async def test_a_connection_that_is_dropped_here_is_named_by_its_address(tls_site: Site) -> None:
+    peer = await tls_site.dial()
+    peer.transport.abort()
+    assert f"127.0.0.1:{tls_site.server.port}" in str(await peer.until_lost())
 
 
 def test_an_identity_is_made_once_and_is_private(tmp_path: Path) -> None:
