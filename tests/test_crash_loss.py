@@ -226,7 +226,7 @@ def test_a_killed_worker_leaves_nothing_running(
     scheduler_and_workers: Start, tmp_path: Path, is_limited: bool
 ) -> None:
     cluster = scheduler_and_workers(0)
-    worker = cluster.start_worker("w1", 2, without_groups() if is_limited else ())
+    worker = cluster.start_worker("w1", 2, prefix=without_groups() if is_limited else ())
     with kit.app.run():
         call = kit.start_children_and_wait.spawn(str(tmp_path))
         poll_until((tmp_path / "begun").exists, "children are there")
@@ -254,7 +254,7 @@ def test_without_control_groups_nothing_outlives_the_last_container(
     scheduler_and_workers: Start, tmp_path: Path
 ) -> None:
     cluster = scheduler_and_workers(0)
-    worker = cluster.start_worker("w1", 2, without_groups())
+    worker = cluster.start_worker("w1", 2, prefix=without_groups())
     with kit.app.run():
         assert kit.run.remote("children", "children", str(tmp_path)) == "children"
         assert set(kit.noted(tmp_path).values()) == kit.CHILDREN
