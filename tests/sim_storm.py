@@ -243,7 +243,7 @@ class Storm(World):
             return
         plan = random.choice(self.plans)
         count = random.choice([1, 1, 3, 30, 300])
-        if plan.item_count or plan.nested is not None or plan.name == "slow":
+        if plan.item_count or plan.nested is not None or plan.name in ("slow", "large"):
             count = min(count, 8)
         elif plan.name == "quick" and random.random() < 0.3:
             # More than the smallest window of credit holds.
