@@ -50,6 +50,7 @@ ODD_AT_SCHEDULER = [
     "duplicate output",
     "exit of an unknown container",
     "failure under a void lease",
+    "generator evicted",
     "items of an unknown lease",
     "items out of order",
     "log text that nobody read",

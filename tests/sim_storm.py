@@ -57,12 +57,13 @@ class Storm(World):
         for name, highest in {**FAULTS_PER_S, **CHANCES}.items():
             self.rates[name] = highest * random.random() if random.random() < 0.7 else 0.0
         self.fair = Plan("fair", b"f" * 16, {"max_containers": 1}, input_s=0.1, is_steady=True)
-        self.plans = make_plans(self)
+        cores = [float(random.randint(1, 4)) for _ in range(random.randint(1, 3))]
+        self.plans = make_plans(self, max(cores))
         all_plans = [*self.plans, self.fair]
         by_id = {plan.function_id: plan for plan in all_plans}
         self.scheduler.start()
-        for number in range(random.randint(1, 3)):
-            self.workers.append(SimWorker(self, number, float(random.randint(1, 4)), by_id))
+        for number, cpu in enumerate(cores):
+            self.workers.append(SimWorker(self, number, cpu, by_id))
         for number in range(1, random.randint(2, 4)):
             self.clients.append(SimClient(self, number, all_plans))
         self.queue_users = [SimQueueUser(self, number) for number in range(random.randint(2, 3))]
@@ -242,7 +243,7 @@ class Storm(World):
             return
         plan = random.choice(self.plans)
         count = random.choice([1, 1, 3, 30, 300])
-        if plan.item_count or plan.nested is not None or plan.name == "slow":
+        if plan.item_count or plan.nested is not None or plan.name in ("slow", "large"):
             count = min(count, 8)
         elif plan.name == "quick" and random.random() < 0.3:
             # More than the smallest window of credit holds.
@@ -439,7 +440,7 @@ def verify_containers(world: Storm) -> None:
         assert not gone, f"permits of {function.definition.name} are held by nobody"
 
 
-def make_plans(world: World) -> list[Plan]:
+def make_plans(world: World, cores_max: float) -> list[Plan]:
     random = world.random
     quick = Plan("quick", b"q" * 16, {}, input_s=0.0002)
     slow = Plan("slow", b"s" * 16, {"max_containers": random.randint(1, 4)}, input_s=0.3)
@@ -452,7 +453,10 @@ def make_plans(world: World) -> list[Plan]:
         is_flaky=True,
     )
     crashy = Plan("crashy", b"c" * 16, {}, input_s=0.02, may_crash=True)
-    stream = Plan("stream", b"g" * 16, {"is_generator": True}, input_s=0.001, item_count=40)
+    few = {"is_generator": True, "max_containers": random.choice([1, 2, 50])}
+    stream = Plan("stream", b"g" * 16, few, input_s=0.001, item_count=40)
+    # Needs all of the largest worker, so that the worker has to be kept free for it.
+    large = Plan("large", b"l" * 16, {"cpu": cores_max, "memory": 4096}, input_s=0.02)
     most = random.randint(2, 8)
     many = Plan(
         "many",
@@ -464,4 +468,4 @@ def make_plans(world: World) -> list[Plan]:
     inner = Plan("inner", b"i" * 16, {}, input_s=0.005)
     middle = Plan("middle", b"m" * 16, {}, input_s=0.002, nested=inner, nested_count=3)
     outer = Plan("outer", b"o" * 16, {}, input_s=0.002, nested=middle, nested_count=2)
-    return [quick, slow, flaky, crashy, stream, many, poisoned, inner, middle, outer]
+    return [quick, slow, flaky, crashy, stream, large, many, poisoned, inner, middle, outer]
