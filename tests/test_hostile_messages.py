@@ -11,15 +11,32 @@ import pytest
 from fanout.exceptions import ProtocolError
 from fanout.protocol import frames
 from fanout.protocol import messages as m
-from tests.core_kit import Bench, inputs
-from tests.hostile_kit import LENGTHS, Mutator, encoded, sample
+from fanout_scheduler.core.events import Disconnect
+from tests.core_kit import Bench
+from tests.hostile_kit import Mutator, encoded, sample
 
 IS_FULL = os.environ.get("FANOUT_TEST_FULL") == "1"
 SEED_COUNT = 2000 if IS_FULL else 150
 MESSAGES_PER_SEED = 60
 
 CALL, STREAM, STORED, QUEUE, FUNCTION = (bytes([n]) * 16 for n in (1, 2, 3, 4, ord("f")))
-ODD = [None, True, -1, 0, 1.5, "", "text", b"", b"i" * 16, [], [[]], {}, {"a": [1]}, 1 << 62, -1e14]
+ODD: list[object] = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    "",
+    "text",
+    b"",
+    b"i" * 16,
+    [],
+    [[]],
+    {},
+    {"a": [1]},
+    1 << 62,
+    -1e14,
+]
 OPTIONS = (
     "timeout", "retries", "max_containers", "min_containers", "buffer_containers", "cpu", "memory",
     "is_generator", "scaledown_window", "batch", "max_inputs", "target_inputs", "single_use",
@@ -115,9 +132,51 @@ def test_no_valid_message_of_a_peer_makes_the_core_fail(half: int) -> None:
             raise AssertionError(f"seed {seed}, after {story[-3:]}: {bug!r}") from bug
 
 
-def test_the_world_of_these_messages_works() -> None:
-    world = World(0)
-    bench = world.bench
-    bench.frame(world.client, inputs(CALL, 3, 1), m.SealCall(CALL, 4))
-    assert bench.core.snapshot()["call_count"] == 3
-    assert LENGTHS == (3).to_bytes(4, "little")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cpu", -1),
+        ("max_containers", "many"),
+        ("methods", 3),
+        ("retries", [1, 0.0, 1e300, 1.0]),
+        ("scaledown_window", None),
+        ("max_inputs", 1 << 40),
+    ],
+)
+def test_a_definition_that_no_library_sends_is_refused_by_name(name: str, value: object) -> None:
+    bench = Bench()
+    client = bench.client()
+    bench.define(client, "f", {name: value})
+    (refusal,) = [order for order in bench.orders if isinstance(order, Disconnect)]
+    assert refusal.code == "protocol"
+    assert f"the option {name}=" in refusal.text
+    assert bench.core.state.functions == {}
+
+
+@pytest.mark.parametrize("mode", [m.OpenMode.MAKE, m.OpenMode.MAKE_IF_MISSING])
+def test_no_object_gets_the_id_of_another(mode: m.OpenMode) -> None:
+    bench = Bench()
+    client, other = bench.connect(), bench.connect()
+    kind = m.ObjectType.QUEUE
+    bench.frame(client, m.OpenObject(1, QUEUE, kind, "", m.OpenMode.EPHEMERAL))
+    bench.frame(client, m.OpenObject(2, STORED, kind, "on its way", m.OpenMode.MAKE))
+    kept = bench.core.state.objects.by_id[QUEUE]
+    for number, object_id in enumerate((QUEUE, STORED)):
+        bench.frame(other, m.OpenObject(number, object_id, kind, f"mine{number}", mode))
+        answer = bench.take(m.ObjectAnswer, other)
+        assert (answer.code, "id is that of another" in answer.info[0]) == ("invalid", True)
+    assert bench.core.state.objects.by_id == {QUEUE: kept}
+
+
+def test_the_delay_before_a_retry_is_a_number_however_often_it_failed() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={"retries": [400, 1.0, 10.0, 0.001]})
+    bench.open(client, count=1)
+    lease = bench.started_lease(worker)
+    for _ in range(350):
+        bench.finish(worker, lease, status=m.Status.ERROR)
+        bench.later(0.01)
+        lease = bench.take(m.Lease, worker)
+        bench.forget(m.OutputsAck)
+    assert bench.take_all(m.Outputs, client) == []
