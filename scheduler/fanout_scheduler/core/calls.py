@@ -17,6 +17,7 @@ from fanout_scheduler.core import (
     reservation,
     spawned,
 )
+from fanout_scheduler.core.definitions import fault_of
 from fanout_scheduler.core.events import Disconnect, Exit, PeerId
 from fanout_scheduler.core.leasing import cancel_lease, run_again, stop_container
 from fanout_scheduler.core.snapshot import describe_busy, snapshot
@@ -170,6 +171,9 @@ def on_define_function(state: State, peer: Peer, message: m.DefineFunction) -> N
     app = state.apps.get(message.app_id)
     if app is None or not may_use(peer, app):
         state.note("definition for an unknown app")
+        return
+    if fault := fault_of(message.options):
+        state.commands.append(Disconnect(peer.peer_id, "protocol", fault))
         return
     function = make_function(message, app, state.next_number())
     state.functions[message.function_id] = app.functions[message.function_id] = function

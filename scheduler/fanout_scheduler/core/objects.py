@@ -283,6 +283,11 @@ def _make(state: State, peer: Peer, message: m.OpenObject) -> None:
         text = no_room_text(state)
         state.send(peer.peer_id, answer_of(message.request_id, "exhausted", text=text))
         return
+    if _is_taken(state, message.object_id):
+        # Ids are random, so this is somebody who wants to be taken for another object.
+        text = "its id is that of another queue or dict"
+        state.send(peer.peer_id, answer_of(message.request_id, "invalid", text=text))
+        return
     is_ephemeral = message.mode == m.OpenMode.EPHEMERAL
     of = StoredObject(
         object_id=message.object_id,
@@ -312,6 +317,14 @@ def _make(state: State, peer: Peer, message: m.OpenObject) -> None:
 
     record = m.ObjectMade(of.object_id, of.object_type, of.name, of.made_at)
     durable.store_objects(state, [record], stored, failed)
+
+
+def _is_taken(state: State, object_id: bytes) -> bool:
+    """Whether there is an object of this id, or one on its way to disk."""
+    objects = state.objects
+    return object_id in objects.by_id or any(
+        of.object_id == object_id for of in objects.by_name.values() if not of.is_ready
+    )
 
 
 def add(state: State, of: StoredObject) -> None:

@@ -25,6 +25,8 @@ from fanout_scheduler.core.state import Call, GeneratorState, Lease, Method, Sta
 #: Weight of the newest report in the moving averages, at most and when it makes them grow.
 WEIGHT_MAX = 0.5
 WEIGHT_GROW_MIN = 0.05
+#: Beyond this a back-off that grows has long reached its maximum.
+EXPONENT_MAX = 60
 
 #: Reports of a worker that wait to be acknowledged, at most, and for how long.
 ACKNOWLEDGE_COUNT = 32
@@ -204,7 +206,8 @@ def _retry(state: State, call: Call, index: int) -> bool:
     if failed > max_retries:
         return False
     call.attempts[index] = failed
-    delay_s = min(delay_max_s, initial_s * coefficient ** (failed - 1))
+    # No delay is longer than its maximum, and a power of more than that may be no number.
+    delay_s = min(delay_max_s, initial_s * coefficient ** min(failed - 1, EXPONENT_MAX))
     call.queued.remove(index, index + 1)
     call.backing_off.add(index, index + 1)
     state.at(state.now + delay_s, "retry", (call, index))
