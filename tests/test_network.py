@@ -163,9 +163,10 @@ def test_clients_that_come_back_get_everything_and_lost_ones_are_given_up(
     cluster.start_worker("work", cpu=4)
     for name in (*back, *LATE, "vanished"):
         cluster.network.lay_cable(name)
-    vanished = cluster.client("vanished", "spawn", "40", "0.5")
+    vanished = cluster.client("vanished", "spawn")
     call_id = vanished.until("call_id")[0]["call_id"]
-    [[held_pid, *_]] = until_notes(work, "begun", 1)
+    begun = until_notes(work, "begun", 3)
+    [held_pid] = [int(pid) for pid, kind, _ in begun if kind == "attached"]
     cluster.network.cables["vanished"].set(**CUTS["long"])
     vanished_at = time.monotonic()
     flows = {name: cluster.client(name, "flow", str(FLOW_COUNT), "0.1") for name in back + LATE}
@@ -179,7 +180,7 @@ def test_clients_that_come_back_get_everything_and_lost_ones_are_given_up(
         assert flows[name].process.poll() is None, "it was not done before"
         assert not flows[name].of("end")
         cluster.network.cables[name].set()
-    until(lambda: not is_alive(int(held_pid)), "the input of the lost client ends", 60)
+    until(lambda: not is_alive(held_pid), "the input of the lost client ends", 60)
     given_up_s = time.monotonic() - vanished_at
     limit_s = SILENCE_S + CLIENT_GRACE_S
     record(f"a client that vanished was given up after {given_up_s:.1f} s")
@@ -189,12 +190,14 @@ def test_clients_that_come_back_get_everything_and_lost_ones_are_given_up(
     for flow in flows.values():
         flow.until_done(60)
         assert results_of(flow) == dict.fromkeys(("map", "item", "spawned"), [*range(FLOW_COUNT)])
+    release(work)
     for name in back:
         ran = sorted(int(x) for [x] in notes(work, f"ran-{name}"))
         assert ran == sorted([*range(FLOW_COUNT)] * 2), "the inputs of both calls ran once"
+    assert notes(work, "stopped") == [], "spawned inputs go on without the client"
     collect = cluster.client("desk", "collect", call_id)
     collect.until_done()
-    assert results_of(collect) == {"spawned": list(range(40))}
+    assert results_of(collect) == {"spawned": [0, 1]}
 
 
 @stories.test

@@ -158,8 +158,8 @@ def run_held() -> None:
     asyncio.run(tell("again", held.map.aio(["again"] * 8, range(8))))
 
 
-def run_spawn(count: str, seconds: str) -> None:
-    call = look.spawn_map(range(int(count)), kwargs={"seconds": float(seconds)})
+def run_spawn() -> None:
+    call = held.spawn_map(["spawned"] * 2, range(2))
     say(call_id=call.object_id)
     held.remote("attached", 0)
 
