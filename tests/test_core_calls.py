@@ -312,11 +312,12 @@ def test_a_call_goes_over_to_the_session_that_submits_it_again() -> None:
 
 def test_items_and_the_failure_of_a_call_are_told_again() -> None:
     bench = Bench()
-    worker = bench.worker(cpu=1)
+    worker = bench.worker(cpu=2)
     client = bench.client(f={"is_generator": True}, g={})
-    call_id = bench.open(client, count=1)
+    call_id = bench.open(client, count=2)
     bench.open(client, "g", call=2, count=1)
-    lease = bench.started_lease(worker)
+    lease, second = bench.take_all(m.Lease)
+    bench.start(worker, lease.container_id)
     blob_id = b"B" * 32
     bench.blob(blob_id)
     lengths = (1).to_bytes(4, "little") * 2
@@ -324,7 +325,7 @@ def test_items_and_the_failure_of_a_call_are_told_again() -> None:
     bench.frame(worker, items)
     assert bytes(bench.take(m.Items, client).payload) == b"ab"
     assert bench.blobs_sent() == [(client, blob_id)]
-    failed = m.ContainerExited(lease.container_id, "start", [], {}, b"pickled")
+    failed = m.ContainerExited(second.container_id, "start", [], {}, b"pickled")
     bench.frame(worker, failed)
     bench.take(m.CallFailed, client)
     bench.lose(client)
@@ -441,14 +442,18 @@ def test_text_that_nobody_can_read_is_dropped_and_counted() -> None:
     assert bench.take_all(m.Log) == []
     bench.tell(PeerWritable(PeerId(client), True))
     bench.frame(worker, log(lease.container_id, call_id))
-    bench.take(m.Log)
+    sources = [told.source for told in bench.take_all(m.Log)]
+    assert sources == [m.Source.SYSTEM, m.Source.STDOUT], "how much is missing is said first"
     bench.frame(client, m.WatchProgress(True))
     bench.frame(worker, log(lease.container_id, call_id))
     bench.take(m.Log)
     bench.lose(client)
     bench.frame(worker, log(lease.container_id, call_id))
     assert bench.take_all(m.Log) == []
-    assert bench.core.state.counts == {"log text that nobody read": 3}
+    assert bench.core.state.counts == {
+        "log text that nobody read": 2,
+        "log text of an unknown container": 1,
+    }
 
 
 # --- questions ------------------------------------------------------------------------------------
@@ -494,7 +499,7 @@ def test_a_call_that_failed_by_itself_was_not_cancelled() -> None:
     reader = bench.connect()
     call_id = bench.open(client, count=1, is_durable=True)
     bench.store()
-    container_id = bench.started_lease(worker).container_id
+    container_id = bench.take(m.StartContainer).container_id
     bench.frame(worker, m.ContainerExited(container_id, "start", [], {}, b"pickled"))
     assert info_of(bench, reader, call_id)[0] == "failed"
 
@@ -624,7 +629,7 @@ def test_a_call_that_has_failed_waits_for_nothing() -> None:
     worker = bench.worker(cpu=1)
     client = bench.client(f={"max_containers": 1})
     call_id = bench.open(client, count=3)
-    container_id = bench.started_lease(worker).container_id
+    container_id = bench.take(m.StartContainer).container_id
     assert bench.core.state.calls[call_id].waits_for
     bench.frame(worker, m.ContainerExited(container_id, "start", [], {}, b"pickled"))
     assert bench.core.state.calls[call_id].waits_for == ""

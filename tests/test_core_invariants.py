@@ -42,9 +42,15 @@ def busy() -> SimpleNamespace:
     )  # fmt: skip
 
 
+def end(s: Any) -> None:
+    """The call is over, which ends what is asked of its inputs."""
+    s.call.is_over = True
+    s.function.app.open_count -= 1
+
+
 def forget_lease(s: Any) -> None:
     """The inputs of all leases are nowhere, and nothing else is wrong."""
-    s.call.is_over = True
+    end(s)
     for lease in list(s.call.leases.values()):
         s.container.open_count -= lease.open.count
         s.call.leased_count -= lease.open.count
@@ -52,7 +58,7 @@ def forget_lease(s: Any) -> None:
 
 
 def unlist_in_call(s: Any) -> None:
-    s.call.is_over = True
+    end(s)
     s.call.leases.clear()
     s.call.leased_count = 0
 
@@ -103,7 +109,7 @@ def give_to_two_sessions(s: Any) -> None:
 
 BROKEN: list[tuple[str, Break]] = [
     ("1: an input of .* is in two places", lambda s: s.call.parked.add(4, 5)),
-    ("1: an input of .* is in two places", lambda s: s.call.backing_off.add(5)),
+    ("1: an input of .* is in two places", lambda s: s.call.backing_off.add(5, 6)),
     ("1: an input of .* is in two places", lambda s: s.call.storing.add(0, 1)),
     ("1: an input of .* is in two places", lambda s: s.call.finished.add(5, 6)),
     ("1: .* queued and leased", lambda s: s.call.queued.add(s.lease.start, s.lease.stop)),
@@ -111,7 +117,7 @@ BROKEN: list[tuple[str, Break]] = [
     ("1: .* holds", lambda s: s.call.queued.remove(5, 6)),
     ("1: .* holds", lambda s: s.call.received.add(6, 7)),
     ("2: ", lambda s: setattr(s.call.chunk_of(1), "start", 2)),
-    ("2: ", lambda s: setattr(s.call.chunk_of(1), "lengths", b"12345")),
+    ("2: ", lambda s: setattr(s.call.chunk_of(1), "stop", 5)),
     ("3: .* != ", lambda s: setattr(s.call, "leased_count", s.call.leased_count + 1)),
     ("3: ", finish_too_much),
     ("4: .* has queued inputs", offer_nothing),
@@ -162,11 +168,14 @@ def test_inputs_that_wait_for_their_consumer_are_on_offer_to_nobody() -> None:
     parts.bench.core.check()
 
 
-@pytest.mark.parametrize("end", ["is_over", "failure"])
-def test_a_call_that_has_ended_owes_nothing_to_its_inputs(end: str) -> None:
+@pytest.mark.parametrize("ending", ["is_over", "failure"])
+def test_a_call_that_has_ended_owes_nothing_to_its_inputs(ending: str) -> None:
     parts = busy()
     failure = m.CallFailed(parts.call.call_id, m.Status.FAILURE, b"")
-    setattr(parts.call, end, True if end == "is_over" else failure)
+    if ending == "is_over":
+        end(parts)
+    else:
+        parts.call.failure = failure
     parts.call.generators[0] = GeneratorState()
     parts.call.chunk_starts.clear()
     parts.call.queued.remove(5, 6)
