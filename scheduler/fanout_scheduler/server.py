@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fanout.config import SPAWNED_SIZE_BYTES_MAX
-from fanout.exceptions import AuthError, InternalError, ProtocolError, StorageError
+from fanout.exceptions import AuthError, InternalError, ProtocolError
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import BlobExchange
 from fanout.protocol.join import JoinString, Token
 from fanout.protocol.transport import Server, Transport, serve
 from fanout_scheduler.blobs import BlobKeeper
@@ -54,7 +53,8 @@ from fanout_scheduler.core.events import (
 )
 from fanout_scheduler.crash import describe, write_crash
 from fanout_scheduler.home import Home, boot_id
-from fanout_scheduler.relay import VirtualTransport, unwrap
+from fanout_scheduler.peer import AnyTransport, Peer
+from fanout_scheduler.relay import VirtualTransport
 from fanout_scheduler.store import StoreThread, blob_ids_of, load_key
 from fanout_scheduler.tokens import REVOKED, Tokens
 
@@ -80,17 +80,10 @@ _DECIDE_RETRY_S = 0.05
 EXIT_OK = 0
 EXIT_BROKEN = 70
 
-#: Frames that the shell deals with itself or must look into; all others go straight to the core.
-_SHELL_TYPES: frozenset[type[m.Message]] = m.BLOB_KINDS | {
-    m.Relay, m.SessionOpened, m.SessionClosed, m.Goodbye,
-}  # fmt: skip
 #: Frames that name blobs; see `blobs.py`.
 _NAMING_TYPES: frozenset[type[m.Message]] = frozenset(
     {m.DefineFunction, m.Inputs, m.SubmitCall, m.LeaseOutputs, m.LeaseItems}
 )
-
-
-AnyTransport = Transport | VirtualTransport
 
 
 @dataclass(slots=True)
@@ -109,122 +102,6 @@ class Options:
     spawned_bytes_max: int = SPAWNED_SIZE_BYTES_MAX
     #: More clients and workers are refused.
     connection_count_max: int = 1 << 20
-
-
-class Peer:
-    """One peer of the core: a connection, or a session relayed over a worker's connection."""
-
-    __slots__ = (
-        "_server",
-        "exchange",
-        "is_gone",
-        "peer_id",
-        "reason",
-        "role",
-        "sessions",
-        "token",
-        "transport",
-        "unfinished_count",
-        "worker",
-    )
-
-    def __init__(
-        self,
-        server: SchedulerServer,
-        peer_id: PeerId,
-        role: str,
-        transport: Transport | VirtualTransport,
-        token: Token | None = None,
-    ) -> None:
-        self._server = server
-        self.peer_id = peer_id
-        self.role = role
-        #: What it was let in by; None for a session, which ends with its worker.
-        self.token = token
-        self.transport = transport
-        self.exchange = BlobExchange(
-            server.blobs.store, transport.send, transport.send_bulk, self._blob_completed
-        )
-        #: Of a worker: its nested clients by session id.
-        self.sessions: dict[bytes, Peer] = {}
-        #: Of a nested client: the worker through which it speaks.
-        self.worker: Peer | None = None
-        self.is_gone = False
-        self.reason = ""
-        #: As last seen; see `Transport`.
-        self.unfinished_count = 0
-
-    # --- called by the transport -----------------------------------------------------------------
-
-    def messages_received(self, messages: list[m.Message]) -> None:
-        if self.is_gone:
-            return
-        server = self._server
-        events, peer_id = server.events, self.peer_id
-        try:
-            for message in messages:
-                if type(message) in _SHELL_TYPES:
-                    self._take(message)
-                else:
-                    events.append(FrameReceived(peer_id, message))
-        finally:
-            # A ProtocolError goes on to the transport, which closes the connection; what the peer
-            # sent before it is good.
-            server.turn_soon()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._server.lose(self, self.reason or (str(error) if error is not None else "closed"))
-
-    def writable_changed(self, is_writable: bool) -> None:
-        server = self._server
-        for peer in (self, *self.sessions.values()):
-            server.events.append(PeerWritable(peer.peer_id, is_writable))
-        server.schedule_turn()
-
-    # --- what the shell does itself --------------------------------------------------------------
-
-    def _take(self, message: m.Message) -> None:
-        if isinstance(message, m.Relay):
-            self._relay(message)
-        elif isinstance(message, m.SessionOpened):
-            self._server.open_session(self, message)
-        elif isinstance(message, m.SessionClosed):
-            session = self.sessions.get(message.session_id)
-            if session is not None:
-                session.transport.abort()
-                self._server.lose(session, "its container closed it")
-        elif isinstance(message, m.Goodbye):
-            self.reason = f"{message.code}: {message.text}"
-        else:
-            if isinstance(message, m.BlobOffer):
-                self._server.blobs.keep_offered(message.blob_id, self._server.clock.now())
-            try:
-                self.exchange.handle(message)
-            except StorageError as error:
-                # A full disk. The peer comes back and offers the blob again.
-                log.error("= peer %d: %s", self.peer_id, error)
-                self._server.disconnect(self, "store", str(error))
-
-    def _relay(self, relay: m.Relay) -> None:
-        session = self.sessions.get(relay.session_id)
-        if session is None:
-            # The session was closed on this side while the frame was on its way.
-            self._server.late_relay_count += 1
-            return
-        try:
-            message = unwrap(relay)
-            if type(message) in _SHELL_TYPES:
-                session._take(message)
-            else:
-                self._server.events.append(FrameReceived(session.peer_id, message))
-        except ProtocolError as error:
-            # The fault is the container's; its worker and the worker's other sessions go on.
-            log.warning("peer %d (nested) broke the protocol: %s", session.peer_id, error)
-            self._server.disconnect(session, "protocol", str(error))
-
-    def _blob_completed(self, blob_id: bytes) -> None:
-        self._server.events.append(self._server.completed(blob_id))
-        self._server.schedule_turn()
 
 
 class SchedulerServer:
