@@ -156,7 +156,7 @@ def test_a_wait_that_only_a_person_can_end_is_told_once() -> None:
     assert bench.take_all(m.Notice) == []
     bench.later(0.2)
     notice = bench.take(m.Notice, client)
-    assert notice.text == "f waits for a worker: none is connected"
+    assert (notice.code, notice.text) == ("waiting", "f waits for a worker: none is connected")
     worker = bench.worker(cpu=2, is_embedded=False)
     bench.open(client, "g", call=2, count=1)
     bench.later(NOTICE_S + 0.1)
