@@ -195,3 +195,24 @@ def test_room_on_a_worker_where_the_call_does_not_fit_is_none(
     bench.forget(m.WorkerAccepted)
     nest(bench, {"memory": 100}, 2)
     assert text_of(bench.take(m.CallFailed))[0] == "deadlock"
+
+
+def test_a_call_that_lacks_only_a_core_gets_on() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={"max_containers": 1}, g={}, h={})
+    bench.open(client, "f", call=1, count=1)
+    outer = bench.started_lease(worker)
+    caller = bench.connect("nested", worker=worker, container_id=outer.container_id)
+    bench.frame(caller, m.SessionWaits(0))
+    bench.open(client, "h", call=2, count=1)
+    beside = bench.started_lease(worker)
+    other = bench.connect("nested", worker=worker, container_id=beside.container_id)
+    bench.open(other, "f", call=3, count=1, parent=(beside.lease_id, 0))
+    bench.frame(other, m.SessionWaits(0))
+    bench.open(client, "h", call=4, count=1)
+    busy = bench.started_lease(worker)
+    bench.open(caller, "g", call=5, count=1, parent=(outer.lease_id, 0))
+    assert bench.take_all(m.CallFailed) == []
+    bench.finish(worker, busy)
+    assert bench.started_lease(worker).call_id[0] == 5

@@ -156,7 +156,7 @@ def test_a_wait_that_only_a_person_can_end_is_told_once() -> None:
     assert bench.take_all(m.Notice) == []
     bench.later(0.2)
     notice = bench.take(m.Notice, client)
-    assert notice.text == "f waits for a worker: none is connected"
+    assert (notice.code, notice.text) == ("waiting", "f waits for a worker: none is connected")
     worker = bench.worker(cpu=2, is_embedded=False)
     bench.open(client, "g", call=2, count=1)
     bench.later(NOTICE_S + 0.1)
@@ -559,3 +559,20 @@ def test_inputs_beside_a_suspect_of_their_call_may_have_company() -> None:
     told = [(lease.call_id[0], lease.start, len(lease.lengths) // 4) for lease in leases]
     assert told == [(2, 0, 1), (1, 0, 2)]
     assert len({lease.container_id for lease in leases}) == 1
+
+
+@pytest.mark.parametrize(("input_s", "is_started"), [(0.003, True), (0.002, False)])
+def test_a_container_is_started_for_what_all_waiting_calls_take(
+    input_s: float, is_started: bool
+) -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=2)
+    client = bench.client(f={})
+    bench.open(client, call=1, count=1)
+    bench.finish(worker, bench.started_lease(worker), input_s=input_s)
+    bench.open(client, call=2, count=1)
+    bench.take(m.Lease)
+    with bench.one_turn():
+        bench.open(client, call=3, count=1)
+        bench.open(client, call=4, count=1)
+    assert bool(bench.take_all(m.StartContainer)) is is_started

@@ -526,3 +526,18 @@ def test_items_for_a_client_that_is_away_are_kept_for_it(is_durable: bool) -> No
     assert bench.blobs_sent() == []
     assert bench.take_all(m.Items) == []
     assert bench.core.state.blob_references == {BLOB: 1}
+
+
+def test_a_late_value_of_an_input_that_lacks_its_blobs_is_its_output() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={})
+    call_id = bench.open(client, is_sealed=False)
+    lengths, payload = table([b"a", b"b"])
+    bench.frame(client, m.Inputs(call_id, 0, lengths, [(1, [BLOB])], payload))
+    late = m.LeaseOutputs(1, 77, call_id, 0, 10, b"\1\0\0\0", b"\0", [], b"v")
+    bench.frame(worker, late)
+    assert shown(bench, client) == [(0, b"\0", b"v", [])]
+    assert list(call_of(bench).parked) == [(1, 2)]
+    bench.blob(BLOB)
+    assert bench.take(m.Lease).start == 1

@@ -609,3 +609,15 @@ def test_inputs_of_a_restored_call_may_make_calls() -> None:
     text = m.ContainerLog(lease.container_id, CALL, 0, m.Source.STDOUT, b"hello")
     again.frame(worker, text)
     assert again.core.state.counts == {"log text that nobody read": 1}
+
+
+def test_reports_of_a_workers_former_self_are_not_acknowledged_to_it() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={})
+    bench.open(client, count=1)
+    bench.finish(worker, bench.started_lease(worker))
+    ready(bench, worker)
+    bench.later(1)
+    assert bench.take_all(m.OutputsAck) == [], "it counts anew"
+    assert not bench.core.state.acknowledging

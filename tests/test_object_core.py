@@ -353,3 +353,14 @@ def test_an_entry_costs_its_bytes_and_a_fixed_overhead() -> None:
     assert bench.core.state.objects.size_bytes == OVERHEAD_BYTES + 8
     bench.write()
     assert bench.core.state.objects.size_bytes == 2 * OVERHEAD_BYTES + 8
+
+
+def test_entries_of_an_ephemeral_dict_expire_too() -> None:
+    bench = ObjectBench()
+    peer = bench.connect()
+    bench.make(peer, kind=2, is_ephemeral=True)
+    bench.set(peer, b"k", b"1")
+    bench.answer(peer)
+    bench.later(DICT_ENTRY_RETENTION_S + 3700)
+    assert bench.length(peer) == 0
+    assert bench.core.state.objects.size_bytes == OVERHEAD_BYTES

@@ -242,6 +242,9 @@ def test_the_end_of_a_call_is_told_with_what_it_had() -> None:
 def test_a_function_that_is_gone_runs_nothing() -> None:
     bench, worker, client = watching(f={"max_containers": 1})
     bench.open(client, count=1)
+    bench.later(progress.INTERVAL_S)
+    (seen,) = bench.take_all(m.FunctionProgress)
+    assert (seen.running, seen.starting) == (0, 1)
     bench.started_lease(worker)
     bench.later(progress.INTERVAL_S)
     (seen,) = bench.take_all(m.FunctionProgress)
