@@ -101,7 +101,8 @@ def test_a_second_scheduler_in_one_home_is_refused_and_told_the_pid(daemon: Daem
 
 
 def test_a_damaged_database_ends_the_start_and_is_left_alone(daemon: Daemon) -> None:
-    daemon.home.mkdir(mode=0o700)
+    daemon.start()
+    daemon.end()
     database = daemon.home / "scheduler.db"
     database.write_bytes(b"not a database" * 1000)
     process = daemon.spawn()

@@ -225,6 +225,9 @@ FORGERIES: dict[type[m.Message], Forge] = {
         m.LeaseWaits(s.their_lease.lease_id, 9),
     ],
     m.ContainerLog: _logs,
+    m.CpuTimes: lambda s: [
+        m.CpuTimes([(s.their_lease.container_id, 1), (s.stream.container_id, 1), (999, 1)])
+    ],
     m.SessionOpened: _sessions,
     m.SessionClosed: lambda s: [m.SessionClosed(THEIR_SESSION), m.SessionClosed(CLIENT_SESSION)],
     m.Relay: _relays,
