@@ -87,7 +87,8 @@ class Session:
         self._opening: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
-        #: How many connections in a row did not last.
+        #: The scheduler ended the connection and goes on itself; and how often in a row.
+        self._was_sent_away = False
         self._short_count = 0
 
         self._runs: dict[bytes, AppRun] = {}
@@ -159,6 +160,7 @@ class Session:
                 self._attach(transport)
                 if transport.is_closed:
                     # It was lost before it was the session's, and nobody was told.
+                    self._was_sent_away = True
                     self.lose(transport, None)
                 if not opening.done():
                     opening.set_result(None)
@@ -210,8 +212,11 @@ class Session:
 
     async def _slow_down(self, lasted_s: float) -> None:
         """Whoever is sent away as soon as it is connected comes again, at a slower and slower pace:
-        a container from before a restart, while the user of its functions is not back yet."""
-        if lasted_s > RECONNECT_DELAY_MAX_S:
+        a container from before a restart, while the user of its functions is not back yet. So does
+        a container whose daemon has no connection and cuts it off without a word."""
+        is_refused = (self._was_sent_away or self.is_nested) and lasted_s < RECONNECT_DELAY_MAX_S
+        self._was_sent_away = False
+        if not is_refused:
             self._short_count = 0
             return
         delay_s = min(RECONNECT_DELAY_MIN_S * 2**self._short_count, RECONNECT_DELAY_MAX_S)
@@ -608,6 +613,7 @@ class Session:
             self._on_answer(message)
         elif isinstance(message, m.Goodbye):
             logger.debug("= the scheduler says goodbye: %s", message.text)
+            self._was_sent_away = message.code != "shutdown"
 
     def _on_answer(self, message: Answer) -> None:
         request = self._requests.get(message.request_id)

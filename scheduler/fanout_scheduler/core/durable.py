@@ -261,8 +261,8 @@ def tell_stored(state: State, call: Call, stored: list[tuple[int, int]]) -> None
         # A part of it could not be written, so nothing of it is there for anybody.
         return
     if session is not None and session.peer_id is not None:
-        is_sealed = call.sealed_count is not None
-        state.send(session.peer_id, m.InputsStored(call.call_id, stored, is_sealed))
+        # The seal may be on disk before an input whose blobs are still on their way.
+        state.send(session.peer_id, m.InputsStored(call.call_id, stored, call.has_all_inputs))
 
 
 def end_call(state: State, call: Call) -> None:
