@@ -31,6 +31,7 @@ from fanout_scheduler.blobs import BlobKeeper
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
     BlobCompleted,
+    BlobRefused,
     Command,
     Disconnect,
     DropBlob,
@@ -212,8 +213,11 @@ class Peer:
             try:
                 self.exchange.handle(message)
             except StorageError as error:
-                # A full disk. The peer comes back and offers the blob again.
+                # A full disk. The transfer ends with the connection; the peer comes back, learns
+                # which of its calls failed, and offers again what it still needs to send.
                 log.error("= peer %d: %s", self.peer_id, error)
+                if isinstance(message, m.BlobPart):
+                    self._server.events.append(BlobRefused(message.blob_id, str(error)))
                 self._server.disconnect(self, "store", str(error))
 
     def _relay(self, relay: m.Relay) -> None:

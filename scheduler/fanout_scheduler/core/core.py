@@ -37,6 +37,7 @@ from fanout_scheduler.core import (
 from fanout_scheduler.core import check as invariants
 from fanout_scheduler.core.events import (
     BlobCompleted,
+    BlobRefused,
     Command,
     Disconnect,
     Event,
@@ -126,6 +127,8 @@ class Scheduler:
             self._acknowledge_all()
         elif isinstance(event, StoreFailed):
             durable.on_store_failed(state, event.sequence, event.text)
+        elif isinstance(event, BlobRefused):
+            blobs.on_refused(state, event.blob_id, event.text)
         elif isinstance(event, BlobCompleted):
             blobs.on_completed(state, event.blob_id, event.size_bytes)
 

@@ -71,6 +71,14 @@ class BlobCompleted:
 
 
 @dataclass(slots=True)
+class BlobRefused:
+    """The disk would not take a blob: calls that wait for it fail."""
+
+    blob_id: bytes
+    text: str
+
+
+@dataclass(slots=True)
 class TimePassed:
     """A deadline may have come."""
 
@@ -83,6 +91,7 @@ Event = (
     | Stored
     | StoreFailed
     | BlobCompleted
+    | BlobRefused
     | TimePassed
 )
 
