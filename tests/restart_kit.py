@@ -213,11 +213,13 @@ class SmallDisk(HandStarted):
         command = [argument.replace(str(self.disk), str(self.folder)) for argument in command]
         return ["nsenter", f"--target={self._holder.pid}", *ENTER, "--", *command]
 
-    def fill(self) -> None:
-        """Leave no room at all."""
-        with (self.disk / "filler").open("ab", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(4096))
+    def fill(self, room: int = 0) -> None:
+        """Leave so many bytes of room."""
+        with (self.disk / "filler").open("ab", buffering=0) as file:
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            file.truncate(file.tell() - room)
 
     def make_room(self) -> None:
         (self.disk / "filler").unlink()

@@ -10,6 +10,7 @@ from fanout.protocol import messages as m
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
     BlobCompleted,
+    BlobRefused,
     Disconnect,
     ForgetCall,
     PeerHeard,
@@ -48,6 +49,59 @@ def test_a_spawn_is_promised_only_on_a_definition_that_is_on_disk() -> None:
     assert bench.take(m.CallOpened).call_id == bytes([2]) * 16
     after = reborn(list(second.records))
     assert bytes([2]) * 16 in after.core.state.calls
+
+
+BLOB = b"b" * 32
+
+
+def spawn_with_blob(bench: Bench, client: int, is_durable: bool = True) -> bytes:
+    """A client spawns a call of one input whose blob is still on its way."""
+    call_id = bytes([1]) * 16
+    lengths, payload = table([b"v"])
+    submit = m.SubmitCall(
+        call_id, b"f" * 16, is_durable, True, None, "", lengths, [(0, [BLOB])], payload
+    )
+    bench.frame(client, submit)
+    return call_id
+
+
+def test_a_spawn_is_not_promised_before_its_blobs_are_here() -> None:
+    bench = Bench()
+    client = bench.client(f={})
+    spawn_with_blob(bench, client)
+    bench.store()
+    assert not any(stored.is_sealed for stored in bench.take_all(m.InputsStored, client))
+    bench.tell(BlobCompleted(BLOB, 100))
+    assert not any(stored.is_sealed for stored in bench.take_all(m.InputsStored, client))
+    bench.store()
+    assert bench.take(m.InputsStored, client).is_sealed
+
+
+def test_a_call_whose_blob_the_disk_refuses_fails_and_says_why() -> None:
+    for is_durable in (True, False):
+        bench = Bench()
+        client = bench.client(f={})
+        spawn_with_blob(bench, client, is_durable)
+        bench.store()
+        bench.tell(BlobRefused(BLOB, "no room"))
+        assert b"no room" in bytes(bench.take(m.CallFailed, client).payload)
+        assert bench.core.state.blob_waiters == {}
+        assert bench.core.state.blob_references == {}
+
+
+def test_a_spawn_whose_blobs_never_came_ends_when_its_client_does_not_come_back() -> None:
+    for is_restarted in (False, True):
+        bench = Bench()
+        client = bench.client(f={})
+        spawn_with_blob(bench, client)
+        records = [record for store in bench.store() for record in store.records]
+        if is_restarted:
+            bench = reborn(list(records))
+        else:
+            bench.lose(client)
+        assert bench.core.snapshot()["open_call_count"] == 1
+        bench.later(CLIENT_GRACE_S + 1)
+        assert bench.core.snapshot()["open_call_count"] == 0
 
 
 def test_definitions_that_were_stored_twice_are_one_after_a_restart() -> None:

@@ -167,7 +167,7 @@ async def test_a_client_that_is_sent_away_again_and_again_comes_more_slowly(
     def send_away(own: Transport, hello: m.Hello, role: str) -> Recorder:
         times.put_nowait(time.monotonic())
         own.close(m.Goodbye("unknown", "not now"))
-        return Recorder(own, lambda *_: None)
+        return Recorder(own, lambda own, message: None)
 
     server = await serve(
         "127.0.0.1",

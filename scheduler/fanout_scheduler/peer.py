@@ -12,7 +12,7 @@ from fanout.protocol import messages as m
 from fanout.protocol.blobs import BlobExchange
 from fanout.protocol.join import Token
 from fanout.protocol.transport import Transport
-from fanout_scheduler.core.events import FrameReceived, PeerId, PeerWritable
+from fanout_scheduler.core.events import BlobRefused, FrameReceived, PeerId, PeerWritable
 from fanout_scheduler.relay import VirtualTransport, unwrap
 
 if TYPE_CHECKING:
@@ -118,8 +118,11 @@ class Peer:
             try:
                 self.exchange.handle(message)
             except StorageError as error:
-                # A full disk. The peer comes back and offers the blob again.
+                # A full disk. The transfer ends with the connection; the peer comes back, learns
+                # which of its calls failed, and offers again what it still needs to send.
                 log.error("= peer %d: %s", self.peer_id, error)
+                if isinstance(message, m.BlobPart):
+                    self._server.events.append(BlobRefused(message.blob_id, str(error)))
                 self._server.disconnect(self, "store", str(error))
 
     def _relay(self, relay: m.Relay) -> None:

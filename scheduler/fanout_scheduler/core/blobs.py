@@ -44,13 +44,19 @@ def release(state: State, blob_ids: list[bytes]) -> None:
                 state.send(worker.peer_id, m.BlobDrop(blob_id))
 
 
-def when_present(state: State, blob_ids: list[bytes], then: Callable[[], None]) -> bool:
-    """Do something once these blobs are all here. Returns whether that was at once."""
+def when_present(
+    state: State,
+    blob_ids: list[bytes],
+    then: Callable[[], None],
+    failed: Callable[[str], None] | None = None,
+) -> bool:
+    """Do something once these blobs are all here, or the other thing when the disk refuses one.
+    Returns whether they are here now."""
     missing = set(blob_ids) - state.present_blobs.keys()
     if not missing:
         then()
         return True
-    wait = BlobWait(missing, then)
+    wait = BlobWait(missing, then, failed)
     for blob_id in sorted(missing):
         state.blob_waiters.setdefault(blob_id, []).append(wait)
     return False
@@ -70,6 +76,18 @@ def on_completed(state: State, blob_id: bytes, size_bytes: int) -> None:
             wait.then()
 
 
+def on_refused(state: State, blob_id: bytes, text: str) -> None:
+    """The disk is full. Who waits for the blob learns it; the others wait for its next offer."""
+    for wait in list(state.blob_waiters.get(blob_id, ())):
+        if wait.failed is None:
+            continue
+        for other in wait.missing:
+            state.blob_waiters[other].remove(wait)
+            if not state.blob_waiters[other]:
+                del state.blob_waiters[other]
+        wait.failed(text)
+
+
 def queue_chunk(state: State, call: Call, chunk: Chunk) -> None:
     """Inputs may be leased once the blobs of their chunk are here."""
     if not chunk.blobs:
@@ -83,8 +101,14 @@ def queue_chunk(state: State, call: Call, chunk: Chunk) -> None:
             call.queued.add(start, stop)
         wake_call(state, call)
 
+    def fail(text: str) -> None:
+        from fanout_scheduler.core.calls import fail_call
+
+        payload = m.failure_payload("store", f"the scheduler could not keep a large value: {text}")
+        fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+
     call.parked.add(chunk.start, chunk.stop)
-    if not when_present(state, ids(chunk.blobs), queue):
+    if not when_present(state, ids(chunk.blobs), queue, fail):
         call.waits_for = "blobs that are still on their way"
 
 

@@ -95,7 +95,7 @@ def on_session_deadline(state: State, session: Session) -> None:
 def end_session(state: State, session: Session) -> None:
     state.sessions.pop(session.session_id, None)
     for call in list(session.calls.values()):
-        if not (call.is_durable and call.sealed_count is not None):
+        if not (call.is_durable and call.has_all_inputs):
             cancel_call(state, call)
     for app in list(session.apps.values()):
         _leave_app(state, app, session)
@@ -504,7 +504,7 @@ def on_unopened_deadline(state: State, app: App) -> None:
 
 def on_unsealed_deadline(state: State, call: Call) -> None:
     """A spawn that was cut off before its end, and whose client did not come back."""
-    if call.sealed_count is None and call.session is None:
+    if not call.has_all_inputs and call.session is None:
         cancel_call(state, call)
 
 

@@ -39,6 +39,7 @@ from fanout_scheduler.core import (
 from fanout_scheduler.core import check as invariants
 from fanout_scheduler.core.events import (
     BlobCompleted,
+    BlobRefused,
     Command,
     Disconnect,
     Event,
@@ -142,6 +143,8 @@ class Scheduler:
             workers.acknowledge_stored(self.state)
         elif isinstance(event, StoreFailed):
             durable.on_store_failed(state, event.sequence, event.text)
+        elif isinstance(event, BlobRefused):
+            blobs.on_refused(state, event.blob_id, event.text)
         elif isinstance(event, BlobCompleted):
             blobs.on_completed(state, event.blob_id, event.size_bytes)
 

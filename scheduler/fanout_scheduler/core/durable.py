@@ -96,10 +96,21 @@ def store_open(state: State, call: Call, message: m.OpenCall) -> None:
 def store_inputs(state: State, call: Call, message: m.Inputs) -> None:
     """Write inputs down; those that name blobs only once the blobs are here, because a promise
     to run an input is worth nothing without them."""
-    blobs.keep(state, blobs.ids(message.blobs))
-    blobs.when_present(
-        state, blobs.ids(message.blobs), lambda: _store_whole_inputs(state, call, message)
-    )
+    blob_ids = blobs.ids(message.blobs)
+    blobs.keep(state, blob_ids)
+
+    def fail(text: str) -> None:
+        blobs.release(state, blob_ids)
+        _fail(state, call, text)
+
+    blobs.when_present(state, blob_ids, lambda: _store_whole_inputs(state, call, message), fail)
+
+
+def _fail(state: State, call: Call, text: str) -> None:
+    from fanout_scheduler.core.calls import fail_call
+
+    payload = m.failure_payload("store", f"the scheduler could not store the call: {text}")
+    fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
 
 
 def _store_whole_inputs(state: State, call: Call, message: m.Inputs) -> None:
@@ -215,8 +226,6 @@ def _promise_kept(state: State, call: Call, record: Record) -> None:
 def on_store_failed(state: State, sequence: int, text: str) -> None:
     """The disk would not take it. What a client waits for fails and says so; outputs, which
     were made already, are offered again until there is room."""
-    from fanout_scheduler.core.calls import fail_call
-
     pending: PendingStore | None = state.pending_stores.pop(sequence, None)
     if pending is None:
         return
@@ -234,8 +243,7 @@ def on_store_failed(state: State, sequence: int, text: str) -> None:
         if isinstance(record, m.Inputs):
             state.arriving_bytes -= spawned.size_of(record)
             blobs.release(state, blobs.ids(record.blobs))
-    payload = m.failure_payload("store", f"the scheduler could not store the call: {text}")
-    fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+    _fail(state, call, text)
 
 
 def on_store_retry(state: State, pending: PendingStore) -> None:
@@ -279,8 +287,8 @@ def tell_stored(state: State, call: Call, stored: list[tuple[int, int]]) -> None
         # A part of it could not be written, so nothing of it is there for anybody.
         return
     if session is not None and session.peer_id is not None:
-        is_sealed = call.sealed_count is not None
-        state.send(session.peer_id, m.InputsStored(call.call_id, stored, is_sealed))
+        # The seal may be on disk before an input whose blobs are still on their way.
+        state.send(session.peer_id, m.InputsStored(call.call_id, stored, call.has_all_inputs))
 
 
 def end_call(state: State, call: Call) -> None:

@@ -80,6 +80,14 @@ class BlobCompleted:
 
 
 @dataclass(slots=True)
+class BlobRefused:
+    """The disk would not take a blob: calls that wait for it fail."""
+
+    blob_id: bytes
+    text: str
+
+
+@dataclass(slots=True)
 class TimePassed:
     """A deadline may have come."""
 
@@ -93,6 +101,7 @@ Event = (
     | Stored
     | StoreFailed
     | BlobCompleted
+    | BlobRefused
     | TimePassed
 )
 

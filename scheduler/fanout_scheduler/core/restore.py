@@ -32,7 +32,7 @@ def restore(state: State, records: Iterable[Record]) -> None:
         # Its client may open it again; otherwise it goes, when its calls have ended.
         state.at(state.now + CLIENT_GRACE_S, "unopened", app)
     for call in list(state.calls.values()):
-        if call.sealed_count is None and call.failure is None:
+        if not call.has_all_inputs and call.failure is None:
             # The spawn was never acknowledged as a whole, unless its client comes back for it.
             state.at(state.now + CLIENT_GRACE_S, "unsealed", call)
         if call.is_done or call.failure is not None:

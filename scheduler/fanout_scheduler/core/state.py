@@ -484,6 +484,8 @@ class BlobWait:
 
     missing: set[bytes]
     then: Callable[[], None]
+    #: What to do instead, with the reason, when one of them cannot be kept.
+    failed: Callable[[str], None] | None = None
 
 
 @dataclass(slots=True)
