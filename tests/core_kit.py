@@ -71,6 +71,7 @@ def assert_decodes(message: m.Message) -> None:
     m.decode(m.encode_header(message), bytes(getattr(message, "payload", b"")))
     if isinstance(message, m.ObjectAnswer):
         assert message.code in m.ANSWER_CODES, message
+        assert message.info != [""], message
         assert message.code == "ok" or " " in message.info[0], message
     elif isinstance(message, m.CallFailed) and message.status == m.Status.FAILURE:
         code, text, _ = msgpack.unpackb(message.payload)
