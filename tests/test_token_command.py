@@ -157,13 +157,20 @@ def test_a_revoked_clients_calls_end_on_both_sides(
     assert "its token was withdrawn" in refused.stderr
 
 
-def test_a_secret_is_shown_once_and_never_listed(scheduler_and_workers: Start) -> None:
+def test_a_secret_is_shown_once_and_written_for_its_owner_alone(
+    scheduler_and_workers: Start,
+) -> None:
     cluster = scheduler_and_workers(0)
-    join = create(cluster, "client", "--name", "anna")
+    old = os.umask(0)
+    try:
+        join = create(cluster, "client", "--name", "anna")
+    finally:
+        os.umask(old)
+    for name in ("tokens.json", "tokens.lock", "scheduler.json"):
+        assert (cluster.scheduler_home / name).stat().st_mode & 0o777 == 0o600
+    entries = json.loads((cluster.scheduler_home / "tokens.json").read_text())["tokens"]
     for content in (token(cluster, "list").stdout, token(cluster, "revoke", id_of(join)).stdout):
-        for entry in json.loads((cluster.scheduler_home / "tokens.json").read_text())["tokens"]:
-            assert entry["secret"] not in content
-            assert entry["secret"].rstrip("=") not in content
+        assert not any(entry["secret"].rstrip("=") in content for entry in entries)
         assert JoinString.parse(join).secret.hex() not in content
 
 
@@ -300,18 +307,7 @@ def test_two_who_change_the_tokens_do_not_undo_each_other(scheduler_and_workers:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for _ in range(4)
+        for _ in range(3)
     ]
     joins = [maker.communicate(timeout=30 * TIMEOUT_FACTOR)[0].strip() for maker in makers]
     assert {id_of(join) for join in joins} < set(rows(cluster))
-
-
-def test_what_fanout_token_writes_is_private(scheduler_and_workers: Start) -> None:
-    cluster = scheduler_and_workers(0)
-    old = os.umask(0)
-    try:
-        create(cluster, "client")
-    finally:
-        os.umask(old)
-    for name in ("tokens.json", "tokens.lock", "scheduler.json"):
-        assert (cluster.scheduler_home / name).stat().st_mode & 0o777 == 0o600
