@@ -11,10 +11,11 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
+from fanout.config import RESULT_RETENTION_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core.check import check
 from fanout_scheduler.core.events import FrameReceived, PeerId, Send, TimePassed
-from tests.core_kit import Bench, inputs, steps, table
+from tests.core_kit import APP, Bench, inputs, steps, table
 
 #: What is few and what is many; a step beside the many may cost this much more.
 FEW, MANY = 20, 400
@@ -98,6 +99,26 @@ def test_fetching_one_output_costs_the_same_however_many_the_call_has() -> None:
         return lambda: bench.frame(client, m.FetchOutputs(7, call_id, count - 2, count - 1))
 
     assert_flat(prepare)
+
+
+def test_calls_are_forgotten_at_a_cost_for_each_that_does_not_grow() -> None:
+    def cost_of_each(count: int) -> float:
+        bench = unchecked()
+        client = bench.client(f={})
+        call_ids = spawn_one_each(bench, client, count)
+        with bench.one_turn():
+            for call_id in call_ids:
+                bench.frame(client, m.CancelCall(call_id))
+        bench.frame(client, m.CloseApp(APP))
+        bench.store()
+        bench.now += RESULT_RETENTION_S + 1
+        cost = steps(lambda: bench.tell(TimePassed()))
+        check(bench.core.state)
+        assert not bench.core.state.calls
+        assert not bench.core.state.apps
+        return cost / count
+
+    assert cost_of_each(MANY) <= GROWTH_MAX * cost_of_each(FEW)
 
 
 # --- a fleet --------------------------------------------------------------------------------------

@@ -139,11 +139,10 @@ def close_app_if_done(state: State, app: App) -> None:
     spawned calls are kept, and the functions that those name."""
     if not app.is_closing or app.open_count:
         return
-    kept = {call.function.function_id for call in app.calls.values()}
     for function in list(app.functions.values()):
         for container in list(function.containers.values()):
             stop_container(state, container)
-        if function.function_id not in kept:
+        if not function.call_count:
             _drop_function(state, function)
     if not app.calls:
         durable.forget_app(state, app)
@@ -292,6 +291,7 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
 def add_call(state: State, call: Call) -> None:
     state.calls[call.call_id] = call.function.app.calls[call.call_id] = call
     call.function.app.open_count += 1
+    call.function.call_count += 1
     if call.is_durable:
         state.spawned_bytes += spawned.CALL_SIZE_BYTES
 
@@ -443,8 +443,10 @@ def drop_call(state: State, call: Call) -> None:
     call.generators.clear()
     for fetch in list(call.fetches.values()):
         durable.end_fetch(fetch)
-    if state.calls.pop(call.call_id, None) is not None and call.is_durable:
-        state.spawned_bytes -= spawned.CALL_SIZE_BYTES
+    if state.calls.pop(call.call_id, None) is not None:
+        call.function.call_count -= 1
+        if call.is_durable:
+            state.spawned_bytes -= spawned.CALL_SIZE_BYTES
     if call.session is not None:
         call.session.calls.pop(call.call_id, None)
     app = call.function.app

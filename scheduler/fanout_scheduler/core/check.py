@@ -102,6 +102,8 @@ def _check_references(state: State) -> None:
         limit = function.max_containers
         count = sum(c.state != "stopping" for c in function.containers.values())
         assert limit is None or count <= limit, "8: more than max_containers"
+        calls = sum(call.function is function for call in function.app.calls.values())
+        assert function.call_count == calls, "3: calls of a function"
         # 9. Who is on offer is known to be.
         for _, _, _, call in function.ready:
             assert call.is_ready, "9: a call on offer does not know it"

@@ -91,6 +91,8 @@ class Function:
     #: Containers that are not leaving, and those of them that have a lease.
     living_count: int = 0
     busy_count: int = 0
+    #: Its calls that are known, over or not.
+    call_count: int = 0
     #: Calls that have inputs to lease, as a heap of (-depth, service time, number, call).
     ready: list[tuple[int, float, int, Call]] = field(default_factory=list)
     #: Containers in a row that died before they were ready.
