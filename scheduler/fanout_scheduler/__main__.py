@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fanout.scheduler")
 
 LOG_SIZE_BYTES_MAX = 5 << 20
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 #: Open files that are no connection of a peer: the store's, blobs that are being received or sent,
 #: and strangers in their handshake.
 DESCRIPTORS_RESERVED = 64 + UNPROVED_COUNT_MAX
@@ -117,6 +118,9 @@ async def _run(server: SchedulerServer, is_quiet: bool) -> int:
 def _spawned_bytes_max() -> int:
     """How much memory spawned calls may take."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        # In a Docker container or the like this is its own limit; "max" where there is none.
+        memory = min(memory, int(CGROUP_LIMIT.read_text()))
     default = min(SPAWNED_SIZE_BYTES_MAX, int(memory * SPAWNED_MEMORY_SHARE))
     return int(number_from_env("FANOUT_SPAWNED_MEMORY", default >> 20)) << 20
 
