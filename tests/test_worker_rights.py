@@ -226,7 +226,7 @@ FORGERIES: dict[type[m.Message], Forge] = {
     ],
     m.ContainerLog: _logs,
     m.CpuTimes: lambda s: [
-        m.CpuTimes([(s.their_lease.container_id, 1), (s.stream.container_id, 1), (999, 1)])
+        m.CpuTimes([(s.their_lease.container_id, 1 << 40), (s.stream.container_id, 1), (999, 1)])
     ],
     m.SessionOpened: _sessions,
     m.SessionClosed: lambda s: [m.SessionClosed(THEIR_SESSION), m.SessionClosed(CLIENT_SESSION)],
