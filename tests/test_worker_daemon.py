@@ -332,9 +332,9 @@ async def test_a_nested_client_speaks_through_the_daemon(tmp_path: Path) -> None
         )
         opened = await scheduler.hears(m.SessionOpened)
         assert (opened.session_id, opened.container_id) == (b"s" * 16, 1)
-        transport.send(m.AskStatus(4))
+        transport.send(m.AskCall(4, b"c" * 16))
         relay = await scheduler.hears(m.Relay)
-        assert m.decode(relay.header, b"") == m.AskStatus(4)
+        assert m.decode(relay.header, b"") == m.AskCall(4, b"c" * 16)
         answer = m.encode_header(m.StatusInfo(4, {"x": 1}))
         scheduler.say(m.Relay(b"s" * 16, answer, b""))
         async with asyncio.timeout(10 * TIMEOUT_FACTOR):
