@@ -258,6 +258,8 @@ class Storm(World):
         self.log("heal")
         self.rates = dict.fromkeys(self.rates, 0.0)
         self.disk.is_full = False
+        # So that what is left of the work fits into the bound.
+        self.delay_s = min(self.delay_s, 0.001)
         for plan in self.plans:
             plan.error_rate = 0.0
         for client in self.clients:
