@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fanout.config import RESULT_RETENTION_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core import graph
 from fanout_scheduler.core.events import PeerId
@@ -227,3 +228,17 @@ def test_a_container_is_named_with_the_inputs_that_it_has_and_no_others() -> Non
     second = bench.take(m.Lease)
     rows = nest.ask(nest.root)["inputs"]
     assert [row[4] for row in rows] == ["", f"ct-{second.container_id:x}"]
+
+
+def test_a_root_that_is_forgotten_leaves_nothing_of_its_graph_to_ask_for() -> None:
+    nest = Nest()
+    bench = nest.bench
+    nest.bench.frame(nest.nested, m.CancelCall(nest.call(2)))
+    bench.frame(nest.client, m.CancelCall(nest.root))
+    bench.store()
+    bench.later(RESULT_RETENTION_S + 1)
+    assert nest.root not in bench.core.state.calls
+    bench.lose(nest.client)
+    reader = bench.connect()
+    bench.frame(reader, m.AskCallGraph(5, nest.root))
+    assert bench.take(m.CallGraph, reader).graph == {}

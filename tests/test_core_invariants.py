@@ -12,7 +12,7 @@ import pytest
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import PeerId, Send
-from fanout_scheduler.core.state import GeneratorState, Node
+from fanout_scheduler.core.state import GeneratorState, Node, Reservation
 from tests.core_kit import Bench, inputs
 from tests.object_kit import ObjectBench, bench_with_dict, bench_with_queue
 
@@ -107,6 +107,14 @@ def give_to_two_sessions(s: Any) -> None:
     s.call.session = SimpleNamespace()
 
 
+def reserve_lost(s: Any) -> None:
+    s.state.reservation = Reservation(s.function, SimpleNamespace(worker_id=b"lost"))  # type: ignore[arg-type]
+
+
+def reserve_idle(s: Any) -> None:
+    s.state.reservation = Reservation(SimpleNamespace(function_id=b"idle"), s.worker)  # type: ignore[arg-type]
+
+
 BROKEN: list[tuple[str, Break]] = [
     ("1: an input of .* is in two places", lambda s: s.call.parked.add(4, 5)),
     ("1: an input of .* is in two places", lambda s: s.call.backing_off.add(5, 6)),
@@ -142,6 +150,8 @@ BROKEN: list[tuple[str, Break]] = [
     ("10: a call of two sessions", give_to_two_sessions),
     ("14: a call that is not", lambda s: setattr(s.call, "node", Node(b"", "f", "", None))),
     ("14: a node keeps", lambda s: s.state.ended_nodes.append(Node(b"", "f", "", s.call))),
+    ("15: kept free on a lost worker", reserve_lost),
+    ("15: kept free for nobody", reserve_idle),
 ]  # fmt: skip
 
 

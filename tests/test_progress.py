@@ -286,3 +286,12 @@ def test_a_client_that_does_not_read_is_told_when_it_does() -> None:
     bench.tell(PeerWritable(PeerId(client), True))
     bench.later(progress.INTERVAL_S)
     assert len(call_rows(bench)) == 1
+
+
+def test_containers_of_a_function_are_added_up() -> None:
+    bench, worker, client = watching()
+    bench.open(client, count=2)
+    bench.start_all(worker)
+    bench.later(progress.INTERVAL_S)
+    (function,) = bench.take_all(m.FunctionProgress)
+    assert (function.running, function.starting) == (2, 0)

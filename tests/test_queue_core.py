@@ -600,3 +600,33 @@ def test_clearing_what_is_empty_is_done_at_once() -> None:
         bench.act(peer, action)
         assert bench.answer(peer).request_id == bench.request_id
     bench.clean()
+
+
+def test_an_item_stays_with_a_client_that_was_back_in_time() -> None:
+    bench, peer = bench_with_queue()
+    bench.put_stored(peer, b"a")
+    request = bench.get(peer)
+    bench.write()
+    bench.forget(m.ObjectAnswer)
+    bench.lose(peer)
+    bench.later(CLIENT_GRACE_S / 2)
+    peer = bench.connect(session=peer.to_bytes(16, "big"))
+    bench.frame(peer, request, m.RequestsRepeated(1))
+    assert bench.values(peer) == [b"a"]
+    bench.later(2 * CLIENT_GRACE_S)
+    assert bench.length(peer) == 0, "it is still its own"
+    bench.confirm(peer, request)
+    bench.clean()
+
+
+def test_a_put_that_was_not_written_makes_room_for_the_next() -> None:
+    bench, peer = bench_with_queue()
+    bench.put_stored(peer, *[b"x"] * (QUEUE_PARTITION_ITEMS_MAX - 1))
+    bench.put(peer, b"a")
+    other = bench.connect()
+    bench.put(other, b"b", block=True)
+    bench.refuse_writes()
+    bench.answer(peer, "store")
+    bench.write()
+    bench.answer(other)
+    assert bench.length(peer) == QUEUE_PARTITION_ITEMS_MAX
