@@ -29,6 +29,7 @@ from fanout_scheduler.server import (
     Options,
     SchedulerServer,
 )
+from fanout_scheduler.store import load_key
 from tests.server_kit import APP, CALL, FUNCTION, Daemon, Wire, define, dial, dial_worker, submit
 
 SESSION = b"n" * 16
@@ -101,8 +102,8 @@ def test_a_second_scheduler_in_one_home_is_refused_and_told_the_pid(daemon: Daem
 
 
 def test_a_damaged_database_ends_the_start_and_is_left_alone(daemon: Daemon) -> None:
-    daemon.start()
-    daemon.end()
+    daemon.home.mkdir(mode=0o700)
+    load_key(daemon.home / "store.key")
     database = daemon.home / "scheduler.db"
     database.write_bytes(b"not a database" * 1000)
     process = daemon.spawn()
