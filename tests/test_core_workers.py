@@ -617,7 +617,7 @@ def test_reports_of_a_workers_former_self_are_not_acknowledged_to_it() -> None:
     client = bench.client(f={})
     bench.open(client, count=1)
     bench.finish(worker, bench.started_lease(worker))
-    ready(bench, worker)
+    ready(bench, bench.connect("worker"))
     bench.later(1)
     assert bench.take_all(m.OutputsAck) == [], "it counts anew"
     assert not bench.core.state.acknowledging
