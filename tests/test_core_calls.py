@@ -374,6 +374,17 @@ def test_a_client_may_send_twice_its_credit_and_no_more() -> None:
     assert order.text == text
 
 
+def test_what_the_user_has_consumed_is_credit_again() -> None:
+    bench = Bench()
+    client = bench.client(f={})
+    call_id = bench.open(client, is_sealed=False)
+    limit = 2 * WINDOW_COUNT_MAX + m.CHUNK_INPUTS_MAX
+    for start in range(0, limit, m.CHUNK_INPUTS_MAX):
+        bench.frame(client, inputs(call_id, start, min(m.CHUNK_INPUTS_MAX, limit - start)))
+    bench.frame(client, m.Ack(call_id, [], 5, 0), inputs(call_id, limit, 5))
+    assert bench.take_commands(Disconnect) == []
+
+
 def test_quick_functions_get_a_wider_window() -> None:
     bench = Bench()
     worker = bench.worker(cpu=1)
