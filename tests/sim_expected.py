@@ -17,6 +17,7 @@ OTHER_FAULTS = [
     "durable call",
     "generator out of credit",
     "generator run again behind its first items",
+    "idle container died",
     "input run to its end twice",
     "item through a queue",
     "item whose taker died",

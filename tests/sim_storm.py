@@ -291,6 +291,8 @@ class Storm(World):
         for client in self.clients:
             if client.link is not None:
                 client.link.up(m.CloseApp(APP))
+        for worker in self.workers:
+            worker.lose_idle_containers()
         self.run_until(self.now + 200.0)
         self.verify_baseline()
         self.scheduler.harvest()

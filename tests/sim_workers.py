@@ -81,6 +81,15 @@ class SimWorker:
             self.link = None
         self.world.after(0.2 + self.world.random.random() * 3, self.boot)
 
+    def lose_idle_containers(self) -> None:
+        """Some that run nothing die, perhaps just as they are told to leave."""
+        for container in list(self.containers.values()):
+            is_idle = container.running is None and not container.live and container.is_ready
+            if is_idle and self.world.random.random() < 0.1:
+                self.world.counts["idle container died"] += 1
+                container.die()
+        self.carry_out()
+
     def pause(self, seconds: float) -> None:
         """SIGSTOP of the daemon and its containers."""
         if seconds > WORKER_DEADLINE_S and any(self.state.leases):
@@ -301,6 +310,9 @@ class SimContainer:
         self._close_nested()
         del self.worker.containers[self.container_id]
         self.worker.state.container_exited(self.container_id, reason, running, {"text": reason})
+
+    def die(self) -> None:
+        self._exit("crash", [])
 
     # --- orders ----------------------------------------------------------------------------------
 
