@@ -60,6 +60,7 @@ ODD_AT_SCHEDULER = [
     "nested client of an unknown container",
     "output of an ended call",
     "reclaim of an unknown lease",
+    "report under a lease that its worker never had",
     "silent worker",
     "start of an unknown container",
     "wait of an unknown lease",
@@ -89,8 +90,8 @@ ODD_ON_THE_WIRE = [
     "report under a void lease",
 ]
 
-#: What must come up in a full run. Not here are reports that do not fit their lease and reports
-#: without their blobs: only a worker with a bug sends those, and the simulation has no blobs.
+#: What must come up in a full run. Not here is what only a worker sends that lies or has a bug, and
+#: what is about blobs, which the simulation does not have.
 EXPECTED = [
     *FAULTS_PER_S,
     *OTHER_FAULTS,

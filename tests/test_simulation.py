@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fanout.protocol import messages as m
-from fanout_scheduler.core import workers
+from fanout_scheduler.core import outputs, workers
 from fanout_scheduler.core.state import State, Worker
 from tests import mutants, simulation
 from tests.sim_expected import EXPECTED, ODD_AT_SCHEDULER
@@ -60,11 +60,11 @@ def test_a_failing_seed_gives_the_command_that_replays_it_and_the_story(
     def acknowledge(state: State, worker: Worker) -> None:
         sequence = worker.unsafe[-1][0]
         worker.unsafe.clear()
-        del state.acknowledging[worker.worker_id]
+        workers._forget_reports(state, worker)
         state.send(worker.peer_id, m.OutputsAck(sequence))
 
     monkeypatch.setattr(workers, "_acknowledge", acknowledge)
-    monkeypatch.setattr(workers, "ACKNOWLEDGE_COUNT", 1)
+    monkeypatch.setattr(outputs, "ACKNOWLEDGE_COUNT", 1)
     assert simulation.run_many(1, 5, 0, is_brief=False) == 1
     printed = capsys.readouterr().out
     assert "an output was acknowledged before it was stored" in printed
@@ -87,9 +87,12 @@ def test_what_the_scheduler_puts_up_with_is_expected_to_come_up() -> None:
         for arguments in re.findall(r"state\.note\(([^)]*)\)", path.read_text()):
             noted.update(re.findall(r'"([^"]*)"', arguments))
     assert noted - set(ODD_AT_SCHEDULER) == {
-        # Only a worker with a bug sends these, and the simulation has no blobs.
+        # Only a peer that lies or has a bug sends these, and the simulation has no blobs.
+        "log text of an unknown container",
         "report that does not fit its lease",
+        "report under somebody else's lease",
         "report without its blobs",
+        "session id of somebody else",
     }
 
 
