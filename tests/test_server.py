@@ -522,7 +522,7 @@ async def test_a_decision_that_fails_once_is_made_again(
 
 @pytest.fixture
 def keeper(tmp_path: Path) -> BlobKeeper:
-    made = BlobKeeper(tmp_path / "blobs", set())
+    made = BlobKeeper(tmp_path / "blobs")
     made.store.put(BLOB, b"content")
     return made
 
@@ -557,6 +557,10 @@ def test_an_offer_of_a_dropped_blob_begins_its_grace_again(keeper: BlobKeeper) -
 
 def test_only_wanted_blobs_are_found_at_the_start(keeper: BlobKeeper, tmp_path: Path) -> None:
     keeper.store.put(b"o" * 32, b"other")
-    again = BlobKeeper(tmp_path / "blobs", {BLOB, b"l" * 32})
-    assert again.present == {BLOB}
-    assert again.store.ids() == [BLOB]
+    (tmp_path / "blobs" / ("x" * 64)).touch()
+    (tmp_path / "blobs" / (BLOB.hex() + ".1-2.part")).touch()
+    again = BlobKeeper(tmp_path / "blobs")
+    assert again.sizes() == {BLOB: len(b"content"), b"o" * 32: len(b"other")}
+    again.clean({BLOB, b"l" * 32})
+    assert again.sizes() == {BLOB: len(b"content")}
+    assert not list((tmp_path / "blobs").glob("*.part"))

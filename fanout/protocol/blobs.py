@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import mmap
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,6 +125,9 @@ class _MemoryWriter:
         self._data = bytearray()
 
 
+_BLOB_NAME = re.compile("[0-9a-f]{64}")
+
+
 class FileBlobStore:
     """Blobs as files named by the hex of their id, in a folder that processes may share.
 
@@ -176,7 +180,7 @@ class FileBlobStore:
     def ids(self) -> list[bytes]:
         """All blobs that are here."""
         names = (entry.name for entry in os.scandir(self.folder))
-        return [bytes.fromhex(name) for name in names if len(name) == 64]
+        return [bytes.fromhex(name) for name in names if _BLOB_NAME.fullmatch(name)]
 
     def remove_drafts(self) -> None:
         """Delete what writers of an earlier life left. Only for the owner of the folder, and only

@@ -8,21 +8,16 @@ the blob is here.
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from fanout.filesystem import sync_folder
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import FileBlobStore
 
-log = logging.getLogger("fanout.scheduler.blobs")
-
 #: How long a dropped blob stays; offer and frame of a client are at most a slow network apart.
 DROP_GRACE_S = 60.0
-
-_BLOB_NAME_LENGTH = 64
 
 
 class BlobKeeper:
@@ -30,18 +25,24 @@ class BlobKeeper:
 
     Args:
         folder: where they are; made when it is not there.
-        wanted: ids that stored records name; every other file in the folder is deleted.
     """
 
-    def __init__(self, folder: Path, wanted: set[bytes]) -> None:
-        folder.mkdir(mode=0o700, exist_ok=True)
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.present = set(_clean(folder, wanted))
-        if self.present != wanted:
-            log.warning("%d blobs of stored records are gone", len(wanted - self.present))
         self.store = FileBlobStore(folder)
         #: When each dropped blob is deleted; insertion order is the order in time.
         self._dropped: dict[bytes, float] = {}
+
+    def sizes(self) -> dict[bytes, int]:
+        """Of all that is here whole, by id."""
+        return {blob_id: self.store.size(blob_id) for blob_id in self.store.ids()}
+
+    def clean(self, wanted: Container[bytes]) -> None:
+        """Delete what a life of the scheduler that has ended did not need, or did not finish."""
+        self.store.remove_drafts()
+        for blob_id in self.store.ids():
+            if blob_id not in wanted:
+                self.store.drop(blob_id)
 
     def drop(self, blob_id: bytes, now: float) -> None:
         """The core has let go of a blob."""
@@ -100,16 +101,3 @@ def named_by(message: m.Message) -> Iterator[bytes]:
             yield entry
         else:
             yield from entry[1]
-
-
-def _clean(folder: Path, wanted: set[bytes]) -> Iterator[bytes]:
-    """Delete unfinished and unwanted blobs; gives the ids of those that stay."""
-    for path in list(folder.iterdir()):
-        try:
-            blob_id = bytes.fromhex(path.name) if len(path.name) == _BLOB_NAME_LENGTH else b""
-        except ValueError:
-            blob_id = b""
-        if blob_id in wanted:
-            yield blob_id
-        else:
-            path.unlink(missing_ok=True)

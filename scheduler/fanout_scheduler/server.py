@@ -43,7 +43,6 @@ from fanout_scheduler.core.events import (
     PeerId,
     PeerLost,
     PeerWritable,
-    Record,
     Send,
     SendBlob,
     Store,
@@ -55,7 +54,7 @@ from fanout_scheduler.crash import describe, write_crash
 from fanout_scheduler.home import Home, boot_id
 from fanout_scheduler.peer import AnyTransport, Peer
 from fanout_scheduler.relay import VirtualTransport
-from fanout_scheduler.store import StoreThread, blob_ids_of, load_key
+from fanout_scheduler.store import StoreThread, load_key
 from fanout_scheduler.tokens import REVOKED, Tokens
 
 if TYPE_CHECKING:
@@ -124,12 +123,12 @@ class SchedulerServer:
         self.epoch = self.store.epoch()
         self.clock = Clock()
         self.core = Scheduler(self.epoch, options.spawned_bytes_max)
-        wanted: set[bytes] = set()
-        records = _noting_blobs(self.store.load(), wanted)
-        self.core.restore(records, self.clock.now(), time.time())
-        self.blobs = BlobKeeper(home.blobs, wanted)
+        self.blobs = BlobKeeper(home.blobs)
+        now, present = self.clock.now(), self.blobs.sizes()
+        self.core.restore(self.store.load(), now, time.time(), present)
+        self.blobs.clean(self.core.state.present_blobs)
         #: What the core has not been told yet.
-        self.events: list[Event] = [self.completed(blob_id) for blob_id in self.blobs.present]
+        self.events: list[Event] = []
         self.late_relay_count = 0
         self._peers: dict[PeerId, Peer] = {}
         self._peer_count = 0
@@ -514,12 +513,6 @@ class SchedulerServer:
         if self.events or any(peer.role != "worker" for peer in self._peers.values()):
             return False
         return not self.core.open_call_count
-
-
-def _noting_blobs(records: Iterator[Record], wanted: set[bytes]) -> Iterator[Record]:
-    for record in records:
-        wanted.update(blob_ids_of(record))
-        yield record
 
 
 def _version() -> str:

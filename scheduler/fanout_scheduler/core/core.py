@@ -109,11 +109,23 @@ class Scheduler:
     def __init__(self, epoch: int, spawned_bytes_max: int = SPAWNED_SIZE_BYTES_MAX) -> None:
         self.state = State(epoch, spawned_bytes_max=spawned_bytes_max)
 
-    def restore(self, records: Iterable[Record], now: float, wall_time_s: float = 0.0) -> None:
-        """Take what the store kept, before any event. `wall_time_s`: seconds since 1970."""
+    def restore(
+        self,
+        records: Iterable[Record],
+        now: float,
+        wall_time_s: float = 0.0,
+        present: dict[bytes, int] | None = None,
+    ) -> None:
+        """Take what the store kept, before any event.
+
+        Args:
+            wall_time_s: seconds since 1970.
+            present: the sizes of the blobs that are here, by id. What needs another one fails. None
+                if that is not known yet: then `BlobCompleted` tells of each.
+        """
         self.state.now = self.state.started_at = now
         self.state.wall_offset_s = wall_time_s - now
-        restore.restore(self.state, records)
+        restore.restore(self.state, records, present)
 
     def handle(self, event: Event, now: float) -> None:
         """Take one fact. Frames of peers that are gone are ignored."""

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 
 from fanout.config import CLIENT_GRACE_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs, durable, spawned
-from fanout_scheduler.core.calls import add_call
+from fanout_scheduler.core.calls import add_call, fail_function
 from fanout_scheduler.core.events import Record
 from fanout_scheduler.core.object_restore import Restorer
 from fanout_scheduler.core.object_state import OBJECT_RECORDS
 from fanout_scheduler.core.state import App, Call, State, make_function
 
+#: Records that name blobs are written when those are on disk, so what is not here was lost there.
+LOST = "its file is gone from the folder blobs of the scheduler's home; spawn the call again"
 
-def restore(state: State, records: Iterable[Record]) -> None:
-    """Rebuild apps, functions and spawned calls. Blobs are reported present by the shell before
-    or after; leases of the former life are void, so what has no output is queued."""
+
+def restore(state: State, records: Iterable[Record], present: dict[bytes, int] | None) -> None:
+    """Rebuild apps, functions and spawned calls. Leases of the former life are void, so what has
+    no output is queued. See `Scheduler.restore`."""
+    state.present_blobs.update(present or {})
     orphans: dict[bytes, None] = {}
     restorer = Restorer(state)
     for record in records:
         if isinstance(record, OBJECT_RECORDS):
             restorer.take(record)
-        elif not _restore_record(state, record):
+        elif not _restore_record(state, record, present):
             # Left by a write that failed in part: its call was refused.
             orphans[record.call_id] = None  # type: ignore[union-attr]
     for call_id in orphans:
@@ -38,8 +43,27 @@ def restore(state: State, records: Iterable[Record]) -> None:
         if call.is_done or call.failure is not None:
             durable.end_call(state, call)
 
+    if present is not None:
+        _give_up_what_lacks_blobs(state)
 
-def _restore_record(state: State, record: Record) -> bool:
+
+def _give_up_what_lacks_blobs(state: State) -> None:
+    """Nobody will bring a blob that was on disk and is gone."""
+    state.present_blobs = {
+        blob_id: size
+        for blob_id, size in state.present_blobs.items()
+        if blob_id in state.blob_references
+    }
+    for blob_id in list(state.blob_waiters):
+        blobs.on_refused(state, blob_id, LOST)
+    for function in list(state.functions.values()):
+        if function.lacks_blobs:
+            text = f"the scheduler could not keep the code of {function.definition.name}: {LOST}"
+            payload = m.failure_payload("store", text)
+            fail_function(state, function, m.Status.FAILURE, payload)
+
+
+def _restore_record(state: State, record: Record, present: dict[bytes, int] | None) -> bool:
     """Returns False for a record whose call is not there."""
     if isinstance(record, m.OpenApp):
         # Calls that were spawned at once each brought their app and function along.
@@ -62,8 +86,30 @@ def _restore_record(state: State, record: Record) -> bool:
         call = state.calls.get(record.call_id)
         if call is None:
             return False
+        if present is not None and isinstance(record, m.Outputs):
+            record = _without_lost(record, present)
         _restore_call_record(state, call, record)
     return True
+
+
+def _without_lost(outputs: m.Outputs, present: dict[bytes, int]) -> m.Outputs:
+    """Outputs of which a large buffer is gone are failures."""
+    lost = {at for at, ids in outputs.blobs if any(blob_id not in present for blob_id in ids)}
+    if not lost:
+        return outputs
+    failure = m.failure_payload("store", f"the scheduler could not keep a large value: {LOST}")
+    statuses = bytearray(outputs.statuses)
+    values, start = [], 0
+    for at, length in enumerate(memoryview(outputs.lengths).cast("I")):
+        values.append(failure if at in lost else bytes(outputs.payload[start : start + length]))
+        start += length
+        if at in lost:
+            statuses[at] = m.Status.FAILURE
+    lengths = array("I", map(len, values)).tobytes()
+    kept = [(at, ids) for at, ids in outputs.blobs if at not in lost]
+    return m.Outputs(
+        outputs.call_id, outputs.start, lengths, bytes(statuses), kept, b"".join(values)
+    )
 
 
 def _restore_call(state: State, record: m.OpenCall) -> bool:
