@@ -75,8 +75,8 @@ MUTANTS = [
     Mutant(
         "acknowledged before stored: a spawn, to its client",
         CORE + "durable.py",
-        "    _store(state, call, [message])\n\n\ndef store_outputs",
-        "    _store(state, call, [message])\n    call.sealed_count = message.count\n"
+        "lambda: _store(state, call, [message]))\n\n\ndef store_outputs",
+        "lambda: _store(state, call, [message]))\n    call.sealed_count = message.count\n"
         "    tell_stored(state, call, [])\n\n\ndef store_outputs",
     ),
     Mutant(

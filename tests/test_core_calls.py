@@ -203,11 +203,13 @@ def test_a_spawned_call_may_be_cancelled_by_whoever_knows_its_id() -> None:
     bench.forget(m.CallOpened, m.InputsStored)
     other = bench.connect()
     bench.frame(other, m.CancelCall(call_id), m.AskCall(1, call_id))
+    assert bench.take(m.CallInfo, other).state == "sealed", "it is not on disk yet"
+    ended = [type(record) for store in bench.store() for record in store.records]
+    assert ended == [m.CallFailed, m.CallEnded]
     failed = bench.take(m.CallFailed, client)
     assert failure_of(failed) == ("cancelled", "the call was cancelled", {"call_id": call_id})
+    bench.frame(other, m.AskCall(2, call_id))
     assert bench.take(m.CallInfo, other).state == "cancelled"
-    ended = [type(record) for record in stores(bench)]
-    assert ended == [m.CallFailed, m.CallEnded]
     bench.frame(other, m.CancelCall(call_id))
     bench.nothing_left()
     assert not bench.core.state.calls[call_id].waits_for
@@ -512,6 +514,7 @@ def test_a_call_that_failed_by_itself_was_not_cancelled() -> None:
     bench.store()
     container_id = bench.take(m.StartContainer).container_id
     bench.frame(worker, m.ContainerExited(container_id, "start", [], {}, b"pickled"))
+    bench.store()
     assert info_of(bench, reader, call_id)[0] == "failed"
 
 

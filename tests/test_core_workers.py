@@ -383,12 +383,18 @@ def test_a_fetch_ends_when_all_of_it_was_sent() -> None:
     bench.store()
     bench.frame(client, m.FetchOutputs(3, call_id, 2, 99))
     bench.frame(client, m.CancelCall(call_id))
-    outputs = [(o.start, o.statuses[0]) for o in bench.take_all(m.Outputs, client)]
+    bench.store()
     failed = m.Status.FAILURE
+    outputs = [
+        (o.start + at, status)
+        for o in bench.take_all(m.Outputs, client)
+        for at, status in enumerate(o.statuses)
+    ]
     assert sorted(outputs) == [(1, 0), (2, failed), (2, failed), (3, failed)]
     assert not call.fetches
     bench.frame(client, m.FetchOutputs(4, call_id, 0, 4))
-    assert [o.start for o in bench.take_all(m.Outputs, client)] == [0, 1, 2, 3]
+    counts = [(o.start, len(o.statuses)) for o in bench.take_all(m.Outputs, client)]
+    assert counts == [(0, 1), (1, 1), (2, 2)]
     assert not call.fetches
 
 
@@ -398,7 +404,8 @@ def test_failures_of_a_call_that_was_not_sealed_are_those_of_its_inputs() -> Non
     call_id = bench.open(client, count=2, is_durable=True, is_sealed=False)
     bench.store()
     bench.frame(client, m.CancelCall(call_id), m.FetchOutputs(1, call_id, 0, 99))
-    assert [o.start for o in bench.take_all(m.Outputs, client)] == [0, 1]
+    (outputs,) = bench.take_all(m.Outputs, client)
+    assert (outputs.start, len(outputs.statuses)) == (0, 2)
 
 
 def test_results_are_forgotten_after_their_time_and_so_is_that_they_were_there() -> None:

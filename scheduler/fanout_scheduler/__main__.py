@@ -55,9 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
         # The name stands for two addresses, which would get two different free ports.
         options.host = "127.0.0.1"
     os.umask(0o077)
-    # Each client and worker is a descriptor; the usual soft limit is 1024.
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         if options.embedded and not is_loopback(options.host):
             raise InvalidError(

@@ -471,12 +471,13 @@ class SchedulerServer:
     # --- time ------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
+        # Whatever fails below, a full disk or a folder that is gone, the next tick has to come.
+        self._loop.call_later(TICK_INTERVAL_S, self._tick)
         now = self.clock.now()
-        self._reread_tokens()
-        self.blobs.expire(now)
         self._hear_unfinished()
         self._leave_if_idle(now)
-        self._loop.call_later(TICK_INTERVAL_S, self._tick)
+        self._reread_tokens()
+        self.blobs.expire(now)
 
     def _hear_unfinished(self) -> None:
         """A frame of many megabytes may take longer than a worker may be silent, and nothing else

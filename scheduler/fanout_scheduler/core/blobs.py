@@ -47,16 +47,19 @@ def release(state: State, blob_ids: list[bytes]) -> None:
 def when_present(
     state: State,
     blob_ids: list[bytes],
-    then: Callable[[], None],
-    failed: Callable[[str], None] | None = None,
+    then: Callable[[], object],
+    failed: Callable[[str], None],
+    call: Call | None = None,
 ) -> bool:
-    """Do something once these blobs are all here, or the other thing when the disk refuses one.
-    Returns whether they are here now."""
+    """Do something once these blobs are all here, or the other thing when the disk refuses one, or
+    when nobody is left who would bring it. Returns whether they are here now."""
     missing = set(blob_ids) - state.present_blobs.keys()
     if not missing:
         then()
         return True
-    wait = BlobWait(missing, then, failed)
+    wait = BlobWait(missing, then, failed, call)
+    if call is not None:
+        call.blob_waits.add(wait)
     for blob_id in sorted(missing):
         state.blob_waiters.setdefault(blob_id, []).append(wait)
     return False
@@ -73,19 +76,38 @@ def on_completed(state: State, blob_id: bytes, size_bytes: int) -> None:
     for wait in state.blob_waiters.pop(blob_id, []):
         wait.missing.discard(blob_id)
         if not wait.missing:
+            _end(wait)
             wait.then()
 
 
 def on_refused(state: State, blob_id: bytes, text: str) -> None:
     """The disk is full. Who waits for the blob learns it; the others wait for its next offer."""
     for wait in list(state.blob_waiters.get(blob_id, ())):
-        if wait.failed is None:
-            continue
-        for other in wait.missing:
-            state.blob_waiters[other].remove(wait)
-            if not state.blob_waiters[other]:
-                del state.blob_waiters[other]
-        wait.failed(text)
+        _give_up(state, wait, text)
+
+
+def on_call_left(state: State, call: Call) -> None:
+    """Its client is gone, and nobody else brings the blobs that it still lacks."""
+    for wait in list(call.blob_waits):
+        _give_up(state, wait, "its client has gone")
+
+
+def _give_up(state: State, wait: BlobWait, text: str) -> None:
+    for blob_id in wait.missing:
+        waiters = state.blob_waiters.get(blob_id)
+        if waiters is None or wait not in waiters:
+            # It was given up together with the one that is given up now.
+            return
+        waiters.remove(wait)
+        if not waiters:
+            del state.blob_waiters[blob_id]
+    _end(wait)
+    wait.failed(text)
+
+
+def _end(wait: BlobWait) -> None:
+    if wait.call is not None:
+        wait.call.blob_waits.discard(wait)
 
 
 def queue_chunk(state: State, call: Call, chunk: Chunk) -> None:
@@ -108,7 +130,7 @@ def queue_chunk(state: State, call: Call, chunk: Chunk) -> None:
         fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
 
     call.parked.add(chunk.start, chunk.stop)
-    if not when_present(state, ids(chunk.blobs), queue, fail):
+    if not when_present(state, ids(chunk.blobs), queue, fail, call):
         call.waits_for = "blobs that are still on their way"
 
 
@@ -119,4 +141,14 @@ def await_definition(state: State, function: Function) -> None:
     def ready() -> None:
         function.lacks_blobs = False
 
-    when_present(state, function.definition.blobs, ready)
+    def fail(text: str) -> None:
+        from fanout_scheduler.core.calls import fail_function
+
+        name = function.definition.name
+        shown = f"the scheduler could not keep the code of {name}: {text}"
+        fail_function(state, function, m.Status.FAILURE, m.failure_payload("store", shown))
+        # A client that defines it anew brings its blobs again.
+        if function.function_id in state.functions:
+            await_definition(state, function)
+
+    when_present(state, function.definition.blobs, ready, fail)

@@ -97,6 +97,7 @@ def end_session(state: State, session: Session) -> None:
     for call in list(session.calls.values()):
         if not (call.is_durable and call.has_all_inputs):
             cancel_call(state, call)
+            blobs.on_call_left(state, call)
     for app in list(session.apps.values()):
         _leave_app(state, app, session)
     objects.on_session_ended(state, session.session_id)
@@ -331,7 +332,7 @@ def _resume_call(state: State, session: Session, call: Call) -> None:
         for generator in call.generators.values():
             for items in generator.unconfirmed:
                 outputs.send_items(state, session.peer_id, items)
-    if call.failure is not None:
+    if call.failure is not None and (not call.is_durable or call.is_failure_kept):
         state.send(session.peer_id, call.failure)
 
 
@@ -479,15 +480,20 @@ def fail_call(state: State, call: Call, failure: m.CallFailed) -> None:
         return
     call.failure = failure
     call.waits_for = ""
-    if call.session is not None and call.session.peer_id is not None:
-        state.send(call.session.peer_id, failure)
+    if not call.is_durable:
+        tell_failure(state, call)
     for lease in list(call.leases.values()):
         cancel_lease(state, lease)
     outputs.release_all_inputs(state, call)
     if call.is_durable:
         durable.store_failure(state, call, failure)
-        durable.serve_failure(state, call)
         durable.end_call(state, call)
+
+
+def tell_failure(state: State, call: Call) -> None:
+    assert call.failure is not None
+    if call.session is not None and call.session.peer_id is not None:
+        state.send(call.session.peer_id, call.failure)
 
 
 def fail_function(state: State, function: Function, status: int, payload: bytes) -> None:
@@ -508,6 +514,7 @@ def on_unsealed_deadline(state: State, call: Call) -> None:
     """A spawn that was cut off before its end, and whose client did not come back."""
     if not call.has_all_inputs and call.session is None:
         cancel_call(state, call)
+        blobs.on_call_left(state, call)
 
 
 def forget_call(state: State, call: Call) -> None:
@@ -554,9 +561,9 @@ def on_ask_call(state: State, peer: Peer, message: m.AskCall) -> None:
 
 def call_state(call: Call) -> str:
     """open, sealed, finished, cancelled or failed: as `CallInfo.state` says it."""
-    if call.failure is not None:
+    if call.failure is not None and (not call.is_durable or call.is_failure_kept):
         return "cancelled" if call.is_cancelled else "failed"
-    if call.is_over:
+    if call.is_over and call.failure is None:
         return "finished"
     return "open" if call.sealed_count is None else "sealed"
 

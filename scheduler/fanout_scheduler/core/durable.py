@@ -90,20 +90,39 @@ def store_open(state: State, call: Call, message: m.OpenCall) -> None:
     if not function.is_stored:
         records.append(function.definition)
     records.append(message)
-    _store(state, call, records)
+    _when_storable(state, call, [], lambda: _store(state, call, records))
+
+
+def _when_storable(
+    state: State,
+    call: Call,
+    blob_ids: list[bytes],
+    then: Callable[[], object],
+    failed: Callable[[], None] = lambda: None,
+) -> None:
+    """Write something of a call down once these blobs are here and those of the call's code: a
+    promise to run it is worth nothing without them. What comes first is written first."""
+    function = call.function
+    needed = blob_ids if function.is_stored else [*function.definition.blobs, *blob_ids]
+
+    def fail(text: str) -> None:
+        failed()
+        _fail(state, call, text)
+
+    blobs.when_present(state, needed, then, fail, call)
 
 
 def store_inputs(state: State, call: Call, message: m.Inputs) -> None:
-    """Write inputs down; those that name blobs only once the blobs are here, because a promise
-    to run an input is worth nothing without them."""
+    """Write inputs down, once the blobs that they name are here."""
     blob_ids = blobs.ids(message.blobs)
     blobs.keep(state, blob_ids)
-
-    def fail(text: str) -> None:
-        blobs.release(state, blob_ids)
-        _fail(state, call, text)
-
-    blobs.when_present(state, blob_ids, lambda: _store_whole_inputs(state, call, message), fail)
+    _when_storable(
+        state,
+        call,
+        blob_ids,
+        lambda: _store_whole_inputs(state, call, message),
+        lambda: blobs.release(state, blob_ids),
+    )
 
 
 def _fail(state: State, call: Call, text: str) -> None:
@@ -122,7 +141,7 @@ def _store_whole_inputs(state: State, call: Call, message: m.Inputs) -> None:
 
 
 def store_seal(state: State, call: Call, message: m.SealCall) -> None:
-    _store(state, call, [message])
+    _when_storable(state, call, [], lambda: _store(state, call, [message]))
 
 
 def store_outputs(state: State, call: Call, outputs: m.Outputs) -> int:
@@ -141,7 +160,20 @@ def stores_of(call: Call, start: int, stop: int) -> list[int]:
 
 
 def store_failure(state: State, call: Call, failure: m.CallFailed) -> None:
+    """A call ends as a whole. Where its client knows it to be on disk, this is told when it is on
+    disk too: else a scheduler that is killed before would run it after all."""
+    if not call.has_all_inputs:
+        _tell_failure(state, call)
     _store(state, call, [failure])
+
+
+def _tell_failure(state: State, call: Call) -> None:
+    from fanout_scheduler.core.calls import tell_failure
+
+    if not call.is_failure_kept:
+        call.is_failure_kept = True
+        tell_failure(state, call)
+        serve_failure(state, call)
 
 
 def forget_call(state: State, call_id: bytes) -> None:
@@ -221,6 +253,8 @@ def _promise_kept(state: State, call: Call, record: Record) -> None:
             finish(state, call, record)
         else:
             blobs.release(state, blobs.ids(record.blobs))
+    elif isinstance(record, m.CallFailed):
+        _tell_failure(state, call)
 
 
 def on_store_failed(state: State, sequence: int, text: str) -> None:
@@ -352,18 +386,18 @@ def _serve(state: State, fetch: Fetch, outputs: m.Outputs) -> None:
 
 def serve_failure(state: State, call: Call) -> None:
     """A call that failed as a whole: every input without an output ended like that."""
-    from fanout_scheduler.core.outputs import single_output
+    from fanout_scheduler.core.outputs import failed_outputs
 
-    if call.failure is None:
+    if call.failure is None or not call.is_failure_kept:
         return
-    count = call.received.end if call.sealed_count is None else call.sealed_count
+    # However many a client has announced: of a call that was promised these are all.
+    count = call.received.end
     for fetch in list(call.fetches.values()):
         for start, stop in fetch.owed:
             # What is on its way to disk is an output, and comes when it is there.
             for low, high in call.storing.missing(start, min(stop, count)):
                 fetch.owed.remove(low, high)
-                for index in range(low, high):
-                    output = single_output(call, index, call.failure.status, call.failure.payload)
-                    state.send(fetch.peer_id, output)
+                for part in failed_outputs(call, low, high, call.failure):
+                    state.send(fetch.peer_id, part)
         if not fetch.owed.common(0, count):
             end_fetch(fetch)

@@ -9,6 +9,7 @@ again when the client comes back; outputs of durable calls stay for whoever fetc
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from itertools import accumulate
 
 from fanout.config import CRASH_LIMIT
@@ -27,6 +28,9 @@ WEIGHT_MAX = 0.5
 WEIGHT_GROW_MIN = 0.05
 #: Beyond this a back-off that grows has long reached its maximum.
 EXPONENT_MAX = 60
+
+#: Outputs of inputs that failed together are sent in frames of about this size.
+FAILED_BYTES_MAX = 64 << 10
 
 #: Reports of a worker that wait to be acknowledged, at most, and for how long.
 ACKNOWLEDGE_COUNT = 32
@@ -424,6 +428,18 @@ def _may_crash(lease: Lease, index: int) -> bool:
     if call.is_over or call.failure is not None or index not in lease.open:
         return False
     return index not in call.finished and index not in call.storing
+
+
+def failed_outputs(call: Call, start: int, stop: int, failure: m.CallFailed) -> Iterator[m.Outputs]:
+    """Inputs `start` to `stop` ended as the call did: frames of a handy size."""
+    payload = bytes(failure.payload)
+    length = len(payload).to_bytes(4, "little")
+    room = max(1, min(m.CHUNK_INPUTS_MAX, FAILED_BYTES_MAX // max(1, len(payload))))
+    for low in range(start, stop, room):
+        count = min(room, stop - low)
+        yield m.Outputs(
+            call.call_id, low, length * count, bytes([failure.status]) * count, [], payload * count
+        )
 
 
 def single_output(call: Call, index: int, status: int, payload: bytes | memoryview) -> m.Outputs:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from fanout.config import CLIENT_GRACE_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs, durable, spawned
-from fanout_scheduler.core.calls import add_call, fail_function
+from fanout_scheduler.core.calls import add_call
 from fanout_scheduler.core.events import Record
 from fanout_scheduler.core.object_restore import Restorer
 from fanout_scheduler.core.object_state import OBJECT_RECORDS
@@ -56,11 +56,6 @@ def _give_up_what_lacks_blobs(state: State) -> None:
     }
     for blob_id in list(state.blob_waiters):
         blobs.on_refused(state, blob_id, LOST)
-    for function in list(state.functions.values()):
-        if function.lacks_blobs:
-            text = f"the scheduler could not keep the code of {function.definition.name}: {LOST}"
-            payload = m.failure_payload("store", text)
-            fail_function(state, function, m.Status.FAILURE, payload)
 
 
 def _restore_record(state: State, record: Record, present: dict[bytes, int] | None) -> bool:
@@ -148,6 +143,7 @@ def _restore_call_record(state: State, call: Call, record: Record) -> None:
         call.ended_at = record.ended_at
     elif isinstance(record, m.CallFailed):
         call.failure = record
+        call.is_failure_kept = True
         release_all_inputs(state, call)
     elif isinstance(record, m.Outputs):
         start, stop = record.start, record.start + len(record.statuses)

@@ -242,6 +242,10 @@ class Call:
     sealed_count: int | None = None
     #: How the rest of the call ended, when it failed or was cancelled as a whole.
     failure: m.CallFailed | None = None
+    #: Of a durable call: its failure may be told, as it is on disk, or the call was never promised.
+    is_failure_kept: bool = False
+    #: What is done for it once blobs are here.
+    blob_waits: set[BlobWait] = field(default_factory=set)
     is_over: bool = False
     is_cancelled: bool = False
     #: When a durable call ended, in seconds since 1970: its results expire from then on.
@@ -480,14 +484,15 @@ class Session:
     fetches: dict[int, Fetch] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class BlobWait:
-    """Something that is done once all these blobs are here."""
+    """Something that is done once all these blobs are here, or given up."""
 
     missing: set[bytes]
-    then: Callable[[], None]
-    #: What to do instead, with the reason, when one of them cannot be kept.
-    failed: Callable[[str], None] | None = None
+    then: Callable[[], object]
+    failed: Callable[[str], None]
+    #: For which it is done, if it is for a call.
+    call: Call | None
 
 
 @dataclass(slots=True)
