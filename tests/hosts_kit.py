@@ -219,14 +219,6 @@ class Network:
     def __getitem__(self, name: str) -> Host:
         return self.hosts[name]
 
-    def cut_cable(self, name: str) -> None:
-        """Nothing reaches this host any more, nor leaves it; nobody is told."""
-        self._on_host(self.hosts[name], "ip link set eth0 down")
-
-    def plug_in(self, name: str) -> None:
-        """Undo `cut_cable`."""
-        self._on_host(self.hosts[name], "ip link set eth0 up", "ip route add default dev eth0")
-
     def lay_cable(self, name: str) -> Cable:
         """Put a cable that can be made bad between a host and the switch; at first it is good."""
         number = list(self.hosts).index(name) + 1

@@ -32,7 +32,7 @@ Start = Callable[..., HandStarted]
 SCRIPTS = Path(__file__).parent / "scripts"
 
 #: Rounds of killing the scheduler behind a spawn; all of them with FANOUT_TEST_FULL=1.
-SPAWN_ROUNDS = 200 if os.environ.get("FANOUT_TEST_FULL") == "1" else 25
+SPAWN_ROUNDS = 200 if os.environ.get("FANOUT_TEST_FULL") == "1" else 8
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

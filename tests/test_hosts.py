@@ -204,35 +204,6 @@ sys.stdout.write(connection.recv(1 << 16).hex())
     assert answer.stdout == "" or answer.stdout.startswith("15"), answer
 
 
-@pytest.mark.root
-@pytest.mark.slow
-def test_host_that_falls_silent_is_replaced_and_taken_back(network: Network) -> None:
-    client_join, worker_join = start_scheduler(network["headnode"])
-    start_worker(network["first"], worker_join)
-    start_worker(network["second"], worker_join)
-    laptop = network["laptop"]
-    script = write_project(laptop.folder)
-    run = [sys.executable, str(script), "60", "0.05", str(script)]
-
-    def ready_count() -> int:
-        command = [sys.executable, "-m", "fanout.cli.main", "status", "--json"]
-        done = laptop.run(*command, FANOUT_URL=client_join)
-        return len(json.loads(done.stdout)["workers"]) if done.returncode == 0 else 0
-
-    client = laptop.start(*run, FANOUT_URL=client_join)
-    assert client.stdout is not None
-    head = "".join(client.stdout.readline() for _ in range(10))
-    network.cut_cable("first")
-    stdout = head + client.stdout.read()
-    assert client.wait() == 0, stdout
-    assert [each["number"] for each in seen_in(stdout)] == list(range(60))
-    assert ready_count() == 1
-    network.plug_in("first")
-    poll_until(lambda: ready_count() == 2, "the first host is a worker again", 30)
-    again = laptop.run(*run, FANOUT_URL=client_join)
-    assert {each["host"] for each in seen_in(again.stdout)} == {"first", "second"}, again.stderr
-
-
 # --- the same over loopback -----------------------------------------------------------------------
 
 

@@ -570,6 +570,8 @@ def test_no_item_is_lost_or_doubled_by_consumers_and_a_scheduler_that_are_killed
     try:
         with ThreadPoolExecutor(1) as pool:
             putting = pool.submit(lambda: [queue.put(number) for number in range(400)])
+            # One that is not connected yet when the scheduler is killed would give up.
+            wait_until(lambda: all(map(os.path.getsize, paths)), "consumers consume", 30)
             wait_until(lambda: len(seen()) > 100, "consumers consume", 30)
             assert started.scheduler is not None
             kill(started.scheduler)

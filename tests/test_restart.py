@@ -13,19 +13,13 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fanout.client.session import RECONNECT_DELAY_MIN_S, Session
-from fanout.protocol import messages as m
-from fanout.protocol.join import JoinString, Token
-from fanout.protocol.transport import Transport, serve
 from tests import restart_kit as kit
 from tests.conftest import ROOT, TIMEOUT_FACTOR, HandStarted, environment, poll_until
-from tests.transport_kit import Recorder
 
 Start = Callable[..., HandStarted]
 
@@ -156,39 +150,6 @@ def test_containers_that_call_wait_for_a_client_that_comes_back_later(
     finally:
         client.kill()
         client.communicate()
-
-
-async def test_a_client_that_is_sent_away_again_and_again_comes_more_slowly(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    token = Token.new("client")
-    times: asyncio.Queue[float] = asyncio.Queue()
-
-    def send_away(own: Transport, hello: m.Hello, role: str) -> Recorder:
-        times.put_nowait(time.monotonic())
-        own.close(m.Goodbye("unknown", "not now"))
-        return Recorder(own, lambda own, message: None)
-
-    server = await serve(
-        "127.0.0.1",
-        0,
-        tokens={token.token_id: token}.get,
-        welcome=lambda hello, role: m.Welcome(1, {}),
-        handler=send_away,
-        tls=None,
-    )
-    monkeypatch.setenv("FANOUT_URL", str(JoinString.of(token, "127.0.0.1", server.port, None)))
-    session = Session(asyncio.get_running_loop())
-    try:
-        await session.connect()
-        came_at = [await times.get() for _ in range(5)]
-        pauses = [after - before for before, after in itertools.pairwise(came_at)]
-        for number, pause in enumerate(pauses):
-            assert pause >= RECONNECT_DELAY_MIN_S * 2**number, pauses
-    finally:
-        await session.close()
-        server.close()
-        await server.wait_closed()
 
 
 async def test_results_that_came_out_of_order_before_a_restart_leave_no_gap(
