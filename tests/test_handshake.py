@@ -23,6 +23,7 @@ from fanout.protocol import frames
 from fanout.protocol import messages as m
 from fanout.protocol.connection import TRANSITIONS, Cause, Connection, State
 from fanout.protocol.handshake import (
+    DIALLER_LABEL,
     ContainerDialler,
     ContainerListener,
     DiallerHandshake,
@@ -142,6 +143,31 @@ def test_a_forged_proof_is_refused_in_the_same_words_for_known_and_unknown_token
         "auth",
         "the scheduler does not accept this token; get a join string from `fanout scheduler`",
     )
+
+
+@pytest.mark.parametrize("fault", ["bit", "cut", "grown"])
+def test_every_bit_of_a_proof_counts(fault: str) -> None:
+    dialling = dialler(CLIENT)
+    hello = outgoing(dialling)
+    proof_size = 32
+    for bit in range(proof_size * 8):
+        listening = listener()
+        listening.receive_data(hello)
+        ((header, payload),) = frames.FrameReader().feed(outgoing(listening))
+        challenge = m.decode(header, payload)
+        assert isinstance(challenge, m.Challenge)
+        right = make_proof(DIALLER_LABEL, CLIENT.secret, hello_of(CLIENT), challenge.nonce, b"")
+        forged = bytearray(right)
+        forged[bit // 8] ^= 1 << bit % 8
+        wrong = {"bit": bytes(forged), "cut": right[: bit // 8], "grown": right + b"x"}[fault]
+        with pytest.raises((AuthError, ProtocolError)):
+            listening.receive_data(frame_of(m.Proof(wrong)))
+        assert listening.state is not State.OPEN
+    listening = listener()
+    listening.receive_data(hello)
+    outgoing(listening)
+    listening.receive_data(frame_of(m.Proof(right)))
+    assert listening.state is State.OPEN, "the right one is let in"
 
 
 def test_the_secret_that_stands_in_for_unknown_tokens_opens_nothing() -> None:

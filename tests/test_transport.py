@@ -9,6 +9,7 @@ import socket
 import statistics
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -585,4 +586,20 @@ async def test_a_socket_path_that_linux_does_not_take_is_refused_with_the_limit(
             accept=lambda hello: None,
             allowed=m.FROM_NESTED_CLIENT,
             handler=lambda own: Recorder(own, ignore),
+        )
+
+
+async def test_of_strangers_that_were_turned_away_nothing_is_kept(site: Site) -> None:
+    for number in range(20):
+        raw = await RawPeer(site.server.port).dial()
+        try:
+            if number % 2:
+                await raw.send(b"GET / HTTP/1.1\r\n\r\n")
+                await raw.read()
+        finally:
+            raw.sock.close()
+    own = site.server
+    with ThreadPoolExecutor(1) as pool:
+        await asyncio.get_running_loop().run_in_executor(
+            pool, poll_until, lambda: not (own._transports or own._unproved), "all are gone"
         )
