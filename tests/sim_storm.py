@@ -4,10 +4,13 @@ be true when all is over."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sized
+from dataclasses import fields
 from typing import Any
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import FrameReceived, PeerId
+from fanout_scheduler.core.state import State
 from tests.sim_peers import Plan, SimCall, SimClient
 from tests.sim_queues import SimQueueUser, verify_queue
 from tests.sim_story import Broken
@@ -45,6 +48,13 @@ ALONE_S = 3.0
 TOGETHER_S = 60.0
 #: The least part of what both got that each of two calls gets while they share a container.
 SHARE_MIN = 0.3
+
+#: What a scheduler holds when all is quiet: peers and their sessions, spawned calls with their apps
+#: and functions until their results expire, and what has happened so far.
+KEPT = {
+    "apps", "functions", "calls", "workers", "sessions", "peers", "objects", "deadlines",
+    "ended_nodes", "expired", "counts",
+}  # fmt: skip
 
 
 class Storm(World):
@@ -344,6 +354,14 @@ class Storm(World):
             assert abs(worker.cpu_free - worker.cpu) < 1e-6, f"cores of {worker.name} not free"
             assert worker.memory_free_mib == worker.memory_mib, f"memory of {worker.name}"
             assert not worker.unsafe, f"reports of {worker.name} never acknowledged"
+        for part in fields(State):
+            kept = getattr(state, part.name)
+            assert part.name in KEPT or not isinstance(kept, Sized) or not kept, (
+                f"{part.name} keeps {kept!r:.300}"
+            )
+        named = {call.function.function_id for call in state.calls.values()}
+        assert state.functions.keys() == named, "functions left that no call names"
+        assert all(app.calls for app in state.apps.values()), "apps left without calls"
         for function in state.functions.values():
             assert not function.containers, f"permits of {function.definition.name} left"
         for session in state.sessions.values():
