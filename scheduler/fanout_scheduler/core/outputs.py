@@ -298,6 +298,10 @@ def send_outputs(state: State, peer_id: PeerId, outputs: m.Outputs) -> None:
 
 def on_ack(state: State, call: Call, message: m.Ack) -> None:
     """The client has these outputs, and its user has taken so many."""
+    if call.is_durable:
+        # Its outputs are for whoever fetches them, and no client of ours sends this.
+        state.note("acknowledgement for a spawned call")
+        return
     for start, count in message.received:
         call.acknowledged.add(start, start + count)
     for kept in call.outputs.take(call.acknowledged):
