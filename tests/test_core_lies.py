@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fanout.protocol import messages as m
-from tests.core_kit import Bench, ack
+from fanout_scheduler.core.events import Disconnect
+from tests.core_kit import Bench, ack, exited
 
 # --- clients --------------------------------------------------------------------------------------
 
@@ -21,3 +22,23 @@ def test_an_acknowledgement_leaves_the_outputs_of_a_spawned_call_to_whoever_fetc
     bench.orders.clear()
     bench.frame(client, m.FetchOutputs(1, call_id, 0, 2))
     assert sum(len(o.statuses) for o in bench.take_all(m.Outputs, client)) == 2
+
+
+def test_a_client_in_a_container_that_is_gone_can_leave_nothing_behind() -> None:
+    bench = Bench()
+    client = bench.client(f={})
+    worker = bench.worker()
+    bench.open(client, count=1)
+    container_id = bench.started_lease(worker).container_id
+    nested = bench.connect("nested", worker=worker, container_id=container_id)
+    bench.orders.clear()
+    bench.frame(worker, exited(container_id))
+    (refused,) = bench.take_commands(Disconnect)
+    assert (refused.peer_id, refused.code) == (nested, "refused")
+    known = set(bench.core.state.calls)
+    bench.frame(nested, m.OpenCall(b"n" * 16, b"f" * 16, False, True, None))
+    bench.frame(nested, m.OpenObject(1, b"o" * 16, 1, "", 3))
+    assert set(bench.core.state.calls) == known
+    assert not bench.core.state.objects.by_id
+    bench.lose(nested)
+    bench.lose(worker)

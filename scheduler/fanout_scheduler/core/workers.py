@@ -140,10 +140,11 @@ def on_worker_deadline(state: State, worker: Worker) -> None:
         state.at(worker.heard_at + WORKER_DEADLINE_S, "worker", worker)
         return
     state.note("silent worker")
+    state.peers.pop(worker.peer_id, None)
+    # Sessions that came through it end first: what is said to them goes through its connection.
+    lose_worker(state, worker)
     text = f"nothing was heard of worker {worker.name} for {WORKER_DEADLINE_S:g} s"
     state.commands.append(Disconnect(worker.peer_id, "silent", text))
-    state.peers.pop(worker.peer_id, None)
-    lose_worker(state, worker)
 
 
 def lose_worker(state: State, worker: Worker) -> None:
@@ -174,7 +175,11 @@ def remove_container(state: State, container: Container) -> None:
     container.function.containers.pop(container.container_id, None)
     container.worker.memory_free_mib += container.function.memory_mib
     for peer in list(container.nested_peers.values()):
+        # What is still said in its name would hang on a session that nothing ends any more.
         calls.on_client_lost(state, peer)
+        state.peers.pop(peer.peer_id, None)
+        text = "the container of this session is gone"
+        state.commands.append(Disconnect(peer.peer_id, "refused", text))
     objects.on_container_gone(state, container)
 
 
