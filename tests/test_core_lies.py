@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import Disconnect
 from tests.core_kit import Bench, ack, exited
@@ -42,3 +44,27 @@ def test_a_client_in_a_container_that_is_gone_can_leave_nothing_behind() -> None
     assert not bench.core.state.objects.by_id
     bench.lose(nested)
     bench.lose(worker)
+
+
+# --- workers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "possible_s"), [({}, 2.0), ({"max_inputs": 4}, 8.0)])
+def test_nobody_is_charged_for_more_time_than_there_was(
+    options: dict[str, int], possible_s: float
+) -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f=options)
+    call = bench.core.state.calls[bench.open(client, count=2)]
+    lease = bench.started_lease(worker)
+    bench.later(2)
+    for index in range(len(lease.lengths) // 4):
+        message = m.LeaseOutputs(
+            index + 1, lease.lease_id, lease.call_id, index, 1 << 39, b"\1\0\0\0", b"\0", [], b"v"
+        )
+        bench.frame(worker, message)
+    assert call.service_s == pytest.approx(possible_s)
+    container = bench.core.state.containers[lease.container_id]
+    assert container.busy_s == pytest.approx(possible_s)
+    assert (call.method.input_s or 0.0) <= possible_s

@@ -55,6 +55,7 @@ def shown(bench: Bench, client: int) -> list[tuple[int, bytes, bytes, Any]]:
 
 def test_time_and_size_of_outputs_are_moving_averages() -> None:
     bench, worker, _, lease = running(count=200)
+    bench.later(1)
     bench.frame(worker, report(lease, [0], values=[b"12345678"], busy_us=1000))
     method = method_of(bench)
     assert (method.input_s, method.output_bytes) == (0.001, 8)
@@ -62,6 +63,7 @@ def test_time_and_size_of_outputs_are_moving_averages() -> None:
     (lease, second) = bench.take_all(m.Lease)
     count = len(lease.lengths) // 4
     assert count == 30, "30 ms of work"
+    bench.later(2)
     # Quicker than thought: half of the difference.
     bench.frame(worker, report(lease, [0] * count, values=[b"1234"] * count, busy_us=500 * count))
     assert method.input_s == pytest.approx(0.00075)

@@ -20,7 +20,7 @@ from fanout_scheduler.core.leasing import (
     requeue,
     wake_call,
 )
-from fanout_scheduler.core.state import Call, GeneratorState, Lease, Method, State, Worker
+from fanout_scheduler.core.state import Call, GeneratorState, Lease, State, Worker
 
 #: Weight of the newest report in the moving averages, at most and when it makes them grow.
 WEIGHT_MAX = 0.5
@@ -73,9 +73,7 @@ def _accept(state: State, worker: Worker, message: m.LeaseOutputs) -> list[int]:
         return []
     if lease is not None:
         lease.heard_at = state.now
-        _measure(state, lease.call.method, message)
-        lease.call.service_s += message.busy_us / 1e6
-        lease.container.busy_s += message.busy_us / 1e6
+        _measure(state, lease, message)
     if call is None or call.is_over or call.failure is not None:
         state.note("output of an ended call")
         if lease is not None:
@@ -123,9 +121,17 @@ def _fresh(call: Call, start: int, stop: int) -> list[tuple[int, int]]:
     return fresh
 
 
-def _measure(state: State, method: Method, message: m.LeaseOutputs) -> None:
+def _measure(state: State, lease: Lease, message: m.LeaseOutputs) -> None:
+    """How long inputs ran, and how large their outputs are. Others are served by these numbers, so
+    a worker cannot have been busy for longer than it had the lease."""
+    possible_s = (state.now - lease.granted_at) * lease.call.function.slots - lease.busy_s
+    busy_s = min(message.busy_us / 1e6, max(0.0, possible_s))
+    lease.busy_s += busy_s
+    lease.call.service_s += busy_s
+    lease.container.busy_s += busy_s
+    method = lease.call.method
     count = len(message.statuses)
-    seconds = message.busy_us / 1e6 / count
+    seconds = busy_s / count
     size = (len(message.payload) + blobs.size_bytes(state, message.blobs)) / count
     if method.input_s is None:
         method.input_s, method.output_bytes = seconds, size

@@ -372,9 +372,13 @@ class Lease:
     reclaim_after: float = 0.0
     #: Where it ended when it was granted; `stop` moves when a tail is taken back.
     end: int = 0
+    granted_at: float = 0.0
+    #: How long its inputs have run, as far as they are reported and it can be.
+    busy_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.end = self.stop
+        self.granted_at = self.heard_at
 
 
 @dataclass(slots=True)
