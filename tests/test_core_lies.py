@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fanout.protocol import messages as m
+from fanout_scheduler.core import workers
 from fanout_scheduler.core.events import Disconnect
 from tests.core_kit import Bench, ack, exited
 
@@ -68,3 +69,62 @@ def test_nobody_is_charged_for_more_time_than_there_was(
     container = bench.core.state.containers[lease.container_id]
     assert container.busy_s == pytest.approx(possible_s)
     assert (call.method.input_s or 0.0) <= possible_s
+
+
+@pytest.mark.parametrize("cpu", [-3.0, 1e9])
+def test_a_worker_that_cannot_be_is_sent_away(cpu: float) -> None:
+    bench = Bench()
+    peer = bench.connect("worker")
+    bench.frame(peer, m.WorkerReady(b"w" * 16, "w", cpu, 1000, False, [], []))
+    (refused,) = bench.take_commands(Disconnect)
+    assert (refused.peer_id, refused.code) == (peer, "protocol")
+    assert not bench.core.state.workers
+
+
+def kept(bench: Bench, number: int, containers: list[int]) -> list[int]:
+    """A worker (of 1000 MiB) comes with these containers of f. Returns which it may keep."""
+    records = [[container_id, b"f" * 16] for container_id in containers]
+    peer = bench.connect("worker")
+    worker_id = bytes([number]) * 16
+    bench.frame(peer, m.WorkerReady(worker_id, "w", 2.0, 1000, False, records, []))
+    return bench.take(m.WorkerAccepted).keep
+
+
+@pytest.mark.parametrize(("memory", "count"), [(300, 3), (0, 256)])
+def test_no_more_containers_are_adopted_than_a_worker_has_room_for(memory: int, count: int) -> None:
+    bench = Bench(epoch=2)
+    bench.client(f={"memory": memory})
+    old = [1 << m.EPOCH_SHIFT | n for n in range(1000)]
+    assert len(kept(bench, 1, old)) == count
+    (worker,) = bench.core.state.workers.values()
+    assert worker.memory_free_mib == 1000 - memory * count
+
+
+def test_a_worker_may_keep_its_own_containers_and_no_other() -> None:
+    bench = Bench()
+    first = bench.worker(cpu=1)
+    client = bench.client(f={})
+    bench.open(client, count=1)
+    container_id = bench.started_lease(first).container_id
+    this_life = range(1 << m.EPOCH_SHIFT, container_id + 50)
+    never_given = [n for n in this_life if n != container_id]
+    bench.lose(first)
+    assert kept(bench, 2, [container_id]) == []
+    assert kept(bench, 1, [-1, *never_given, container_id]) == [container_id]
+
+
+def test_the_containers_of_so_many_lost_workers_are_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "LOST_WORKERS_MAX", 1)
+    bench = Bench()
+    client = bench.client(f={})
+    ids = []
+    for number in (1, 2):
+        worker = bench.worker(cpu=1, number=number)
+        bench.open(client, call=number, count=1)
+        ids.append(bench.started_lease(worker).container_id)
+        bench.frame(client, m.CancelCall(bytes([number]) * 16))
+        bench.lose(worker)
+    assert kept(bench, 1, ids) == []
+    assert kept(bench, 2, ids) == [ids[1]]

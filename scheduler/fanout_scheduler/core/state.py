@@ -532,6 +532,8 @@ class State:
     leases: dict[int, Lease] = field(default_factory=dict)
     containers: dict[int, Container] = field(default_factory=dict)
     workers: dict[bytes, Worker] = field(default_factory=dict)
+    #: The containers that workers had when they were lost, those that were lost first in front.
+    lost_containers: dict[bytes, frozenset[int]] = field(default_factory=dict)
     sessions: dict[bytes, Session] = field(default_factory=dict)
     peers: dict[PeerId, Peer] = field(default_factory=dict)
     #: Queues and dicts; see objects.py.
