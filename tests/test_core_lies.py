@@ -7,7 +7,7 @@ import pytest
 from fanout.protocol import messages as m
 from fanout_scheduler.core import workers
 from fanout_scheduler.core.events import Disconnect
-from tests.core_kit import Bench, ack, exited
+from tests.core_kit import Bench, ack, exited, table
 
 # --- clients --------------------------------------------------------------------------------------
 
@@ -69,6 +69,31 @@ def test_nobody_is_charged_for_more_time_than_there_was(
     container = bench.core.state.containers[lease.container_id]
     assert container.busy_s == pytest.approx(possible_s)
     assert (call.method.input_s or 0.0) <= possible_s
+
+
+def test_a_generator_gives_no_more_than_its_consumer_has_asked_for() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={"is_generator": True})
+    call_id = bench.open(client, count=1)
+    lease = bench.started_lease(worker)
+
+    def given(start: int, count: int) -> int:
+        lengths, payload = table([b"i"] * count)
+        bench.frame(
+            worker, m.LeaseItems(1, lease.lease_id, call_id, 0, start, lengths, [], payload)
+        )
+        return sum(len(items.lengths) // 4 for items in bench.take_all(m.Items, client))
+
+    assert given(0, lease.credit + 1) == 0
+    assert bench.core.state.counts == {"items beyond the credit": 1}
+    assert given(0, lease.credit) == lease.credit
+    assert given(lease.credit, 1) == 0
+    bench.frame(client, m.ItemCredit(call_id, 0, lease.credit + 2, lease.credit))
+    assert given(lease.credit, 2) == 2
+    # What was said before the credit was used up may be said again.
+    assert given(0, lease.credit) == 0
+    assert bench.core.state.counts == {"items beyond the credit": 2, "duplicate items": 1}
 
 
 @pytest.mark.parametrize("cpu", [-3.0, 1e9])

@@ -89,6 +89,7 @@ def test_what_the_scheduler_puts_up_with_is_expected_to_come_up() -> None:
     assert noted - set(ODD_AT_SCHEDULER) == {
         # Only a peer that lies or has a bug sends these, and the simulation has no blobs.
         "acknowledgement for a spawned call",
+        "items beyond the credit",
         "log text of an unknown container",
         "report that does not fit its lease",
         "report under somebody else's lease",

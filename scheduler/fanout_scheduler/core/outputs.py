@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from itertools import accumulate
 
-from fanout.config import CRASH_LIMIT
+from fanout.config import CRASH_LIMIT, ITEM_CREDIT_INITIAL
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs, durable, graph, spawned
 from fanout_scheduler.core.events import PeerId, Send, SendBlob
@@ -346,6 +346,11 @@ def on_lease_items(state: State, peer_id: PeerId, message: m.LeaseItems) -> None
     seen = generator.next_number - message.number
     if seen < 0 or seen >= count:
         state.note("duplicate items" if seen >= count else "items out of order")
+        return
+    if message.number + count > max(generator.credit, ITEM_CREDIT_INITIAL):
+        # They would be kept until somebody wants them. Perhaps only the container lies, so its
+        # worker stays; what it says next is out of order.
+        state.note("items beyond the credit")
         return
     items = _cut_items(message, seen)
     generator.next_number += count - seen
