@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fanout.protocol import messages as m
@@ -45,6 +47,31 @@ def test_a_client_in_a_container_that_is_gone_can_leave_nothing_behind() -> None
     assert not bench.core.state.objects.by_id
     bench.lose(nested)
     bench.lose(worker)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_taken"),
+    [
+        ({"max_inputs": 2, "target_inputs": 3}, False),
+        ({"target_inputs": 2}, False),
+        ({"max_inputs": 0, "target_inputs": 2}, False),
+        ({"max_inputs": 3, "target_inputs": 3}, True),
+        ({"max_inputs": None, "target_inputs": None}, True),
+        ({"min_containers": 3, "max_containers": 2}, False),
+        ({"min_containers": 3, "max_containers": 3}, True),
+        ({"min_containers": 3, "max_containers": None}, True),
+        ({"retries": [3, 1e9, 1.0, 60.0]}, False),
+        ({"retries": [3, 1.0, 1.0, 1e9]}, False),
+        ({"retries": [3, 60.0, 10.0, 60.0]}, True),
+    ],
+)
+def test_options_of_a_function_must_fit_together(options: dict[str, Any], is_taken: bool) -> None:
+    bench = Bench()
+    bench.worker(cpu=1)
+    client = bench.client(f=options)
+    assert bool(bench.core.state.functions) is is_taken
+    refused = [(order.peer_id, order.code) for order in bench.take_commands(Disconnect)]
+    assert refused == ([] if is_taken else [(client, "protocol")])
 
 
 # --- workers --------------------------------------------------------------------------------------
