@@ -225,8 +225,8 @@ class Call:
     #: The same ranges, by the first store sequence of each.
     output_stores: dict[int, tuple[int, int]] = field(default_factory=dict)
     leases: dict[int, Lease] = field(default_factory=dict)
-    #: Leases that ended with their container or its worker, and whose they were: what that worker
-    #: reports late is still good. Nobody else can report under them.
+    #: Leases that ended with their container or its worker, or to make room, and whose they were:
+    #: what that worker reports late is still good. Nobody else can report under them.
     void: dict[int, bytes] = field(default_factory=dict)
     #: It may have begun in an earlier life of the scheduler, whose leases are not known any more.
     is_from_before: bool = False

@@ -185,7 +185,6 @@ def _remember_containers(state: State, worker: Worker) -> None:
 
 def _lose_container(state: State, container: Container) -> None:
     for lease in list(container.leases.values()):
-        lease.call.void[lease.lease_id] = container.worker.worker_id
         give_back_lease(state, lease)
     remove_container(state, container)
 
