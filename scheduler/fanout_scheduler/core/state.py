@@ -222,8 +222,8 @@ class Call:
     finished: IntervalSet = field(default_factory=IntervalSet)
     #: Outputs of a durable call that are on their way to disk.
     storing: IntervalSet = field(default_factory=IntervalSet)
-    #: The same ranges, by the first store sequence of each.
-    output_stores: dict[int, tuple[int, int]] = field(default_factory=dict)
+    #: The same ranges in order, as (start, stop, first store sequence).
+    output_stores: list[tuple[int, int, int]] = field(default_factory=list)
     leases: dict[int, Lease] = field(default_factory=dict)
     #: Leases that ended with their container or its worker, or to make room, and whose they were:
     #: what that worker reports late is still good. Nobody else can report under them.
