@@ -215,9 +215,13 @@ class Bench:
         input_s: float = 0.001,
         values: list[bytes] | None = None,
     ) -> None:
-        """The container reports outputs of `count` inputs of a lease after the first `skip`."""
+        """The container reports outputs of `count` inputs of a lease after the first `skip`. A test
+        says itself what time it is: if they cannot have run that long, the lease gets older."""
         if count is None:
             count = len(lease.lengths) // 4 - skip
+        if (known := self.core.state.leases.get(lease.lease_id)) is not None:
+            ran_s = (known.busy_s + input_s * count) / known.call.function.slots
+            known.granted_at = min(known.granted_at, self.now - ran_s)
         lengths, payload = table(values or [b"v"] * count)
         sequence = self.sequences[worker] = self.sequences.get(worker, 0) + 1
         self.frame(

@@ -150,7 +150,7 @@ MUTANTS = [
     Mutant(
         "fairness pointer frozen: what a call got",
         CORE + "outputs.py",
-        "lease.call.service_s += message.busy_us / 1e6",
+        "lease.call.service_s += busy_s",
         "lease.call.service_s += 0.0",
     ),
     Mutant(

@@ -60,7 +60,6 @@ ODD_AT_SCHEDULER = [
     "nested client of an unknown container",
     "output of an ended call",
     "reclaim of an unknown lease",
-    "report under a lease that its worker never had",
     "silent worker",
     "start of an unknown container",
     "wait of an unknown lease",

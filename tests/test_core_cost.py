@@ -101,6 +101,23 @@ def test_fetching_one_output_costs_the_same_however_many_the_call_has() -> None:
     assert_flat(prepare)
 
 
+def test_a_report_that_is_said_again_costs_the_same_however_much_is_on_its_way_to_disk() -> None:
+    def prepare(bench: Bench, count: int) -> Callable[[], Any]:
+        worker = bench.worker(cpu=1)
+        client = bench.client(f={})
+        bench.open(client, count=count, is_durable=True)
+        bench.store()
+        leases = [bench.started_lease(worker)]
+        for lease in leases:
+            for at in range(len(lease.lengths) // 4):
+                bench.finish(worker, lease, count=1, skip=at)
+            leases += bench.take_all(m.Lease)
+        bench.orders.clear()
+        return lambda: bench.finish(worker, leases[-1], count=1)
+
+    assert_flat(prepare)
+
+
 def test_calls_are_forgotten_at_a_cost_for_each_that_does_not_grow() -> None:
     def cost_of_each(count: int) -> float:
         bench = unchecked()

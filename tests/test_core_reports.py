@@ -8,6 +8,7 @@ import msgpack
 import pytest
 
 from fanout.protocol import messages as m
+from fanout_scheduler.core import durable
 from fanout_scheduler.core.state import Call, Method
 from tests.core_kit import Bench, ack, inputs, table
 
@@ -55,6 +56,7 @@ def shown(bench: Bench, client: int) -> list[tuple[int, bytes, bytes, Any]]:
 
 def test_time_and_size_of_outputs_are_moving_averages() -> None:
     bench, worker, _, lease = running(count=200)
+    bench.later(1)
     bench.frame(worker, report(lease, [0], values=[b"12345678"], busy_us=1000))
     method = method_of(bench)
     assert (method.input_s, method.output_bytes) == (0.001, 8)
@@ -62,6 +64,7 @@ def test_time_and_size_of_outputs_are_moving_averages() -> None:
     (lease, second) = bench.take_all(m.Lease)
     count = len(lease.lengths) // 4
     assert count == 30, "30 ms of work"
+    bench.later(2)
     # Quicker than thought: half of the difference.
     bench.frame(worker, report(lease, [0] * count, values=[b"1234"] * count, busy_us=500 * count))
     assert method.input_s == pytest.approx(0.00075)
@@ -543,3 +546,26 @@ def test_a_late_value_of_an_input_that_lacks_its_blobs_is_its_output() -> None:
     assert list(call_of(bench).parked) == [(1, 2)]
     bench.blob(BLOB)
     assert bench.take(m.Lease).start == 1
+
+
+def test_a_report_that_came_before_waits_for_all_that_is_on_its_way_to_disk() -> None:
+    bench = Bench()
+    worker, client = bench.worker(cpu=1), bench.client(f={"max_inputs": 8})
+    bench.open(client, count=8, is_durable=True)
+    bench.store()
+    (lease,) = bench.start_all(worker)
+    sequences = {}
+    for start in (2, 0, 6):
+        bench.finish(worker, lease, count=2, skip=start)
+        sequences[start] = bench.core.state.store_sequence
+    found = {
+        (start, stop): durable.stores_of(call_of(bench), start, stop)
+        for start, stop in [(0, 2), (1, 3), (3, 7), (4, 6), (3, 4), (0, 8)]
+    }
+    first, second, last = sequences[0], sequences[2], sequences[6]
+    assert found == {
+        (0, 2): [first], (1, 3): [first, second], (3, 7): [second, last], (4, 6): [],
+        (3, 4): [second], (0, 8): [first, second, last],
+    }  # fmt: skip
+    bench.store()
+    assert durable.stores_of(call_of(bench), 0, 8) == []

@@ -88,8 +88,11 @@ def test_what_the_scheduler_puts_up_with_is_expected_to_come_up() -> None:
             noted.update(re.findall(r'"([^"]*)"', arguments))
     assert noted - set(ODD_AT_SCHEDULER) == {
         # Only a peer that lies or has a bug sends these, and the simulation has no blobs.
+        "acknowledgement for a spawned call",
+        "items beyond the credit",
         "log text of an unknown container",
         "report that does not fit its lease",
+        "report under a lease that its worker never had",
         "report under somebody else's lease",
         "report without its blobs",
         "session id of somebody else",

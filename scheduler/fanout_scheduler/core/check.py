@@ -61,6 +61,8 @@ def _check_call(call: Call) -> None:
     open_count = sum(lease.open.count for lease in call.leases.values())
     assert call.leased_count == open_count, f"3: {name} {call.leased_count} != {open_count}"
     assert call.finished.count <= call.received.count, f"3: {name}"
+    stores = call.storing.__class__((start, stop) for start, stop, _ in call.output_stores)
+    assert stores == call.storing, f"3: outputs of {name} on their way to disk"
     # 4. Work that can be leased is on offer, unless its consumer holds it.
     if call.queued and not call.is_over and call.failure is None and not call.is_ready:
         assert call.waits_for, f"4: {name} has queued inputs and is not ready"

@@ -12,6 +12,8 @@ from typing import Any
 COUNT_MAX = 1 << 31
 SECONDS_MAX = 1e9
 CORES_MAX = 1e6
+#: An input that backs off keeps its call alive. The library allows a minute.
+RETRY_DELAY_S_MAX = 3600.0
 #: So that powers of it stay numbers; see `outputs.EXPONENT_MAX`.
 COEFFICIENT_MAX = 1e4
 
@@ -39,9 +41,9 @@ def _are_retries(value: Any) -> bool:
         type(value) is list
         and len(value) == 4
         and _is_count(value[0])
-        and _is_span(value[1])
+        and _is_number(value[1], RETRY_DELAY_S_MAX)
         and _is_number(value[2], COEFFICIENT_MAX)
-        and _is_span(value[3])
+        and _is_number(value[3], RETRY_DELAY_S_MAX)
     )
 
 
@@ -73,6 +75,11 @@ _CHECKS: dict[str, _Check] = {
     "target_inputs": _is_count,
     "timeout": _is_span,
 }
+#: The first must not be above the second, which is so much where it is not set.
+_PAIRS: list[tuple[str, str, int | None]] = [
+    ("min_containers", "max_containers", None),
+    ("target_inputs", "max_inputs", 1),
+]
 #: For these there is no "not set".
 _ALWAYS_SET = frozenset({"scaledown_window"})
 
@@ -84,4 +91,8 @@ def fault_of(options: dict[str, Any]) -> str:
             continue
         if not is_valid(options[name]):
             return f"the option {name}={options[name]!r} of a function is not valid"[:500]
+    for low, high, high_default in _PAIRS:
+        limit = options.get(high) or high_default
+        if limit is not None and (options.get(low) or 0) > limit:
+            return f"the option {low}={options[low]} of a function is above {high}={limit}"
     return ""

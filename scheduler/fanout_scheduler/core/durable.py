@@ -11,6 +11,7 @@ are the messages themselves, so what comes back at a restart is what came over t
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
@@ -146,17 +147,18 @@ def store_seal(state: State, call: Call, message: m.SealCall) -> None:
 
 def store_outputs(state: State, call: Call, outputs: m.Outputs) -> int:
     sequence = _store(state, call, [outputs])
-    call.output_stores[sequence] = (outputs.start, outputs.start + len(outputs.statuses))
+    stop = outputs.start + len(outputs.statuses)
+    insort(call.output_stores, (outputs.start, stop, sequence))
     return sequence
 
 
 def stores_of(call: Call, start: int, stop: int) -> list[int]:
     """The sequences of outputs of these inputs that are not on disk yet."""
-    return [
-        sequence
-        for sequence, (low, high) in call.output_stores.items()
-        if low < stop and start < high
-    ]
+    stores = call.output_stores
+    low, high = bisect_left(stores, (start, 0, 0)), bisect_left(stores, (stop, 0, 0))
+    if low and stores[low - 1][1] > start:
+        low -= 1
+    return [sequence for _, _, sequence in stores[low:high]]
 
 
 def store_failure(state: State, call: Call, failure: m.CallFailed) -> None:
@@ -217,7 +219,6 @@ def on_stored(state: State, sequence: int) -> None:
             pending.stored()
         if pending.call is None:
             continue
-        pending.call.output_stores.pop(pending.first_sequence, None)
         for record in pending.records:
             _promise_kept(state, pending.call, record)
 
@@ -246,8 +247,8 @@ def _promise_kept(state: State, call: Call, record: Record) -> None:
         if call.is_done:
             end_call(state, call)
     elif isinstance(record, m.Outputs):
-        stop = record.start + len(record.statuses)
-        call.storing.remove(record.start, stop)
+        del call.output_stores[bisect_left(call.output_stores, (record.start, 0, 0))]
+        call.storing.remove(record.start, record.start + len(record.statuses))
         # It is on disk, so it is the output of these inputs, also if the call failed meanwhile.
         if state.calls.get(call.call_id) is call:
             finish(state, call, record)

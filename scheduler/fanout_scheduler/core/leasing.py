@@ -213,9 +213,11 @@ def requeue(state: State, call: Call, start: int, stop: int) -> None:
 
 
 def give_back_lease(state: State, lease: Lease) -> None:
-    """The container of a lease is gone: what it did not report runs elsewhere."""
+    """The container of a lease is gone, or has to end it: what it did not report runs elsewhere.
+    What its worker still reports is known to be late, and not made up."""
     ranges = list(lease.open)
     call = lease.call
+    call.void[lease.lease_id] = lease.container.worker.worker_id
     end_lease(state, lease)
     for start, stop in ranges:
         requeue(state, call, start, stop)

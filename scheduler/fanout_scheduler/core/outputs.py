@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterator
 from itertools import accumulate
 
-from fanout.config import CRASH_LIMIT
+from fanout.config import CRASH_LIMIT, ITEM_CREDIT_INITIAL
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs, durable, graph, spawned
 from fanout_scheduler.core.events import PeerId, Send, SendBlob
@@ -21,7 +21,7 @@ from fanout_scheduler.core.leasing import (
     requeue,
     wake_call,
 )
-from fanout_scheduler.core.state import Call, GeneratorState, Lease, Method, State, Worker
+from fanout_scheduler.core.state import Call, GeneratorState, Lease, State, Worker
 
 #: Weight of the newest report in the moving averages, at most and when it makes them grow.
 WEIGHT_MAX = 0.5
@@ -77,9 +77,7 @@ def _accept(state: State, worker: Worker, message: m.LeaseOutputs) -> list[int]:
         return []
     if lease is not None:
         lease.heard_at = state.now
-        _measure(state, lease.call.method, message)
-        lease.call.service_s += message.busy_us / 1e6
-        lease.container.busy_s += message.busy_us / 1e6
+        _measure(state, lease, message)
     if call is None or call.is_over or call.failure is not None:
         state.note("output of an ended call")
         if lease is not None:
@@ -127,9 +125,17 @@ def _fresh(call: Call, start: int, stop: int) -> list[tuple[int, int]]:
     return fresh
 
 
-def _measure(state: State, method: Method, message: m.LeaseOutputs) -> None:
+def _measure(state: State, lease: Lease, message: m.LeaseOutputs) -> None:
+    """How long inputs ran, and how large their outputs are. Others are served by these numbers, so
+    a worker cannot have been busy for longer than it had the lease."""
+    possible_s = (state.now - lease.granted_at) * lease.call.function.slots - lease.busy_s
+    busy_s = min(message.busy_us / 1e6, max(0.0, possible_s))
+    lease.busy_s += busy_s
+    lease.call.service_s += busy_s
+    lease.container.busy_s += busy_s
+    method = lease.call.method
     count = len(message.statuses)
-    seconds = message.busy_us / 1e6 / count
+    seconds = busy_s / count
     size = (len(message.payload) + blobs.size_bytes(state, message.blobs)) / count
     if method.input_s is None:
         method.input_s, method.output_bytes = seconds, size
@@ -302,6 +308,10 @@ def send_outputs(state: State, peer_id: PeerId, outputs: m.Outputs) -> None:
 
 def on_ack(state: State, call: Call, message: m.Ack) -> None:
     """The client has these outputs, and its user has taken so many."""
+    if call.is_durable:
+        # Its outputs are for whoever fetches them, and no client of ours sends this.
+        state.note("acknowledgement for a spawned call")
+        return
     for start, count in message.received:
         call.acknowledged.add(start, start + count)
     for kept in call.outputs.take(call.acknowledged):
@@ -340,6 +350,11 @@ def on_lease_items(state: State, peer_id: PeerId, message: m.LeaseItems) -> None
     seen = generator.next_number - message.number
     if seen < 0 or seen >= count:
         state.note("duplicate items" if seen >= count else "items out of order")
+        return
+    if message.number + count > max(generator.credit, ITEM_CREDIT_INITIAL):
+        # They would be kept until somebody wants them. Perhaps only the container lies, so its
+        # worker stays; what it says next is out of order.
+        state.note("items beyond the credit")
         return
     items = _cut_items(message, seen)
     generator.next_number += count - seen

@@ -222,11 +222,11 @@ class Call:
     finished: IntervalSet = field(default_factory=IntervalSet)
     #: Outputs of a durable call that are on their way to disk.
     storing: IntervalSet = field(default_factory=IntervalSet)
-    #: The same ranges, by the first store sequence of each.
-    output_stores: dict[int, tuple[int, int]] = field(default_factory=dict)
+    #: The same ranges in order, as (start, stop, first store sequence).
+    output_stores: list[tuple[int, int, int]] = field(default_factory=list)
     leases: dict[int, Lease] = field(default_factory=dict)
-    #: Leases that ended with their container or its worker, and whose they were: what that worker
-    #: reports late is still good. Nobody else can report under them.
+    #: Leases that ended with their container or its worker, or to make room, and whose they were:
+    #: what that worker reports late is still good. Nobody else can report under them.
     void: dict[int, bytes] = field(default_factory=dict)
     #: It may have begun in an earlier life of the scheduler, whose leases are not known any more.
     is_from_before: bool = False
@@ -376,9 +376,13 @@ class Lease:
     reclaim_after: float = 0.0
     #: Where it ended when it was granted; `stop` moves when a tail is taken back.
     end: int = 0
+    granted_at: float = 0.0
+    #: How long its inputs have run, as far as they are reported and it can be.
+    busy_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.end = self.stop
+        self.granted_at = self.heard_at
 
 
 @dataclass(slots=True)
@@ -533,6 +537,8 @@ class State:
     leases: dict[int, Lease] = field(default_factory=dict)
     containers: dict[int, Container] = field(default_factory=dict)
     workers: dict[bytes, Worker] = field(default_factory=dict)
+    #: The containers that workers had when they were lost, those that were lost first in front.
+    lost_containers: dict[bytes, frozenset[int]] = field(default_factory=dict)
     sessions: dict[bytes, Session] = field(default_factory=dict)
     peers: dict[PeerId, Peer] = field(default_factory=dict)
     #: Queues and dicts; see objects.py.

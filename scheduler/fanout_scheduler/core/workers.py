@@ -8,6 +8,7 @@ from fanout.config import CLIENT_GRACE_S, WORKER_DEADLINE_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core import calls, durable, objects, outputs, reservation, scaling
 from fanout_scheduler.core.capacity import file_container
+from fanout_scheduler.core.definitions import CORES_MAX
 from fanout_scheduler.core.events import Disconnect, PeerId
 from fanout_scheduler.core.leasing import (
     give_back_lease,
@@ -20,12 +21,19 @@ from fanout_scheduler.core.state import Container, Function, Peer, State, Worker
 #: Containers of a function that die in a row before they are ready, without an exception of the
 #: user's to show for it; then the function's calls fail.
 START_FAILURES_MAX = 3
+#: Lost workers whose containers are remembered, at most: a few kilobytes each. One that is not
+#: comes back without them.
+LOST_WORKERS_MAX = 1000
 
 
 def on_worker_ready(state: State, peer: Peer, message: m.WorkerReady) -> None:
     """A worker offers its resources; one that was here before replaces its former self."""
     if peer.worker is not None:
         text = "a connection is for one worker, and this one was ready before"
+        state.commands.append(Disconnect(peer.peer_id, "protocol", text))
+        return
+    if not 0 <= message.cpu <= CORES_MAX:
+        text = f"a worker cannot have {message.cpu:g} cores"
         state.commands.append(Disconnect(peer.peer_id, "protocol", text))
         return
     old = state.workers.get(message.worker_id)
@@ -48,7 +56,8 @@ def on_worker_ready(state: State, peer: Peer, message: m.WorkerReady) -> None:
     state.workers[worker.worker_id] = worker
     state.free_cores.grew(worker)
     peer.worker = worker
-    known = [c for c in message.containers if _is_container(c)]
+    had = state.lost_containers.pop(worker.worker_id, frozenset())
+    known = [c for c in message.containers if _is_container(state, c, had)]
     keep = [c for c in known if _adopt(state, worker, *c) or _hold(state, worker, *c)]
     state.send(peer.peer_id, m.WorkerAccepted([c[0] for c in keep]))
     if worker.unclaimed:
@@ -59,19 +68,25 @@ def on_worker_ready(state: State, peer: Peer, message: m.WorkerReady) -> None:
     state.at(state.now + WORKER_DEADLINE_S, "worker", worker)
 
 
-def _is_container(record: list[Any]) -> bool:
-    return len(record) == 2 and type(record[0]) is int and type(record[1]) is bytes
+def _is_container(state: State, record: list[Any], had: frozenset[int]) -> bool:
+    """Whether a worker may have such a container: one that it had when it was lost, or one from an
+    earlier life of the scheduler, of which all that is known is that their ids were lower."""
+    if len(record) != 2 or type(record[0]) is not int or type(record[1]) is not bytes:
+        return False
+    return record[0] in had or 0 <= record[0] < state.epoch << m.EPOCH_SHIFT
 
 
 def _adopt(state: State, worker: Worker, container_id: int, function_id: bytes) -> bool:
-    """Keep a warm container of a function that is known here, also after a restart."""
+    """Keep a warm container of a function that is known here, also after a restart, if there is
+    room for it: others may have taken that meanwhile."""
+    from fanout_scheduler.core.placement import CONTAINERS_MAX
+
     function = state.functions.get(function_id)
     if function is None or container_id in state.containers:
         return False
     if function.app.is_closing and not function.app.open_count:
         return False
-    if not 0 <= container_id < state.epoch << m.EPOCH_SHIFT | state.counter:
-        # No container has had this id yet, and the one that will get it is another one.
+    if worker.memory_free_mib < function.memory_mib or len(worker.containers) >= CONTAINERS_MAX:
         return False
     limit = function.max_containers
     if limit is not None and len(function.containers) >= limit:
@@ -140,10 +155,11 @@ def on_worker_deadline(state: State, worker: Worker) -> None:
         state.at(worker.heard_at + WORKER_DEADLINE_S, "worker", worker)
         return
     state.note("silent worker")
+    state.peers.pop(worker.peer_id, None)
+    # Sessions that came through it end first: what is said to them goes through its connection.
+    lose_worker(state, worker)
     text = f"nothing was heard of worker {worker.name} for {WORKER_DEADLINE_S:g} s"
     state.commands.append(Disconnect(worker.peer_id, "silent", text))
-    state.peers.pop(worker.peer_id, None)
-    lose_worker(state, worker)
 
 
 def lose_worker(state: State, worker: Worker) -> None:
@@ -154,13 +170,21 @@ def lose_worker(state: State, worker: Worker) -> None:
     state.free_cores.lost(worker)
     _forget_reports(state, worker)
     reservation.worker_lost(state, worker)
+    _remember_containers(state, worker)
     for container in list(worker.containers.values()):
         _lose_container(state, container)
 
 
+def _remember_containers(state: State, worker: Worker) -> None:
+    """When it is back it may keep them."""
+    if worker.containers:
+        state.lost_containers[worker.worker_id] = frozenset(worker.containers)
+        if len(state.lost_containers) > LOST_WORKERS_MAX:
+            del state.lost_containers[next(iter(state.lost_containers))]
+
+
 def _lose_container(state: State, container: Container) -> None:
     for lease in list(container.leases.values()):
-        lease.call.void[lease.lease_id] = container.worker.worker_id
         give_back_lease(state, lease)
     remove_container(state, container)
 
@@ -174,7 +198,11 @@ def remove_container(state: State, container: Container) -> None:
     container.function.containers.pop(container.container_id, None)
     container.worker.memory_free_mib += container.function.memory_mib
     for peer in list(container.nested_peers.values()):
+        # What is still said in its name would hang on a session that nothing ends any more.
         calls.on_client_lost(state, peer)
+        state.peers.pop(peer.peer_id, None)
+        text = "the container of this session is gone"
+        state.commands.append(Disconnect(peer.peer_id, "refused", text))
     objects.on_container_gone(state, container)
 
 
