@@ -647,21 +647,3 @@ def test_a_call_that_has_failed_waits_for_nothing() -> None:
     assert bench.core.state.calls[call_id].waits_for
     bench.frame(worker, m.ContainerExited(container_id, "start", [], {}, b"pickled"))
     assert bench.core.state.calls[call_id].waits_for == ""
-
-
-def test_the_grace_of_a_client_begins_anew_each_time_it_is_lost() -> None:
-    bench = Bench()
-    bench.worker(cpu=1)
-    client = bench.client(f={})
-    session = client.to_bytes(16, "big")
-    call_id = bench.open(client, count=1)
-    bench.lose(client)
-    bench.later(1)
-    back = bench.connect(session=session)
-    bench.later(CLIENT_GRACE_S - 5)
-    bench.lose(back)
-    # The grace of the first loss would be over by now.
-    bench.later(10)
-    assert call_id in bench.core.state.calls
-    bench.later(CLIENT_GRACE_S)
-    assert call_id not in bench.core.state.calls
