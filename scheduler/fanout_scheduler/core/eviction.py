@@ -32,6 +32,9 @@ from fanout_scheduler.core.state import (
 
 #: A consumer that is only slow takes its next items within this time.
 EVICT_AFTER_S = 1.0
+#: The function for which one was stopped has its worker for this long after it: where several have
+#: to go, the first does not come back before the last has gone.
+EMPTY_S = 10.0
 
 
 def evict_for(state: State, function: Function, lacks_permit: bool) -> bool:
@@ -73,10 +76,14 @@ def _holders(state: State, function: Function, lacks_permit: bool) -> Iterator[C
         yield from function.containers.values()
         return
     reservation = state.reservation
-    if reservation is not None:
-        # One worker is emptied at a time, else none would ever have enough.
+    if reservation is not None and state.now < reservation.evicted_at + EMPTY_S:
+        # One worker is emptied at a time, else none would ever have enough. A worker that is kept
+        # for another reason, or in vain, is not spared: its function may never get it, as long as
+        # what it waits for is held by a generator that waits for this one.
         if reservation.function is function:
             yield from reservation.worker.containers.values()
+        else:
+            state.look(reservation.evicted_at + EMPTY_S)
         return
     for worker in state.workers.values():
         if worker.cpu >= function.cpu and worker.memory_mib >= function.memory_mib:
@@ -129,7 +136,8 @@ def _evict(state: State, victim: Lease, call: Call, lacks_permit: bool) -> None:
     give_back_lease(state, victim)
     if not lacks_permit and not container.leases:
         stop_container(state, container)
-        state.reservation = Reservation(call.function, container.worker)
+        # Whoever had one before has waited for long, and gets the next.
+        state.reservation = Reservation(call.function, container.worker, evicted_at=state.now)
     call.blocked_since = None
     _put_first(call)
 

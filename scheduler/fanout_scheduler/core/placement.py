@@ -67,6 +67,7 @@ NO_CORE = "a free core"
 NO_MEMORY = "free memory"
 NO_PERMIT = "a permit: max_containers are in use"
 NO_ROOM = "a worker with room for another container"
+KEPT = "a worker: what is free is kept for a larger request"
 NO_FIT = "a worker that has as much cpu and memory as it asks for"
 NO_BLOB = "blobs that are still on their way"
 
@@ -130,22 +131,22 @@ def _place_ready(state: State) -> None:
             _offer(function, offers)
         else:
             call.waits_for = reason
-            if reason in (NO_PERMIT, NO_ROOM, NO_MEMORY) and eviction.evict_for(
+            if reason in (NO_PERMIT, NO_ROOM, NO_MEMORY, KEPT) and eviction.evict_for(
                 state, function, reason == NO_PERMIT
             ):
                 _offer(function, offers)
                 continue
             held[function.function_id] = reason
-            if reason in (NO_CORE, NO_MEMORY):
+            if reason in (NO_CORE, NO_MEMORY, KEPT):
                 reservation.was_passed_over(state, function)
             if reason in (NO_WORKER, NO_FIT):
                 _tell_of_wait(state, call, reason)
             if reason in (NO_PERMIT, NO_ROOM, NO_MEMORY):
                 _fail_if_deadlocked(state, call, reason)
-    waiting_count = sum(reason == NO_CORE for reason in held.values())
+    waiting_count = sum(reason in (NO_CORE, KEPT) for reason in held.values())
     for function_id, reason in held.items():
-        others_wait = waiting_count > (reason == NO_CORE)
-        if reason in (NO_CORE, NO_PERMIT, NO_ROOM, NO_MEMORY, "") and not others_wait:
+        others_wait = waiting_count > (reason in (NO_CORE, KEPT))
+        if reason in (NO_CORE, NO_PERMIT, NO_ROOM, NO_MEMORY, KEPT, "") and not others_wait:
             prefetched = state.functions.get(function_id)
             if prefetched is not None:
                 _prefetch(state, prefetched)
@@ -283,6 +284,7 @@ def _choose_worker(
         if not _can_hold(worker, function):
             return False
         if reservation.is_for_another(state, worker, function, call):
+            reason = KEPT if reason == NO_CORE else reason
             return False
         if needs_core and worker.resuming_count:
             return False

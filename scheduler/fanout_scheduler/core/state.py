@@ -460,6 +460,8 @@ class Reservation:
 
     function: Function
     worker: Worker
+    #: When a generator was last stopped there for the function's sake; see eviction.py.
+    evicted_at: float = -math.inf
 
 
 @dataclass(slots=True)
