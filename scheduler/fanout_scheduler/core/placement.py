@@ -111,11 +111,14 @@ def _is_reserved(state: State, worker: Worker, function: Function, call: Call | 
 
 
 def _may_run(state: State, container: Container, call: Call) -> bool:
-    """Whether it has a core for an input of the call, or its worker has one to give."""
+    """Whether it has a core for an input of the call, or its worker has one to give. One that runs
+    several inputs at a time would never give its core back as long as it gets more, so it gets none
+    where somebody else is to have a core; but what its own inputs may wait for."""
     worker, function = container.worker, call.function
-    if container.holds_core:
+    if container.holds_core and call.ancestors:
         return True
-    return _has_core(worker, function) and not _is_reserved(state, worker, function, call)
+    has_core = container.holds_core or _has_core(worker, function)
+    return has_core and not _is_reserved(state, worker, function, call)
 
 
 # --- 2. ready calls ------------------------------------------------------------------------------
