@@ -103,11 +103,11 @@ class FreeCores:
 
     A heap with entries that may be out of date: cores that are taken are noticed when an entry
     comes to the top, cores that are given back make a new entry. So each worker has an entry that
-    says at least what it has.
+    says at least what it has: the last one that was made of it, and the only one that counts.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Worker]] = []
+        self._heap: list[tuple[float, int, int, Worker]] = []
         self._worker_count = 0
 
     def grew(self, worker: Worker) -> None:
@@ -148,7 +148,7 @@ class FreeCores:
         heap = self._heap
         while heap:
             entry = heap[0]
-            worker = entry[2]
+            worker = entry[3]
             if not self._counts(entry):
                 heappop(heap)
             elif worker.cpu_free == worker.cpu_filed:
@@ -160,12 +160,13 @@ class FreeCores:
 
     def _push(self, worker: Worker) -> None:
         worker.cpu_filed = worker.cpu_free
-        heappush(self._heap, (-worker.cpu_free, worker.number, worker))
+        worker.cpu_entry += 1
+        heappush(self._heap, (-worker.cpu_free, worker.number, worker.cpu_entry, worker))
 
     @staticmethod
-    def _counts(entry: tuple[float, int, Worker]) -> bool:
+    def _counts(entry: tuple[float, int, int, Worker]) -> bool:
         """Whether this is the worker's own entry, and not one that another has replaced."""
-        return not entry[2].is_lost and -entry[0] == entry[2].cpu_filed
+        return not entry[3].is_lost and entry[2] == entry[3].cpu_entry
 
 
 # --- what must hold -------------------------------------------------------------------------------

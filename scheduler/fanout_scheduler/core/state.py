@@ -449,8 +449,9 @@ class Worker:
     acknowledge_at: float = 0.0
     #: Its containers that are in `State.resuming`.
     resuming_count: int = 0
-    #: The free cores that its entry in `State.free_cores` says.
+    #: The free cores that its entry in `State.free_cores` says, and the number of that entry.
     cpu_filed: float = -math.inf
+    cpu_entry: int = 0
     is_lost: bool = False
 
 
