@@ -249,6 +249,28 @@ def test_what_waits_for_the_disk_costs_other_workers_nothing() -> None:
     assert_flat(prepare)
 
 
+def test_a_turn_costs_the_same_however_many_calls_wait_for_permits_of_those_who_wait() -> None:
+    """Nested callers, as they are everywhere: there is no generator that could give its place."""
+
+    def prepare(bench: Bench, count: int) -> Callable[[], Any]:
+        worker = bench.worker(cpu=4.0, is_embedded=False)
+        client = bench.client(f={"max_containers": 4}, g={})
+        lengths, payload = table([b"x"])
+        with bench.one_turn():
+            for number in range(count + 4):
+                at = (number.to_bytes(16, "big"), b"f" * 16, False, True, None, "")
+                bench.frame(client, m.SubmitCall(*at, lengths, [], payload))
+        for lease in bench.start_all(worker):
+            nested = bench.connect("nested", worker=worker, container_id=lease.container_id)
+            parent = (lease.lease_id, lease.start)
+            bench.frame(nested, m.OpenCall(os.urandom(16), b"g" * 16, False, True, parent))
+            bench.frame(nested, m.SessionWaits(0))
+        assert all(c.is_waiting for c in bench.core.state.containers.values())
+        return lambda: bench.core.decide(bench.now)
+
+    assert_flat(prepare)
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 #: What a spawned call of one input may cost the core while it waits, and an input of a chunk.

@@ -16,7 +16,7 @@ last.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core.leasing import cancel_lease, give_back_lease, stop_container
@@ -45,17 +45,21 @@ def evict_for(state: State, function: Function, lacks_permit: bool) -> bool:
     Args:
         lacks_permit: `max_containers` are in use; else it is memory, or room on the workers.
     """
-    holders = []
+    generators: dict[bytes, list[Lease]] = {}
     for container in _holders(state, function, lacks_permit):
         if not container.is_waiting or container.container_id in state.resuming:
             # It gets on, so its place may become free.
             return False
-        holders.append(container)
+        _add_generators(generators, container)
+    if not generators:
+        return False
+    by_session: dict[bytes, list[Lease]] = {}
     for _, _, _, call in function.ready:
-        if not _is_waited_for(call):
-            continue
-        candidates = _candidates(call, holders)
-        if not candidates:
+        session_id = call.session.session_id if call.session is not None else b""
+        candidates = by_session.get(session_id)
+        if candidates is None:
+            candidates = by_session[session_id] = _candidates(call, generators)
+        if not candidates or not _is_waited_for(call):
             continue
         if call.blocked_since is None:
             call.blocked_since = state.now
@@ -99,18 +103,19 @@ def _is_waited_for(call: Call) -> bool:
     return is_head and (call.is_ordered or not call.leases)
 
 
-def _candidates(call: Call, holders: Iterable[Container]) -> list[Lease]:
+def _add_generators(generators: dict[bytes, list[Lease]], container: Container) -> None:
+    """Add, by the session of its consumer, each generator that waits in a container."""
+    if container.waiting_peer is not None:
+        return
+    for lease in container.leases.values():
+        if lease.call.method.is_generator and lease.call.session is not None:
+            generators.setdefault(lease.call.session.session_id, []).append(lease)
+
+
+def _candidates(call: Call, generators: dict[bytes, list[Lease]]) -> list[Lease]:
     """The generators whose consumers may wait for this call."""
     programs = _programs_that_wait_for(call)
-    return [
-        lease
-        for container in holders
-        if container.waiting_peer is None
-        for lease in container.leases.values()
-        if lease.call.method.is_generator
-        and lease.call.session is not None
-        and lease.call.session.session_id in programs
-    ]
+    return [lease for session_id in programs for lease in generators.get(session_id, ())]
 
 
 def _programs_that_wait_for(call: Call) -> set[bytes]:
