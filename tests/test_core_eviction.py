@@ -225,6 +225,30 @@ def test_where_two_have_to_go_the_first_does_not_come_back_before_the_second_has
     assert bench.take(m.Lease).call_id == bytes([2]) * 16
 
 
+def test_the_second_begins_when_the_last_of_those_who_hold_a_place_began_to_wait() -> None:
+    """A call that was blocked before, and not while somebody got on, has not waited in vain."""
+    program = Program(count=1, max_containers=2)
+    program.fill()
+    bench = program.bench
+    first = program.waiting[0].lease_id
+    other = bench.connect()
+    bench.frame(other, m.OpenApp(APP, "app"))
+    bench.open(other, "g", call=5, count=1)
+    program.fill()
+    second = program.waiting[0].lease_id
+    bench.open(program.client, "g", call=2, count=1)
+    program.later(0.9)
+    bench.frame(other, m.ItemCredit(bytes([5]) * 16, 0, 8, 4))
+    bench.take(m.LeaseCredit)
+    program.later(0.9)
+    bench.frame(program.worker, m.LeaseItems(9, second, bytes([5]) * 16, 0, 4, FOUR, [], b"abcd"))
+    bench.frame(program.worker, m.LeaseWaits(second, 8))
+    program.later(0.9)
+    assert bench.take_all(m.CancelLease) == []
+    program.later(0.2)
+    assert bench.take(m.CancelLease).lease_id == first
+
+
 def pass_seconds(program: Program, seconds: int) -> None:
     for _ in range(seconds):
         program.later(1)

@@ -49,6 +49,7 @@ def evict_for(state: State, function: Function, lacks_permit: bool) -> bool:
     for container in _holders(state, function, lacks_permit):
         if not container.is_waiting or container.container_id in state.resuming:
             # It gets on, so its place may become free.
+            function.moved_at = state.now
             return False
         _add_generators(generators, container)
     if not generators:
@@ -65,7 +66,8 @@ def evict_for(state: State, function: Function, lacks_permit: bool) -> bool:
             call.blocked_since = state.now
         victim = max(candidates, key=lambda lease: (lease.start, lease.lease_id))
         # A consumer that takes items, however slowly, waits for nothing else.
-        due_at = EVICT_AFTER_S + max(call.blocked_since, *(lease.heard_at for lease in candidates))
+        last_moved_at = max(function.moved_at, *(lease.heard_at for lease in candidates))
+        due_at = EVICT_AFTER_S + max(call.blocked_since, last_moved_at)
         if state.now < due_at:
             state.look(due_at)
         else:

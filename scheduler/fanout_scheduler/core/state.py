@@ -104,7 +104,9 @@ class Function:
     lacks_blobs: bool = False
     #: Since when there has been no room for its next input; see reservation.py.
     held_since: float | None = None
-    #: Somebody was told that a generator of it runs twice; see eviction.py.
+    #: When one of those who hold the places that it lacks was last seen to get on, and whether
+    #: somebody was told that a generator of it runs twice; see eviction.py.
+    moved_at: float = -math.inf
     is_eviction_told: bool = False
     #: Somebody was told that it mostly waits; see advice.py.
     is_advised: bool = False
