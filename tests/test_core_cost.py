@@ -271,6 +271,24 @@ def test_a_turn_costs_the_same_however_many_calls_wait_for_permits_of_those_who_
     assert_flat(prepare)
 
 
+def test_advice_costs_the_same_however_many_containers_and_calls_a_function_has() -> None:
+    def prepare(bench: Bench, count: int) -> Callable[[], Any]:
+        leases = busy_fleet(bench, count, waiting_count=50)
+        spawn_one_each(bench, bench.connect(), count)
+        for container in bench.core.state.containers.values():
+            container.cpu_s = container.busy_s = 100.0
+        times = [(peer, m.CpuTimes([(lease.container_id, 1000)])) for peer, lease in leases.items()]
+
+        def act() -> None:
+            for peer, message in times[:FEW]:
+                bench.core.handle(FrameReceived(PeerId(peer), message), bench.now)
+
+        act()
+        return act
+
+    assert_flat(prepare)
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 #: What a spawned call of one input may cost the core while it waits, and an input of a chunk.

@@ -108,8 +108,9 @@ class Function:
     #: somebody was told that a generator of it runs twice; see eviction.py.
     moved_at: float = -math.inf
     is_eviction_told: bool = False
-    #: Somebody was told that it mostly waits; see advice.py.
+    #: Somebody was told that it mostly waits, and when it is looked at next; see advice.py.
     is_advised: bool = False
+    advise_at: float = 0.0
 
     @property
     def function_id(self) -> bytes:
