@@ -289,6 +289,19 @@ def test_advice_costs_the_same_however_many_containers_and_calls_a_function_has(
     assert_flat(prepare)
 
 
+def test_looking_for_memory_costs_the_same_however_many_containers_work() -> None:
+    def prepare(bench: Bench, count: int) -> Callable[[], Any]:
+        worker = bench.worker(cpu=count + 10.0, is_embedded=False)
+        client = bench.client(f={"memory": 2}, l={"memory": 990})
+        bench.open(client, count=count // 2)
+        bench.start_all(worker)
+        bench.open(client, "l", call=2, count=1)
+        assert bench.core.state.calls[bytes([2]) * 16].waits_for == "free memory"
+        return lambda: bench.core.decide(bench.now)
+
+    assert_flat(prepare)
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 #: What a spawned call of one input may cost the core while it waits, and an input of a chunk.

@@ -34,13 +34,21 @@ NOT_FILED: Filed = (None, False, False, False)
 
 
 def file_container(container: Container, is_gone: bool = False) -> None:
-    """Have its function know what it may be given."""
+    """Have its function know what it may be given, and its worker whether it could leave."""
     new = NOT_FILED if is_gone else _filed_of(container)
     old = container.filed
+    function, worker, number = container.function, container.worker, container.container_id
+    if is_gone:
+        worker.leaving.pop(number, None)
     if new == old:
         return
     container.filed = new
-    function, number = container.function, container.container_id
+    if new[2] and not new[3]:
+        worker.idle[number] = container
+    else:
+        worker.idle.pop(number, None)
+    if old[2] and not new[2] and not is_gone:
+        worker.leaving[number] = container
     if old[0] != new[0]:
         if old[0] is not None:
             del function.rooms[old[0]][number]
@@ -179,6 +187,10 @@ def check(state: State) -> None:
     for container in state.containers.values():
         assert container.filed == _filed_of(container), f"16: container {container.container_id}"
     for worker in state.workers.values():
+        idle = {c.container_id for c in worker.containers.values() if c.is_idle}
+        assert worker.idle.keys() == idle, f"16: idle containers of {worker.name}"
+        leaving = {c.container_id for c in worker.containers.values() if c.state == "stopping"}
+        assert worker.leaving.keys() == leaving, f"16: who leaves {worker.name}"
         assert worker.cpu_free <= worker.cpu_filed, f"16: free cores of {worker.name}"
         resuming = sum(c.worker is worker for c in state.resuming.values())
         assert worker.resuming_count == resuming, f"16: who waits for a core of {worker.name}"

@@ -319,7 +319,7 @@ def _make_room(state: State, full: list[Worker], function: Function, is_needed: 
     least: list[Container] | None = None
     others: list[Container] = []
     for worker in full:
-        idle = [c for c in worker.containers.values() if c.is_idle and c.function is not function]
+        idle = [c for c in worker.idle.values() if c.function is not function]
         idle.sort(key=lambda c: (c.idle_since, c.number))
         is_enough, leaving = _who_leaves(worker, function, idle, is_needed)
         if is_enough and (least is None or len(leaving) < len(least)):
@@ -336,7 +336,7 @@ def _who_leaves(
 ) -> tuple[bool, list[Container]]:
     """Whether there is room for another container of the function when these of the idle ones have
     left as well as those that are leaving now; and which ones."""
-    gone = [c for c in worker.containers.values() if c.state == "stopping" and not _works(c)]
+    gone = [c for c in worker.leaving.values() if c.is_killed or not c.leases]
     memory_mib = worker.memory_free_mib + sum(c.function.memory_mib for c in gone)
     count = len(worker.containers) - len(gone)
     spared: dict[int, int] = {}
@@ -351,10 +351,6 @@ def _who_leaves(
             memory_mib += own.memory_mib
             count -= 1
     return memory_mib >= function.memory_mib and count < CONTAINERS_MAX, leaving
-
-
-def _works(container: Container) -> bool:
-    return bool(container.leases) and not container.is_killed
 
 
 def _final_reason(state: State, call: Call, reason: str) -> str:

@@ -440,6 +440,9 @@ class Worker:
     is_embedded: bool
     heard_at: float
     containers: dict[int, Container] = field(default_factory=dict)
+    #: Those of them that are idle, and those that are told to leave; see capacity.py.
+    idle: dict[int, Container] = field(default_factory=dict)
+    leaving: dict[int, Container] = field(default_factory=dict)
     functions: set[bytes] = field(default_factory=set)
     #: Function ids by container id, of containers from before the scheduler's restart whose
     #: client has not come back yet.
