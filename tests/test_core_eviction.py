@@ -268,7 +268,7 @@ def test_a_worker_that_is_kept_for_another_program_keeps_no_generator_in_its_pla
     small = bench.open(other, "s", call=9, count=1)
     assert bench.core.snapshot()["workers"][0]["reserved_for"] == "l"
     assert bench.core.state.calls[small].waits_for == (
-        "a worker: what is free is kept for a larger request"
+        "a worker: what is free is kept for another request"
     )
     at = (generator.lease_id, program.first, 0)
     bench.frame(program.worker, m.LeaseItems(1, *at, 0, FOUR, [], b"abcd"))

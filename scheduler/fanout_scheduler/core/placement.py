@@ -67,7 +67,7 @@ NO_CORE = "a free core"
 NO_MEMORY = "free memory"
 NO_PERMIT = "a permit: max_containers are in use"
 NO_ROOM = "a worker with room for another container"
-KEPT = "a worker: what is free is kept for a larger request"
+KEPT = "a worker: what is free is kept for another request"
 NO_FIT = "a worker that has as much cpu and memory as it asks for"
 NO_BLOB = "blobs that are still on their way"
 
