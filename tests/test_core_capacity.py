@@ -77,6 +77,27 @@ def test_free_cores_hold_few_entries_however_often_cores_come_back() -> None:
     assert len(cores._heap) < 100
 
 
+def test_of_the_entries_of_a_worker_one_counts() -> None:
+    """Also when it has so many cores free as an old entry says, which another has replaced."""
+    cores = FreeCores()
+    worker = worker_of(1, 1.0)
+    cores.grew(worker)
+    for _ in range(5):
+        worker.cpu_free = 0.0
+        assert not cores.has(1.0)
+        worker.cpu_free = 1.0
+        cores.grew(worker)
+    worker.cpu_free = 0.0
+    looked_at: list[Worker] = []
+
+    def is_fit(worker: Worker) -> bool:
+        looked_at.append(worker)
+        return False
+
+    assert cores.find(0.0, is_fit) is None
+    assert looked_at == [worker]
+
+
 def test_a_lease_whose_last_input_runs_has_nothing_to_take_back() -> None:
     bench = Bench()
     worker = bench.worker(cpu=1)

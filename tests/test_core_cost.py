@@ -266,6 +266,59 @@ def test_what_waits_for_the_disk_costs_other_workers_nothing() -> None:
     assert_flat(prepare)
 
 
+def test_a_turn_costs_the_same_however_many_calls_wait_for_permits_of_those_who_wait() -> None:
+    """Nested callers, as they are everywhere: there is no generator that could give its place."""
+
+    def prepare(bench: Bench, count: int) -> Callable[[], Any]:
+        worker = bench.worker(cpu=4.0, is_embedded=False)
+        client = bench.client(f={"max_containers": 4}, g={})
+        lengths, payload = table([b"x"])
+        with bench.one_turn():
+            for number in range(count + 4):
+                at = (number.to_bytes(16, "big"), b"f" * 16, False, True, None, "")
+                bench.frame(client, m.SubmitCall(*at, lengths, [], payload))
+        for lease in bench.start_all(worker):
+            nested = bench.connect("nested", worker=worker, container_id=lease.container_id)
+            parent = (lease.lease_id, lease.start)
+            bench.frame(nested, m.OpenCall(os.urandom(16), b"g" * 16, False, True, parent))
+            bench.frame(nested, m.SessionWaits(0))
+        assert all(c.is_waiting for c in bench.core.state.containers.values())
+        return lambda: bench.core.decide(bench.now)
+
+    assert_flat(prepare)
+
+
+def test_advice_costs_the_same_however_many_containers_and_calls_a_function_has() -> None:
+    def prepare(bench: Bench, count: int) -> Callable[[], Any]:
+        leases = busy_fleet(bench, count, waiting_count=50)
+        spawn_one_each(bench, bench.connect(), count)
+        for container in bench.core.state.containers.values():
+            container.cpu_s = container.busy_s = 100.0
+        times = [(peer, m.CpuTimes([(lease.container_id, 1000)])) for peer, lease in leases.items()]
+
+        def act() -> None:
+            for peer, message in times[:FEW]:
+                bench.core.handle(FrameReceived(PeerId(peer), message), bench.now)
+
+        act()
+        return act
+
+    assert_flat(prepare)
+
+
+def test_looking_for_memory_costs_the_same_however_many_containers_work() -> None:
+    def prepare(bench: Bench, count: int) -> Callable[[], Any]:
+        worker = bench.worker(cpu=count + 10.0, is_embedded=False)
+        client = bench.client(f={"memory": 2}, l={"memory": 990})
+        bench.open(client, count=count // 2)
+        bench.start_all(worker)
+        bench.open(client, "l", call=2, count=1)
+        assert bench.core.state.calls[bytes([2]) * 16].waits_for == "free memory"
+        return lambda: bench.core.decide(bench.now)
+
+    assert_flat(prepare)
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 #: What a spawned call of one input may cost the core while it waits, and an input of a chunk.

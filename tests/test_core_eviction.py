@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fanout.protocol import messages as m
-from tests.core_kit import Bench
+from tests.core_kit import APP, Bench
 
 FOUR = (1).to_bytes(4, "little") * 4
 
@@ -224,3 +224,87 @@ def test_where_two_have_to_go_the_first_does_not_come_back_before_the_second_has
         stopped = bench.take(m.StopContainer)
         bench.frame(program.worker, m.ContainerExited(stopped.container_id, "stopped", [], {}, b""))
     assert bench.take(m.Lease).call_id == bytes([2]) * 16
+
+
+def test_the_second_begins_when_the_last_of_those_who_hold_a_place_began_to_wait() -> None:
+    """A call that was blocked before, and not while somebody got on, has not waited in vain."""
+    program = Program(count=1, max_containers=2)
+    program.fill()
+    bench = program.bench
+    first = program.waiting[0].lease_id
+    other = bench.connect()
+    bench.frame(other, m.OpenApp(APP, "app"))
+    bench.open(other, "g", call=5, count=1)
+    program.fill()
+    second = program.waiting[0].lease_id
+    bench.open(program.client, "g", call=2, count=1)
+    program.later(0.9)
+    bench.frame(other, m.ItemCredit(bytes([5]) * 16, 0, 8, 4))
+    bench.take(m.LeaseCredit)
+    program.later(0.9)
+    bench.frame(program.worker, m.LeaseItems(9, second, bytes([5]) * 16, 0, 4, FOUR, [], b"abcd"))
+    bench.frame(program.worker, m.LeaseWaits(second, 8))
+    program.later(0.9)
+    assert bench.take_all(m.CancelLease) == []
+    program.later(0.2)
+    assert bench.take(m.CancelLease).lease_id == first
+
+
+def pass_seconds(program: Program, seconds: int) -> None:
+    for _ in range(seconds):
+        program.later(1)
+
+
+def test_a_worker_that_is_kept_for_another_program_keeps_no_generator_in_its_place() -> None:
+    program = Program(memory=600)
+    bench = program.bench
+    bench.start_all(program.worker)
+    generator = bench.core.state.leases.copy().popitem()[1]
+    other = bench.connect()
+    bench.frame(other, m.OpenApp(APP, "app"))
+    bench.define(other, "l", {"memory": 1000})
+    bench.define(other, "s", {"memory": 300})
+    large = bench.open(other, "l", call=8, count=1)
+    pass_seconds(program, 31)
+    small = bench.open(other, "s", call=9, count=1)
+    assert bench.core.snapshot()["workers"][0]["reserved_for"] == "l"
+    assert bench.core.state.calls[small].waits_for == (
+        "a worker: what is free is kept for another request"
+    )
+    at = (generator.lease_id, program.first, 0)
+    bench.frame(program.worker, m.LeaseItems(1, *at, 0, FOUR, [], b"abcd"))
+    bench.frame(program.worker, m.LeaseWaits(generator.lease_id, 4))
+    bench.open(program.client, "f", call=2, count=1)
+    pass_seconds(program, 2)
+    assert bench.take(m.CancelLease).lease_id == generator.lease_id
+    stopped = bench.take(m.StopContainer).container_id
+    bench.frame(program.worker, m.ContainerExited(stopped, "stopped", [], {}, b""))
+    lease = next(lease for lease in bench.start_all(program.worker) if lease.call_id[0] == 2)
+    # The other has waited for longer than anybody, so it is the next.
+    bench.finish(program.worker, lease)
+    for stop in bench.take_all(m.StopContainer):
+        bench.frame(program.worker, m.ContainerExited(stop.container_id, "stopped", [], {}, b""))
+    assert large in [lease.call_id for lease in bench.start_all(program.worker)]
+
+
+def test_what_one_program_has_had_stopped_is_not_taken_by_the_next_before_it_is_enough() -> None:
+    """And if it never is, then the other has its turn."""
+    program = Program(count=1, memory=500)
+    bench = program.bench
+    other = bench.connect()
+    bench.frame(other, m.OpenApp(APP, "app"))
+    bench.open(other, "g", call=5, count=1)
+    program.fill()
+    bench.define(program.client, "h", {"memory": 900})
+    bench.open(program.client, "h", call=2, count=1)
+    program.later(1.1)
+    stopped = bench.take(m.StopContainer).container_id
+    bench.frame(program.worker, m.ContainerExited(stopped, "stopped", [], {}, b""))
+    bench.define(other, "k", {"memory": 900})
+    bench.open(other, "k", call=3, count=1)
+    pass_seconds(program, 6)
+    assert bench.take_all(m.StopContainer) == []
+    pass_seconds(program, 6)
+    stopped = bench.take(m.StopContainer).container_id
+    bench.frame(program.worker, m.ContainerExited(stopped, "stopped", [], {}, b""))
+    assert bytes([3]) * 16 in [lease.call_id for lease in bench.start_all(program.worker)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import pytest
+
 from fanout.protocol import messages as m
 from tests.core_kit import Bench
 
@@ -154,3 +156,63 @@ def test_requests_of_one_size_keep_nothing_free() -> None:
     busy.running.clear()
     busy.run(100)
     assert busy.bench.core.snapshot()["workers"][0]["reserved_for"] == ""
+
+
+@pytest.mark.parametrize("cpu", [1, 2], ids=["of the same size", "a larger one"])
+def test_a_container_of_several_inputs_gives_its_core_back_though_it_could_have_more(
+    cpu: int,
+) -> None:
+    """There is never a moment at which it has none, unless it gets no more."""
+    bench = Bench()
+    worker = bench.worker(cpu=cpu, is_embedded=False)
+    client = bench.client(g={"max_inputs": 4}, f={"cpu": cpu})
+    bench.open(client, "g", call=1, count=1000)
+    running = bench.start_all(worker)
+    bench.open(client, "f", call=2, count=3)
+    served: list[float] = []
+    for step in range(300):
+        bench.later(0.25)
+        bench.frame(worker, m.Heartbeat(0))
+        lease = running.pop(0)
+        for at in range(len(lease.lengths) // 4):
+            bench.finish(worker, lease, count=1, skip=at, input_s=1.0)
+        for new in bench.start_all(worker):
+            if new.call_id[0] == 2:
+                served.append(step / 4)
+            running.append(new)
+    assert len(served) == 3
+    assert served[0] < 35
+    assert bench.core.state.calls[bytes([1]) * 16].finished.count > 100
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_container_that_goes_on_gets_its_core_from_one_of_several_inputs(is_nested: bool) -> None:
+    """What the inputs of others wait for goes into the container all the same."""
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={}, g={"max_inputs": 4})
+    bench.open(client, "f", call=1, count=1)
+    outer = bench.started_lease(worker)
+    nested = bench.connect("nested", worker=worker, container_id=outer.container_id)
+    parent = (outer.lease_id, 0)
+    asked = bench.open(nested, "g", call=2, count=1, parent=parent)
+    bench.open(nested, "g", call=3, count=1, parent=parent)
+    bench.frame(nested, m.SessionWaits(0))
+    running = bench.start_all(worker)
+    bench.open(client, "g", call=4, count=100)
+    running += bench.take_all(m.Lease)
+    first = next(lease for lease in running if lease.call_id == asked)
+    bench.finish(worker, first)
+    assert bench.core.state.resuming
+    bench.orders.clear()
+    if is_nested:
+        bench.open(nested, "g", call=5, count=1, parent=parent)
+        assert [lease.call_id[0] for lease in bench.take_all(m.Lease)] == [5]
+        return
+    running.remove(first)
+    for lease in running:
+        for at in range(len(lease.lengths) // 4):
+            bench.finish(worker, lease, count=1, skip=at)
+    bench.forget(m.Lease)
+    assert not bench.core.state.resuming
+    assert bench.take_all(m.Outputs, nested)

@@ -19,6 +19,9 @@ from fanout_scheduler.core.state import Call, Function, Peer, State
 BUSY_MIN_S = 20.0
 #: What may be advised as `cpu=`; more would gain too little.
 CPU_CHOICES = (0.05, 0.1, 0.25)
+#: A function is looked at so often at most: looking takes time for each of its containers, and
+#: each of its workers reports.
+INTERVAL_S = 3.0
 #: How much of its `cpu=` a function may need by what was measured, so that there is some reserve.
 LOAD_MAX = 0.8
 
@@ -34,8 +37,10 @@ def on_cpu_times(state: State, peer: Peer, message: m.CpuTimes) -> None:
             container.cpu_s = cpu_ms / 1000
             functions[container.function.function_id] = container.function
     for function in functions.values():
-        if not function.is_advised and _is_one_at_a_time(function):
-            _advise(state, function)
+        if not function.is_advised and state.now >= function.advise_at:
+            function.advise_at = state.now + INTERVAL_S
+            if _is_one_at_a_time(function):
+                _advise(state, function)
 
 
 def _is_one_at_a_time(function: Function) -> bool:
@@ -61,8 +66,8 @@ def _advise(state: State, function: Function) -> None:
     cpu = next((choice for choice in CPU_CHOICES if share <= choice * LOAD_MAX), None)
     if cpu is None or cpu > function.cpu / 2:
         return
-    for call in function.app.calls.values():
-        if call.function is function and _waits_for_core(call):
+    for *_, call in function.ready:
+        if _waits_for_core(call):
             assert call.session is not None
             assert call.session.peer_id is not None
             function.is_advised = True

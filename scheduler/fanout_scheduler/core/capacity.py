@@ -34,13 +34,21 @@ NOT_FILED: Filed = (None, False, False, False)
 
 
 def file_container(container: Container, is_gone: bool = False) -> None:
-    """Have its function know what it may be given."""
+    """Have its function know what it may be given, and its worker whether it could leave."""
     new = NOT_FILED if is_gone else _filed_of(container)
     old = container.filed
+    function, worker, number = container.function, container.worker, container.container_id
+    if is_gone:
+        worker.leaving.pop(number, None)
     if new == old:
         return
     container.filed = new
-    function, number = container.function, container.container_id
+    if new[2] and not new[3]:
+        worker.idle[number] = container
+    else:
+        worker.idle.pop(number, None)
+    if old[2] and not new[2] and not is_gone:
+        worker.leaving[number] = container
     if old[0] != new[0]:
         if old[0] is not None:
             del function.rooms[old[0]][number]
@@ -103,11 +111,11 @@ class FreeCores:
 
     A heap with entries that may be out of date: cores that are taken are noticed when an entry
     comes to the top, cores that are given back make a new entry. So each worker has an entry that
-    says at least what it has.
+    says at least what it has: the last one that was made of it, and the only one that counts.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Worker]] = []
+        self._heap: list[tuple[float, int, int, Worker]] = []
         self._worker_count = 0
 
     def grew(self, worker: Worker) -> None:
@@ -148,7 +156,7 @@ class FreeCores:
         heap = self._heap
         while heap:
             entry = heap[0]
-            worker = entry[2]
+            worker = entry[3]
             if not self._counts(entry):
                 heappop(heap)
             elif worker.cpu_free == worker.cpu_filed:
@@ -160,12 +168,13 @@ class FreeCores:
 
     def _push(self, worker: Worker) -> None:
         worker.cpu_filed = worker.cpu_free
-        heappush(self._heap, (-worker.cpu_free, worker.number, worker))
+        worker.cpu_entry += 1
+        heappush(self._heap, (-worker.cpu_free, worker.number, worker.cpu_entry, worker))
 
     @staticmethod
-    def _counts(entry: tuple[float, int, Worker]) -> bool:
+    def _counts(entry: tuple[float, int, int, Worker]) -> bool:
         """Whether this is the worker's own entry, and not one that another has replaced."""
-        return not entry[2].is_lost and -entry[0] == entry[2].cpu_filed
+        return not entry[3].is_lost and entry[2] == entry[3].cpu_entry
 
 
 # --- what must hold -------------------------------------------------------------------------------
@@ -178,6 +187,10 @@ def check(state: State) -> None:
     for container in state.containers.values():
         assert container.filed == _filed_of(container), f"16: container {container.container_id}"
     for worker in state.workers.values():
+        idle = {c.container_id for c in worker.containers.values() if c.is_idle}
+        assert worker.idle.keys() == idle, f"16: idle containers of {worker.name}"
+        leaving = {c.container_id for c in worker.containers.values() if c.state == "stopping"}
+        assert worker.leaving.keys() == leaving, f"16: who leaves {worker.name}"
         assert worker.cpu_free <= worker.cpu_filed, f"16: free cores of {worker.name}"
         resuming = sum(c.worker is worker for c in state.resuming.values())
         assert worker.resuming_count == resuming, f"16: who waits for a core of {worker.name}"

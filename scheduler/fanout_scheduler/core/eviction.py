@@ -16,7 +16,7 @@ last.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core.leasing import cancel_lease, give_back_lease, stop_container
@@ -32,6 +32,9 @@ from fanout_scheduler.core.state import (
 
 #: A consumer that is only slow takes its next items within this time.
 EVICT_AFTER_S = 1.0
+#: The function for which one was stopped has its worker for this long after it: where several have
+#: to go, the first does not come back before the last has gone.
+EMPTY_S = 10.0
 
 
 def evict_for(state: State, function: Function, lacks_permit: bool) -> bool:
@@ -42,23 +45,29 @@ def evict_for(state: State, function: Function, lacks_permit: bool) -> bool:
     Args:
         lacks_permit: `max_containers` are in use; else it is memory, or room on the workers.
     """
-    holders = []
+    generators: dict[bytes, list[Lease]] = {}
     for container in _holders(state, function, lacks_permit):
         if not container.is_waiting or container.container_id in state.resuming:
             # It gets on, so its place may become free.
+            function.moved_at = state.now
             return False
-        holders.append(container)
+        _add_generators(generators, container)
+    if not generators:
+        return False
+    by_session: dict[bytes, list[Lease]] = {}
     for _, _, _, call in function.ready:
-        if not _is_waited_for(call):
-            continue
-        candidates = _candidates(call, holders)
-        if not candidates:
+        session_id = call.session.session_id if call.session is not None else b""
+        candidates = by_session.get(session_id)
+        if candidates is None:
+            candidates = by_session[session_id] = _candidates(call, generators)
+        if not candidates or not _is_waited_for(call):
             continue
         if call.blocked_since is None:
             call.blocked_since = state.now
         victim = max(candidates, key=lambda lease: (lease.start, lease.lease_id))
         # A consumer that takes items, however slowly, waits for nothing else.
-        due_at = EVICT_AFTER_S + max(call.blocked_since, *(lease.heard_at for lease in candidates))
+        last_moved_at = max(function.moved_at, *(lease.heard_at for lease in candidates))
+        due_at = EVICT_AFTER_S + max(call.blocked_since, last_moved_at)
         if state.now < due_at:
             state.look(due_at)
         else:
@@ -73,10 +82,14 @@ def _holders(state: State, function: Function, lacks_permit: bool) -> Iterator[C
         yield from function.containers.values()
         return
     reservation = state.reservation
-    if reservation is not None:
-        # One worker is emptied at a time, else none would ever have enough.
+    if reservation is not None and state.now < reservation.evicted_at + EMPTY_S:
+        # One worker is emptied at a time, else none would ever have enough. A worker that is kept
+        # for another reason, or in vain, is not spared: its function may never get it, as long as
+        # what it waits for is held by a generator that waits for this one.
         if reservation.function is function:
             yield from reservation.worker.containers.values()
+        else:
+            state.look(reservation.evicted_at + EMPTY_S)
         return
     for worker in state.workers.values():
         if worker.cpu >= function.cpu and worker.memory_mib >= function.memory_mib:
@@ -92,18 +105,19 @@ def _is_waited_for(call: Call) -> bool:
     return is_head and (call.is_ordered or not call.leases)
 
 
-def _candidates(call: Call, holders: Iterable[Container]) -> list[Lease]:
+def _add_generators(generators: dict[bytes, list[Lease]], container: Container) -> None:
+    """Add, by the session of its consumer, each generator that waits in a container."""
+    if container.waiting_peer is not None:
+        return
+    for lease in container.leases.values():
+        if lease.call.method.is_generator and lease.call.session is not None:
+            generators.setdefault(lease.call.session.session_id, []).append(lease)
+
+
+def _candidates(call: Call, generators: dict[bytes, list[Lease]]) -> list[Lease]:
     """The generators whose consumers may wait for this call."""
     programs = _programs_that_wait_for(call)
-    return [
-        lease
-        for container in holders
-        if container.waiting_peer is None
-        for lease in container.leases.values()
-        if lease.call.method.is_generator
-        and lease.call.session is not None
-        and lease.call.session.session_id in programs
-    ]
+    return [lease for session_id in programs for lease in generators.get(session_id, ())]
 
 
 def _programs_that_wait_for(call: Call) -> set[bytes]:
@@ -129,7 +143,8 @@ def _evict(state: State, victim: Lease, call: Call, lacks_permit: bool) -> None:
     give_back_lease(state, victim)
     if not lacks_permit and not container.leases:
         stop_container(state, container)
-        state.reservation = Reservation(call.function, container.worker)
+        # Whoever had one before has waited for long, and gets the next.
+        state.reservation = Reservation(call.function, container.worker, evicted_at=state.now)
     call.blocked_since = None
     _put_first(call)
 

@@ -36,7 +36,7 @@ from fanout_scheduler.core.leasing import (
     wake_call,
     watch_idle,
 )
-from fanout_scheduler.core.scaling import is_spare, lacks_container
+from fanout_scheduler.core.scaling import is_spare, lacks_container, wanted_count
 from fanout_scheduler.core.state import Call, Container, Function, Lease, State, Worker
 from fanout_scheduler.core.workers import add_container
 
@@ -67,6 +67,7 @@ NO_CORE = "a free core"
 NO_MEMORY = "free memory"
 NO_PERMIT = "a permit: max_containers are in use"
 NO_ROOM = "a worker with room for another container"
+KEPT = "a worker: what is free is kept for another request"
 NO_FIT = "a worker that has as much cpu and memory as it asks for"
 NO_BLOB = "blobs that are still on their way"
 
@@ -110,11 +111,14 @@ def _is_reserved(state: State, worker: Worker, function: Function, call: Call | 
 
 
 def _may_run(state: State, container: Container, call: Call) -> bool:
-    """Whether it has a core for an input of the call, or its worker has one to give."""
+    """Whether it has a core for an input of the call, or its worker has one to give. One that runs
+    several inputs at a time would never give its core back as long as it gets more, so it gets none
+    where somebody else is to have a core; but what its own inputs may wait for."""
     worker, function = container.worker, call.function
-    if container.holds_core:
+    if container.holds_core and call.ancestors:
         return True
-    return _has_core(worker, function) and not _is_reserved(state, worker, function, call)
+    has_core = container.holds_core or _has_core(worker, function)
+    return has_core and not _is_reserved(state, worker, function, call)
 
 
 # --- 2. ready calls ------------------------------------------------------------------------------
@@ -130,22 +134,22 @@ def _place_ready(state: State) -> None:
             _offer(function, offers)
         else:
             call.waits_for = reason
-            if reason in (NO_PERMIT, NO_ROOM, NO_MEMORY) and eviction.evict_for(
+            if reason in (NO_PERMIT, NO_ROOM, NO_MEMORY, KEPT) and eviction.evict_for(
                 state, function, reason == NO_PERMIT
             ):
                 _offer(function, offers)
                 continue
             held[function.function_id] = reason
-            if reason in (NO_CORE, NO_MEMORY):
+            if reason in (NO_CORE, NO_MEMORY, KEPT):
                 reservation.was_passed_over(state, function)
             if reason in (NO_WORKER, NO_FIT):
                 _tell_of_wait(state, call, reason)
             if reason in (NO_PERMIT, NO_ROOM, NO_MEMORY):
                 _fail_if_deadlocked(state, call, reason)
-    waiting_count = sum(reason == NO_CORE for reason in held.values())
+    waiting_count = sum(reason in (NO_CORE, KEPT) for reason in held.values())
     for function_id, reason in held.items():
-        others_wait = waiting_count > (reason == NO_CORE)
-        if reason in (NO_CORE, NO_PERMIT, NO_ROOM, NO_MEMORY, "") and not others_wait:
+        others_wait = waiting_count > (reason in (NO_CORE, KEPT))
+        if reason in (NO_CORE, NO_PERMIT, NO_ROOM, NO_MEMORY, KEPT, "") and not others_wait:
             prefetched = state.functions.get(function_id)
             if prefetched is not None:
                 _prefetch(state, prefetched)
@@ -277,21 +281,27 @@ def _choose_worker(
     if limit is not None and len(function.containers) >= limit:
         return None, NO_PERMIT
     reason = NO_CORE
+    full: list[Worker] = []
 
     def is_fit(worker: Worker) -> bool:
         nonlocal reason
         if not _can_hold(worker, function):
             return False
         if reservation.is_for_another(state, worker, function, call):
+            reason = KEPT if reason == NO_CORE else reason
             return False
         if needs_core and worker.resuming_count:
             return False
-        if _make_room(state, worker, function, is_needed=needs_core):
+        has_memory = function.memory_mib <= worker.memory_free_mib
+        if has_memory and len(worker.containers) < CONTAINERS_MAX:
             return True
-        reason = NO_ROOM if function.memory_mib <= worker.memory_free_mib else NO_MEMORY
+        reason = NO_ROOM if has_memory else NO_MEMORY
+        full.append(worker)
         return False
 
     found = state.free_cores.find(function.cpu if needs_core else -math.inf, is_fit)
+    if found is None and full:
+        _make_room(state, full, function, is_needed=needs_core)
     if found is None and not any(_can_hold(w, function) for w in state.workers.values()):
         reason = NO_FIT
     return found, reason
@@ -302,20 +312,45 @@ def _can_hold(worker: Worker, function: Function) -> bool:
     return worker.cpu + EPSILON >= function.cpu and worker.memory_mib >= function.memory_mib
 
 
-def _make_room(state: State, worker: Worker, function: Function, is_needed: bool) -> bool:
-    """Whether memory and the number of containers allow one more; idle ones of other functions are
-    asked to leave if not. For a container that no input needs, only those that are not kept."""
-    lacks_memory = worker.memory_free_mib < function.memory_mib
-    if not lacks_memory and len(worker.containers) < CONTAINERS_MAX:
-        return True
-    idle = [
-        c
-        for c in worker.containers.values()
-        if c.is_idle and c.function is not function and (is_needed or is_spare(c.function))
-    ]
-    if idle:
-        stop_container(state, min(idle, key=lambda c: (c.idle_since, c.number)))
-    return False
+def _make_room(state: State, full: list[Worker], function: Function, is_needed: bool) -> None:
+    """Have idle containers of other functions leave the worker where the fewest have to. For a
+    container that no input needs, only those that are not kept. Where that is enough nowhere, they
+    leave all the same: while they are there, it looks as if somebody got on."""
+    least: list[Container] | None = None
+    others: list[Container] = []
+    for worker in full:
+        idle = [c for c in worker.idle.values() if c.function is not function]
+        idle.sort(key=lambda c: (c.idle_since, c.number))
+        is_enough, leaving = _who_leaves(worker, function, idle, is_needed)
+        if is_enough and (least is None or len(leaving) < len(least)):
+            least = leaving
+        others += leaving[:1]
+    for container in others if least is None else least:
+        # Of each function no more than it can spare, also when it has some on several workers.
+        if is_needed or is_spare(container.function):
+            stop_container(state, container)
+
+
+def _who_leaves(
+    worker: Worker, function: Function, idle: list[Container], is_needed: bool
+) -> tuple[bool, list[Container]]:
+    """Whether there is room for another container of the function when these of the idle ones have
+    left as well as those that are leaving now; and which ones."""
+    gone = [c for c in worker.leaving.values() if c.is_killed or not c.leases]
+    memory_mib = worker.memory_free_mib + sum(c.function.memory_mib for c in gone)
+    count = len(worker.containers) - len(gone)
+    spared: dict[int, int] = {}
+    leaving = []
+    for container in idle:
+        if memory_mib >= function.memory_mib and count < CONTAINERS_MAX:
+            break
+        own = container.function
+        spared[own.number] = spared.get(own.number, 0) + 1
+        if is_needed or own.living_count - spared[own.number] >= wanted_count(own):
+            leaving.append(container)
+            memory_mib += own.memory_mib
+            count -= 1
+    return memory_mib >= function.memory_mib and count < CONTAINERS_MAX, leaving
 
 
 def _final_reason(state: State, call: Call, reason: str) -> str:

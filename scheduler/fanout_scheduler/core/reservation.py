@@ -3,8 +3,10 @@
 Whatever becomes free is offered to whoever was served least, so among requests of one size nobody
 waits for ever. A request for two cores is different: where others want one, each core that becomes
 free is gone before the second one is. The same holds for memory that warm containers of others
-hold. So a function that has asked for `RESERVE_AFTER_S` in vain, and for more than others do, has
-a worker reserved: what becomes free there is nobody else's, until it is enough.
+hold. And a container that runs several inputs at a time keeps its core as long as it gets more of
+them, so that nothing becomes free at all. So a function that has asked for `RESERVE_AFTER_S` in
+vain, and for more than others do or beside such a one, has a worker reserved: what becomes free
+there is nobody else's, until it is enough, and containers that work there get nothing more.
 
 One function has a reservation at a time. Calls of containers run all the same: a container that
 waits for its own calls may hold the memory that the reservation is about.
@@ -40,7 +42,7 @@ def was_passed_over(state: State, function: Function) -> None:
     due_at = function.held_since + RESERVE_AFTER_S
     if state.now < due_at:
         state.look(due_at)
-    elif state.reservation is None and _asks_for_more(state, function):
+    elif state.reservation is None and _may_wait_for_ever(state, function):
         worker = _roomiest(state, function)
         if worker is not None:
             state.reservation = Reservation(function, worker)
@@ -59,9 +61,11 @@ def worker_lost(state: State, worker: Worker) -> None:
         state.reservation = None
 
 
-def _asks_for_more(state: State, function: Function) -> bool:
+def _may_wait_for_ever(state: State, function: Function) -> bool:
     return any(
-        other.cpu < function.cpu or other.memory_mib < function.memory_mib
+        other.cpu < function.cpu
+        or other.memory_mib < function.memory_mib
+        or (other.is_concurrent and other is not function)
         for other in state.ready_functions.values()
     )
 

@@ -104,10 +104,13 @@ class Function:
     lacks_blobs: bool = False
     #: Since when there has been no room for its next input; see reservation.py.
     held_since: float | None = None
-    #: Somebody was told that a generator of it runs twice; see eviction.py.
+    #: When one of those who hold the places that it lacks was last seen to get on, and whether
+    #: somebody was told that a generator of it runs twice; see eviction.py.
+    moved_at: float = -math.inf
     is_eviction_told: bool = False
-    #: Somebody was told that it mostly waits; see advice.py.
+    #: Somebody was told that it mostly waits, and when it is looked at next; see advice.py.
     is_advised: bool = False
+    advise_at: float = 0.0
 
     @property
     def function_id(self) -> bytes:
@@ -445,6 +448,9 @@ class Worker:
     is_embedded: bool
     heard_at: float
     containers: dict[int, Container] = field(default_factory=dict)
+    #: Those of them that are idle, and those that are told to leave; see capacity.py.
+    idle: dict[int, Container] = field(default_factory=dict)
+    leaving: dict[int, Container] = field(default_factory=dict)
     functions: set[bytes] = field(default_factory=set)
     #: Function ids by container id, of containers from before the scheduler's restart whose
     #: client has not come back yet.
@@ -457,8 +463,9 @@ class Worker:
     acknowledge_at: float = 0.0
     #: Its containers that are in `State.resuming`.
     resuming_count: int = 0
-    #: The free cores that its entry in `State.free_cores` says.
+    #: The free cores that its entry in `State.free_cores` says, and the number of that entry.
     cpu_filed: float = -math.inf
+    cpu_entry: int = 0
     is_lost: bool = False
 
 
@@ -468,6 +475,8 @@ class Reservation:
 
     function: Function
     worker: Worker
+    #: When a generator was last stopped there for the function's sake; see eviction.py.
+    evicted_at: float = -math.inf
 
 
 @dataclass(slots=True)
