@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 from fanout.client.local import ask_status
 from fanout.exceptions import AuthError
 from fanout.protocol.join import JoinString
-from fanout.protocol.tokens import NAME_SIZE_MAX, TokenFile
+from fanout.protocol.tokens import NAME_SIZE_MAX, Entry, TokenFile
 from fanout_scheduler.tokens import Tokens
 from tests import behaviour_kit as kit
 from tests.conftest import TIMEOUT_FACTOR, HandStarted, environment, poll_until
@@ -295,6 +296,30 @@ def test_a_damaged_file_leaves_the_tokens_in_force(tmp_path: Path) -> None:
     assert tokens.lookup(client.token_id) == client
     TokenFile(file).write(TokenFile._parse(TokenFile(file), good))
     assert not tokens.reread(), "it is what it was"
+
+
+def test_a_revocation_that_cannot_be_read_at_once_is_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = Tokens(tmp_path / "tokens.json")
+    old = tokens.of_role("client")
+    file = TokenFile(tmp_path / "tokens.json")
+    new = Tokens(tmp_path / "other").of_role("client")
+    others = [entry for entry in file.read().entries if entry.token != old]
+    file.write((*others, Entry(new)))
+
+    def fail(_: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        assert not tokens.reread()
+        assert not tokens.reread()
+    assert tokens.lookup(old.token_id) == old
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert tokens.reread()
+    assert tokens.lookup(old.token_id) is None
+    assert tokens.lookup(new.token_id) == new
 
 
 def test_two_who_change_the_tokens_do_not_undo_each_other(scheduler_and_workers: Start) -> None:
