@@ -14,6 +14,7 @@ from fanout.client import local
 from fanout.client import loop as client_loop
 from fanout.client.app_run import AppRun
 from fanout.client.session import Session
+from fanout.exceptions import ConnectionError
 from fanout.protocol import messages as m
 from fanout.protocol.wire import Transport
 from tests import behaviour_kit as kit
@@ -64,6 +65,30 @@ async def test_who_is_turned_away_again_and_again_asks_less_and_less_often(site:
         assert time.monotonic() - begin_s > 0.05 + 0.1 + 0.2 + 0.4 + 0.8
     finally:
         await session.close_all()
+
+
+async def test_who_finds_no_room_after_a_cut_tries_again_and_loses_nothing(site: Site) -> None:
+    session = Session(asyncio.get_running_loop())
+    await session.connect()
+    question = m.AskStatus(session.next_request())
+    answer = session.post(question)
+    try:
+        site.refusal = ConnectionError("40 connections, and no room for more")
+        site.accepted[0].transport.abort()
+        await site.until(lambda: site.refused_count == 2)
+        site.refusal = None
+        again = await site.until_accepted(2)
+        await again.until(lambda: question in again.messages)
+        assert not answer.done()
+    finally:
+        await session.close_all()
+
+
+async def test_a_first_connection_that_finds_no_room_says_so(site: Site) -> None:
+    site.refusal = ConnectionError("40 connections, and no room for more")
+    with pytest.raises(ConnectionError, match="40 connections, and no room") as caught:
+        await Session(asyncio.get_running_loop()).connect()
+    assert type(caught.value) is ConnectionError
 
 
 class LeavingSite(Site):

@@ -260,7 +260,9 @@ class Server:
         if isinstance(stranger, _TlsGate):
             stranger.abort()
         else:
-            stranger.fail(AuthError(f"nothing was proved within {HANDSHAKE_TIMEOUT_S:g} s"))
+            # One who holds a token was only slow, and is welcome the next time.
+            text = f"nothing was proved within {HANDSHAKE_TIMEOUT_S:g} s"
+            stranger.fail(ConnectionError(text))
 
     def forget(self, stranger: Transport | _TlsGate) -> None:
         """It is gone, or it is something else from here on."""
@@ -389,7 +391,7 @@ async def serve(
         port: 0 for any; see `Server.port`.
         tokens: the token of an id, None if there is none.
         welcome: the answer to a peer that has proved its role (second argument). May raise
-            AuthError to refuse it.
+            AuthError to refuse it for good, or ConnectionError to have it try again.
         handler: makes the handler of an open connection from it, its Hello and its role.
         tls: this scheduler's certificate; None for plain connections, on loopback only.
 
