@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from fanout.cli import token as command
 from fanout.client.local import ask_status
-from fanout.exceptions import AuthError
+from fanout.exceptions import AuthError, InvalidError, StorageError
 from fanout.protocol.join import JoinString
 from fanout.protocol.tokens import NAME_SIZE_MAX, Entry, TokenFile
 from fanout_scheduler.tokens import Tokens
@@ -204,6 +205,38 @@ def test_a_mistake_is_named_with_what_to_do(scheduler_and_workers: Start, tmp_pa
     nowhere = fanout_command("token", "list", "--home", str(tmp_path))
     assert nowhere.returncode == 2
     assert "no scheduler has been started with the home" in nowhere.stderr
+
+
+def test_another_user_than_the_schedulers_changes_nothing(
+    scheduler_and_workers: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = scheduler_and_workers(0)
+    home, user = str(cluster.scheduler_home), os.geteuid()
+    before = {path.name: path.stat().st_ino for path in cluster.scheduler_home.iterdir()}
+    # As with sudo: the file would be replaced by one that its scheduler may not read.
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    changes: list[Callable[[], None]] = [
+        lambda: command.create(command.Role.client, home=home),
+        lambda: command.revoke(id_of(cluster.client_join), home),
+        lambda: command.list_tokens(home),
+    ]
+    for change in changes:
+        with pytest.raises(InvalidError, match=f"belongs to user {user}.*run this as that user"):
+            change()
+    assert {p.name: p.stat().st_ino for p in cluster.scheduler_home.iterdir()} == before
+
+
+def test_what_the_system_refuses_is_told_in_a_sentence(
+    scheduler_and_workers: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = scheduler_and_workers(0)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TokenFile, "write", fail)
+    with pytest.raises(StorageError, match="No space left on device.*fanout token list"):
+        command.create(command.Role.client, home=str(cluster.scheduler_home))
 
 
 def test_a_token_may_be_revoked_while_no_scheduler_runs(scheduler_and_workers: Start) -> None:
