@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
 from fanout.cli import token as command
 from fanout.client.local import ask_status
@@ -237,6 +238,35 @@ def test_what_the_system_refuses_is_told_in_a_sentence(
     monkeypatch.setattr(TokenFile, "write", fail)
     with pytest.raises(StorageError, match="No space left on device.*fanout token list"):
         command.create(command.Role.client, home=str(cluster.scheduler_home))
+
+
+def test_the_secret_is_shown_although_the_scheduler_does_not_follow(
+    scheduler_and_workers: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cluster = scheduler_and_workers(0)
+    monkeypatch.setattr(command, "FOLLOW_TIMEOUT_S", 0.05)
+    assert cluster.scheduler is not None
+    cluster.scheduler.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(typer.Exit) as caught:
+            command.create(command.Role.client, home=str(cluster.scheduler_home))
+    finally:
+        cluster.scheduler.send_signal(signal.SIGCONT)
+    shown = capsys.readouterr()
+    assert caught.value.exit_code == 1
+    assert "has not taken it within 0.05 s" in shown.err
+    parsed = JoinString.parse(shown.out.strip())
+    poll_until(lambda: _lets_in(parsed), "the scheduler has taken the token")
+
+
+def _lets_in(join: JoinString) -> bool:
+    try:
+        ask_status(join)
+    except AuthError:
+        return False
+    return True
 
 
 def test_a_token_may_be_revoked_while_no_scheduler_runs(scheduler_and_workers: Start) -> None:

@@ -82,6 +82,7 @@ def create(
             f"no scheduler runs with the home {folder}, and a join string names its address: "
             f"start it, then create the token"
         )
+    known = JoinString.parse(scheduler.client_join)
     with file.locked():
         entries = file.read().entries
         if len(entries) >= TOKENS_MAX:
@@ -90,9 +91,9 @@ def create(
             )
         entry = Entry(Token.new(role.value), name, time.time())
         file.write((*entries, entry))
-    _follow(folder, file)
-    known = JoinString.parse(scheduler.client_join)
+    # Nothing shows it again, so it is shown whatever comes now, Ctrl-C included.
     typer.echo(str(JoinString.of(entry.token, known.host, known.port, known.fingerprint)))
+    _follow(folder, file)
 
 
 @app.command("list")
