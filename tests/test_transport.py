@@ -25,7 +25,7 @@ from fanout.exceptions import (
 from fanout.protocol import messages as m
 from fanout.protocol import tls, transport, wire
 from fanout.protocol.join import JoinString, Token
-from fanout.protocol.tls import TlsIdentity
+from fanout.protocol.tls import CertificateError, TlsIdentity
 from fanout.protocol.wire import Transport
 from tests.conftest import poll_until
 from tests.strategies import frame_of
@@ -494,7 +494,7 @@ async def test_tls_carries_messages_and_bulk(tls_site: Site) -> None:
 
 async def test_another_certificate_than_the_pinned_one_is_refused(tls_site: Site) -> None:
     tls_site.fingerprint = b"x" * 32
-    with pytest.raises(AuthError, match="another certificate"):
+    with pytest.raises(CertificateError, match="another certificate"):
         await tls_site.dial()
     assert tls_site.accepted == []
 

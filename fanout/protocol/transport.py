@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from fanout.config import CONNECT_TIMEOUT_S
-from fanout.exceptions import AuthError, ConnectionError, InvalidError
+from fanout.exceptions import ConnectionError, InvalidError
 from fanout.protocol import messages as m
 from fanout.protocol.connection import Connection
 from fanout.protocol.handshake import (
@@ -28,7 +28,7 @@ from fanout.protocol.handshake import (
     ListenerHandshake,
 )
 from fanout.protocol.join import JoinString, Token
-from fanout.protocol.tls import TlsIdentity, client_context, peer_fingerprint
+from fanout.protocol.tls import CertificateError, TlsIdentity, client_context, peer_fingerprint
 from fanout.protocol.wire import PeerHandler, Transport
 
 __all__ = [
@@ -82,8 +82,8 @@ async def connect(
 
     Raises:
         InvalidError: the join string is for another role.
-        AuthError: the scheduler refuses the token, is not the one of the join string, or cannot
-            prove that it knows the secret.
+        CertificateError: who answers is not the one of the join string.
+        AuthError: the scheduler refuses the token, or cannot prove that it knows the secret.
         VersionError: it speaks another protocol version.
         ConnectionError: it cannot be reached.
     """
@@ -102,7 +102,7 @@ async def connect(
             # Nothing may be told to a stranger, not even the Hello.
             connection.data_to_send()
             connection.fail(
-                AuthError(
+                CertificateError(
                     f"the scheduler at {join.host}:{join.port} has another certificate than the "
                     f"one of the join string; get a new join string from `fanout scheduler`"
                 )
