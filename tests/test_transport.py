@@ -492,6 +492,35 @@ async def test_tls_carries_messages_and_bulk(tls_site: Site) -> None:
     assert await tls_site.accepted[0].until_lost() is None
 
 
+async def test_a_tls_handshake_that_is_done_does_not_evict_itself(
+    tls_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admitted, admit = asyncio.Semaphore(0), tls_site.server.admit
+
+    def note(stranger: Transport) -> None:
+        admit(stranger)
+        admitted.release()
+
+    monkeypatch.setattr(transport, "UNPROVED_COUNT_MAX", 3)
+    monkeypatch.setattr(tls_site.server, "admit", note)
+    # It is the first of three that take all places, and goes on when they are taken.
+    reader, writer = await asyncio.open_connection("127.0.0.1", tls_site.server.port)
+    await admitted.acquire()
+    strangers = [await RawPeer(tls_site.server.port).dial() for _ in range(2)]
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            for _ in strangers:
+                await admitted.acquire()
+            await writer.start_tls(tls.client_context())
+            hello = m.Hello(m.PROTOCOL_VERSION, "client", "t", SESSION_ID, bytes(32), {})
+            writer.write(frame_of(hello))
+            assert await reader.read(1), "it was thrown out"
+    finally:
+        writer.transport.abort()
+        for peer in strangers:
+            peer.sock.close()
+
+
 async def test_another_certificate_than_the_pinned_one_is_refused(tls_site: Site) -> None:
     tls_site.fingerprint = b"x" * 32
     with pytest.raises(CertificateError, match="another certificate"):

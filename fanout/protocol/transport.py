@@ -221,9 +221,20 @@ class Server:
         for transport in list(self._transports):
             await transport.wait_closed()
 
-    def make_transport(self) -> Transport:
-        """For asyncio: the protocol of a connection that was accepted, and is past TLS."""
-        return Transport(self._accept, self._open, self.forget)
+    def make_transport(self, gate: _TlsGate | None = None) -> Transport:
+        """For asyncio: the protocol of a connection that was accepted, and is past TLS.
+
+        Args:
+            gate: what it came through; it gives up its place for the transport.
+        """
+
+        def accept(sink: asyncio.Transport) -> Connection:
+            if gate is not None:
+                # First, or it could be the oldest one, and go as the transport comes.
+                self.forget(gate)
+            return self._accept(sink)
+
+        return Transport(accept, self._open, self.forget)
 
     def attach(self, listener: asyncio.Server | _TlsListener, path: str | None = None) -> None:
         """Take over the listening socket."""
@@ -297,7 +308,7 @@ class _TlsGate:
         server.admit(self)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                server.make_transport,
+                lambda: server.make_transport(self),
                 self._socket,
                 ssl=context,
                 ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
