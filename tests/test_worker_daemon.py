@@ -164,10 +164,11 @@ class Worker:
 
 @asynccontextmanager
 async def daemon(
-    home: Path, *arguments: str, **variables: str
+    home: Path, *arguments: str, is_accepting: bool = True, **variables: str
 ) -> AsyncIterator[tuple[Scheduler, Worker]]:
-    """A scheduler and a worker that it has accepted."""
+    """A scheduler and a worker that it has accepted, or that has only asked."""
     scheduler = Scheduler()
+    scheduler.is_adopting = is_accepting
     await scheduler.listen()
     os.makedirs(home, exist_ok=True)
     with (home / "log").open("wb") as log:
@@ -252,6 +253,15 @@ async def test_it_says_that_it_is_ready_only_when_it_was_accepted(tmp_path: Path
         told = scheduler.all(m.WorkerReady)[0]
         assert (told.name, told.cpu, told.memory, told.is_embedded) == ("here", 3, 77, False)
     assert not (home / "worker.json").exists()
+
+
+async def test_it_does_not_say_again_when_it_joins_for_the_first_time(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "home", is_accepting=False) as (scheduler, worker):
+        scheduler.is_adopting = True
+        scheduler.drop()
+        await scheduler.hears(m.WorkerReady, 2)
+        poll_until(lambda: "has joined the scheduler" in worker.log(), "it says so")
+        assert " again after " not in worker.log()
 
 
 async def test_containers_and_reports_survive_a_lost_connection(tmp_path: Path) -> None:

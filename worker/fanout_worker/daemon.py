@@ -296,7 +296,7 @@ class Daemon:
             self._options.join.port,
             error or self._goodbye or "closed in order",
         )
-        if self._lost_at is None:
+        if self._was_accepted and self._lost_at is None:
             self._lost_at = self._loop.time()
         self._transport = None
         if self._exchange is not None:
