@@ -377,6 +377,22 @@ async def test_an_unknown_token_is_refused(site: Site) -> None:
     assert site.accepted == []
 
 
+async def test_who_is_refused_does_not_say_that_it_turns_a_stranger_away(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(wire, "_strangers", wire._StrangerLog())
+    site.refusal = ConnectionError("no room")
+    with pytest.raises(ConnectionError, match="no room"):
+        await site.dial("client")
+    site.tokens["client"] = Token.new("client")
+    with pytest.raises(AuthError, match="cannot prove"):
+        await site.dial("client")
+    # The first is the listener's, and the second would be the dialler's own.
+    (record,) = caplog.records
+    assert record.getMessage().startswith("turning a stranger away")
+    assert "no room" in record.getMessage()
+
+
 async def test_a_join_string_of_another_role_is_refused_at_once(site: Site) -> None:
     with pytest.raises(InvalidError, match="for a worker; a client needs"):
         await site.dial("client", site.join_of("worker"))
