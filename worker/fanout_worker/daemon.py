@@ -30,6 +30,7 @@ from fanout.exceptions import (
     InvalidError,
     VersionError,
 )
+from fanout.filesystem import write_private
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import BlobExchange, FileBlobStore
 from fanout.protocol.join import JoinString
@@ -525,7 +526,4 @@ class Daemon:
             "name": self._options.name,
         }
         path = self._options.home / "worker.json"
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(record))
-        draft.chmod(0o600)
-        draft.rename(path)
+        write_private(path, json.dumps(record).encode(), must_last=False)
