@@ -79,23 +79,29 @@ def _unescaped(field: str) -> str:
     return field
 
 
-def write_private(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes, must_last: bool = True) -> None:
     """Replace a file in one step, mode 0600; a reader sees the old or the new content, whole.
 
-    It is on disk when this returns.
+    Args:
+        path: of the file.
+        data: what it holds from now on.
+        must_last: it is on disk when this returns. Not worth the wait for what tells of a process,
+            which does not survive the machine either.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if must_last:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError:
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if must_last:
+        sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:

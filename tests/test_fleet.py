@@ -21,7 +21,7 @@ import pytest
 import fanout
 from benchmarks.process import memory_of
 from fanout.client.local import ask_status
-from fanout.exceptions import AuthError, StorageError
+from fanout.exceptions import ConnectionError, StorageError
 from fanout.protocol import messages as m
 from fanout.protocol.join import JoinString
 from fanout.serialization import encode_args
@@ -100,7 +100,7 @@ async def test_whom_open_files_leave_no_room_for_is_told_so_and_nobody_else_suff
     daemon_for_forty: Daemon,
 ) -> None:
     wires = await dial_many(daemon_for_forty.address, 40)
-    with pytest.raises(AuthError, match=r"40 connections.*ulimit -n"):
+    with pytest.raises(ConnectionError, match=r"40 connections.*ulimit -n"):
         await dial(daemon_for_forty.address)
     wires[0].send(*define(), *submit(is_durable=True))
     assert list((await wires[0].take(m.InputsStored)).stored[0]) == [0, 1]

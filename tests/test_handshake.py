@@ -335,6 +335,7 @@ def test_a_goodbye_that_names_an_error_arrives_as_that_error() -> None:
         ("permission", PermissionDeniedError),
         ("protocol", ProtocolError),
         ("internal", InternalError),
+        ("refused", ConnectionError),
     ):
         dialling, listening = joined(CLIENT)
         listening.close(m.Goodbye(code, "why"))

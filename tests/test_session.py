@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from fanout.client import local
 from fanout.client import loop as client_loop
 from fanout.client.app_run import AppRun
 from fanout.client.session import Session
+from fanout.exceptions import ConnectionError
+from fanout.protocol import messages as m
+from fanout.protocol.wire import Transport
 from tests import behaviour_kit as kit
 from tests.conftest import TIMEOUT_FACTOR, HandStarted, poll_until
-from tests.transport_kit import Site
+from tests.transport_kit import TIMEOUT_S, Recorder, Site
 
 
 @pytest.fixture
@@ -61,6 +65,58 @@ async def test_who_is_turned_away_again_and_again_asks_less_and_less_often(site:
         assert time.monotonic() - begin_s > 0.05 + 0.1 + 0.2 + 0.4 + 0.8
     finally:
         await session.close_all()
+
+
+async def test_who_finds_no_room_after_a_cut_tries_again_and_loses_nothing(site: Site) -> None:
+    session = Session(asyncio.get_running_loop())
+    await session.connect()
+    question = m.AskStatus(session.next_request())
+    answer = session.post(question)
+    try:
+        site.refusal = ConnectionError("40 connections, and no room for more")
+        site.accepted[0].transport.abort()
+        await site.until(lambda: site.refused_count == 2)
+        site.refusal = None
+        again = await site.until_accepted(2)
+        await again.until(lambda: question in again.messages)
+        assert not answer.done()
+    finally:
+        await session.close_all()
+
+
+async def test_a_first_connection_that_finds_no_room_says_so(site: Site) -> None:
+    site.refusal = ConnectionError("40 connections, and no room for more")
+    with pytest.raises(ConnectionError, match="40 connections, and no room") as caught:
+        await Session(asyncio.get_running_loop()).connect()
+    assert type(caught.value) is ConnectionError
+
+
+class LeavingSite(Site):
+    """As a scheduler that is just leaving: its first peer reads the Goodbye with the Welcome."""
+
+    def _accept(self, own: Transport, hello: m.Hello, role: str) -> Recorder:
+        recorder = super()._accept(own, hello, role)
+        if len(self.accepted) == 1:
+            own.close(m.Goodbye("shutdown", "the scheduler leaves: idle"))
+        return recorder
+
+
+async def test_a_first_connection_that_ends_at_once_is_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("FANOUT_URL", raising=False)
+    site = LeavingSite()
+    await site.listen()
+    monkeypatch.setattr(local, "ensure_cluster", lambda: site.join_of("client"))
+    session = Session(asyncio.get_running_loop())
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            await session.connect()
+        assert session.is_connected
+        assert len(site.accepted) == 2
+    finally:
+        await session.close_all()
+        await site.close()
 
 
 def test_a_container_makes_calls_again_although_its_client_is_later_than_its_worker(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
+from fanout.cli import token as command
 from fanout.client.local import ask_status
-from fanout.exceptions import AuthError
+from fanout.exceptions import AuthError, InvalidError, StorageError
 from fanout.protocol.join import JoinString
-from fanout.protocol.tokens import NAME_SIZE_MAX, TokenFile
+from fanout.protocol.tokens import NAME_SIZE_MAX, Entry, TokenFile
 from fanout_scheduler.tokens import Tokens
 from tests import behaviour_kit as kit
 from tests.conftest import TIMEOUT_FACTOR, HandStarted, environment, poll_until
@@ -205,6 +208,67 @@ def test_a_mistake_is_named_with_what_to_do(scheduler_and_workers: Start, tmp_pa
     assert "no scheduler has been started with the home" in nowhere.stderr
 
 
+def test_another_user_than_the_schedulers_changes_nothing(
+    scheduler_and_workers: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = scheduler_and_workers(0)
+    home, user = str(cluster.scheduler_home), os.geteuid()
+    before = {path.name: path.stat().st_ino for path in cluster.scheduler_home.iterdir()}
+    # As with sudo: the file would be replaced by one that its scheduler may not read.
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    changes: list[Callable[[], None]] = [
+        lambda: command.create(command.Role.client, home=home),
+        lambda: command.revoke(id_of(cluster.client_join), home),
+        lambda: command.list_tokens(home),
+    ]
+    for change in changes:
+        with pytest.raises(InvalidError, match=f"belongs to user {user}.*run this as that user"):
+            change()
+    assert {p.name: p.stat().st_ino for p in cluster.scheduler_home.iterdir()} == before
+
+
+def test_what_the_system_refuses_is_told_in_a_sentence(
+    scheduler_and_workers: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = scheduler_and_workers(0)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TokenFile, "write", fail)
+    with pytest.raises(StorageError, match="No space left on device.*fanout token list"):
+        command.create(command.Role.client, home=str(cluster.scheduler_home))
+
+
+def test_the_secret_is_shown_although_the_scheduler_does_not_follow(
+    scheduler_and_workers: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cluster = scheduler_and_workers(0)
+    monkeypatch.setattr(command, "FOLLOW_TIMEOUT_S", 0.05)
+    assert cluster.scheduler is not None
+    cluster.scheduler.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(typer.Exit) as caught:
+            command.create(command.Role.client, home=str(cluster.scheduler_home))
+    finally:
+        cluster.scheduler.send_signal(signal.SIGCONT)
+    shown = capsys.readouterr()
+    assert caught.value.exit_code == 1
+    assert "has not taken it within 0.05 s" in shown.err
+    parsed = JoinString.parse(shown.out.strip())
+    poll_until(lambda: _lets_in(parsed), "the scheduler has taken the token")
+
+
+def _lets_in(join: JoinString) -> bool:
+    try:
+        ask_status(join)
+    except AuthError:
+        return False
+    return True
+
+
 def test_a_token_may_be_revoked_while_no_scheduler_runs(scheduler_and_workers: Start) -> None:
     cluster = scheduler_and_workers(0)
     old = cluster.client_join
@@ -295,6 +359,30 @@ def test_a_damaged_file_leaves_the_tokens_in_force(tmp_path: Path) -> None:
     assert tokens.lookup(client.token_id) == client
     TokenFile(file).write(TokenFile._parse(TokenFile(file), good))
     assert not tokens.reread(), "it is what it was"
+
+
+def test_a_revocation_that_cannot_be_read_at_once_is_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = Tokens(tmp_path / "tokens.json")
+    old = tokens.of_role("client")
+    file = TokenFile(tmp_path / "tokens.json")
+    new = Tokens(tmp_path / "other").of_role("client")
+    others = [entry for entry in file.read().entries if entry.token != old]
+    file.write((*others, Entry(new)))
+
+    def fail(_: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        assert not tokens.reread()
+        assert not tokens.reread()
+    assert tokens.lookup(old.token_id) == old
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert tokens.reread()
+    assert tokens.lookup(old.token_id) is None
+    assert tokens.lookup(new.token_id) == new
 
 
 def test_two_who_change_the_tokens_do_not_undo_each_other(scheduler_and_workers: Start) -> None:

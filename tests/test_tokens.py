@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fanout.client.home import note_starting
 from fanout.exceptions import ExecutionError, StorageError
 from fanout.filesystem import write_private
 from fanout_scheduler.home import Home
@@ -176,3 +179,24 @@ def test_a_private_file_is_replaced_whole_and_leaves_no_draft(tmp_path: Path) ->
     write_private(file, b"new")
     assert file.read_bytes() == b"new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def _note_starting(path: Path, _: bytes) -> None:
+    note_starting(str(path.parent), "scheduler", os.getpid())
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("write", [write_private, _note_starting])
+def test_a_private_file_that_cannot_be_written_leaves_no_draft(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[[Path, bytes], None],
+    error: BaseException,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(type(error)):
+        write(tmp_path / "file", b"new")
+    assert list(tmp_path.iterdir()) == []

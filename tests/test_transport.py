@@ -26,7 +26,7 @@ from fanout.exceptions import (
 from fanout.protocol import messages as m
 from fanout.protocol import tls, transport, wire
 from fanout.protocol.join import JoinString, Token
-from fanout.protocol.tls import TlsIdentity
+from fanout.protocol.tls import CertificateError, TlsIdentity
 from fanout.protocol.wire import Transport
 from tests.conftest import poll_until
 from tests.strategies import frame_of
@@ -378,6 +378,22 @@ async def test_an_unknown_token_is_refused(site: Site) -> None:
     assert site.accepted == []
 
 
+async def test_who_is_refused_does_not_say_that_it_turns_a_stranger_away(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(wire, "_strangers", wire._StrangerLog())
+    site.refusal = ConnectionError("no room")
+    with pytest.raises(ConnectionError, match="no room"):
+        await site.dial("client")
+    site.tokens["client"] = Token.new("client")
+    with pytest.raises(AuthError, match="cannot prove"):
+        await site.dial("client")
+    # The first is the listener's, and the second would be the dialler's own.
+    (record,) = caplog.records
+    assert record.getMessage().startswith("turning a stranger away")
+    assert "no room" in record.getMessage()
+
+
 async def test_a_join_string_of_another_role_is_refused_at_once(site: Site) -> None:
     with pytest.raises(InvalidError, match="for a worker; a client needs"):
         await site.dial("client", site.join_of("worker"))
@@ -493,9 +509,38 @@ async def test_tls_carries_messages_and_bulk(tls_site: Site) -> None:
     assert await tls_site.accepted[0].until_lost() is None
 
 
+async def test_a_tls_handshake_that_is_done_does_not_evict_itself(
+    tls_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admitted, admit = asyncio.Semaphore(0), tls_site.server.admit
+
+    def note(stranger: Transport) -> None:
+        admit(stranger)
+        admitted.release()
+
+    monkeypatch.setattr(transport, "UNPROVED_COUNT_MAX", 3)
+    monkeypatch.setattr(tls_site.server, "admit", note)
+    # It is the first of three that take all places, and goes on when they are taken.
+    reader, writer = await asyncio.open_connection("127.0.0.1", tls_site.server.port)
+    await admitted.acquire()
+    strangers = [await RawPeer(tls_site.server.port).dial() for _ in range(2)]
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            for _ in strangers:
+                await admitted.acquire()
+            await writer.start_tls(tls.client_context())
+            hello = m.Hello(m.PROTOCOL_VERSION, "client", "t", SESSION_ID, bytes(32), {})
+            writer.write(frame_of(hello))
+            assert await reader.read(1), "it was thrown out"
+    finally:
+        writer.transport.abort()
+        for peer in strangers:
+            peer.sock.close()
+
+
 async def test_another_certificate_than_the_pinned_one_is_refused(tls_site: Site) -> None:
     tls_site.fingerprint = b"x" * 32
-    with pytest.raises(AuthError, match="another certificate"):
+    with pytest.raises(CertificateError, match="another certificate"):
         await tls_site.dial()
     assert tls_site.accepted == []
 

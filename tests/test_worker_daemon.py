@@ -43,6 +43,8 @@ class Scheduler:
         self.transport: Transport | None = None
         self.received: list[m.Message] = []
         self.lost = 0
+        #: Asked twice of each that is let in.
+        self.hello_count = 0
         self.is_adopting = True
         self.store = MemoryBlobStore()
         self.exchange: BlobExchange | None = None
@@ -53,11 +55,16 @@ class Scheduler:
         self.server = await serve(
             "127.0.0.1",
             port,
-            tokens=lambda token_id: self.token if token_id == "t1" else None,
+            tokens=self._find,
             welcome=lambda hello, role: m.Welcome(self.epoch, {}),
             handler=self._open,
             tls=None,
         )
+
+    def _find(self, token_id: str) -> Token | None:
+        self.hello_count += 1
+        self._changed.set()
+        return self.token if token_id == "t1" else None
 
     @property
     def join(self) -> str:
@@ -157,10 +164,11 @@ class Worker:
 
 @asynccontextmanager
 async def daemon(
-    home: Path, *arguments: str, **variables: str
+    home: Path, *arguments: str, is_accepting: bool = True, **variables: str
 ) -> AsyncIterator[tuple[Scheduler, Worker]]:
-    """A scheduler and a worker that it has accepted."""
+    """A scheduler and a worker that it has accepted, or that has only asked."""
     scheduler = Scheduler()
+    scheduler.is_adopting = is_accepting
     await scheduler.listen()
     os.makedirs(home, exist_ok=True)
     with (home / "log").open("wb") as log:
@@ -205,6 +213,18 @@ def definition(folder: Path, code: str, **options: Any) -> m.DefineFunction:
     return m.DefineFunction(FUNCTION, APP, "f", options, [], packed)
 
 
+def for_any_host(folder: Path, code: str) -> m.DefineFunction:
+    """Like `definition`, for a worker that is not embedded."""
+    source = definition(folder, code)
+    source.payload = pack_definition(
+        Definition(
+            Environment(sys.executable, "", [], "", {}),
+            Target("user_code", "f", relative_file=str(folder / "user_code.py"), file="x"),
+        )
+    )
+    return source
+
+
 async def ready(scheduler: Scheduler, message: m.DefineFunction) -> None:
     scheduler.say(message, m.StartContainer(1, FUNCTION))
     await scheduler.hears(m.ContainerStarted)
@@ -233,6 +253,15 @@ async def test_it_says_that_it_is_ready_only_when_it_was_accepted(tmp_path: Path
         told = scheduler.all(m.WorkerReady)[0]
         assert (told.name, told.cpu, told.memory, told.is_embedded) == ("here", 3, 77, False)
     assert not (home / "worker.json").exists()
+
+
+async def test_it_does_not_say_again_when_it_joins_for_the_first_time(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "home", is_accepting=False) as (scheduler, worker):
+        scheduler.is_adopting = True
+        scheduler.drop()
+        await scheduler.hears(m.WorkerReady, 2)
+        poll_until(lambda: "has joined the scheduler" in worker.log(), "it says so")
+        assert " again after " not in worker.log()
 
 
 async def test_containers_and_reports_survive_a_lost_connection(tmp_path: Path) -> None:
@@ -479,14 +508,7 @@ async def test_an_embedded_worker_leaves_with_its_scheduler(tmp_path: Path) -> N
 async def test_the_join_string_does_not_reach_user_code(tmp_path: Path) -> None:
     code = "import os\ndef f(x): return dict(os.environ)\n"
     async with daemon(tmp_path / "home") as (scheduler, _):
-        source = definition(tmp_path, code)
-        source.payload = pack_definition(
-            Definition(
-                Environment(sys.executable, "", [], "", {}),
-                Target("user_code", "f", relative_file=str(tmp_path / "user_code.py"), file="x"),
-            )
-        )
-        await ready(scheduler, source)
+        await ready(scheduler, for_any_host(tmp_path, code))
         scheduler.say(lease_of([(0,)]))
         variables = decode_value((await scheduler.outputs(1))[0][1], [])
         assert "FANOUT_WORKER_JOIN" not in variables
@@ -506,6 +528,29 @@ async def test_a_refused_worker_says_so_and_leaves(tmp_path: Path) -> None:
     await scheduler.close()
     assert process.returncode == 1
     assert b"refuses this worker" in text
+
+
+async def test_a_worker_whose_token_was_revoked_while_it_was_away_ends(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "home") as (scheduler, worker):
+        await ready(scheduler, for_any_host(tmp_path, "def f(x): return x\n"))
+        children = children_of(worker.pid)
+        scheduler.token = Token("t1", "worker", os.urandom(32))
+        scheduler.drop()
+        async with asyncio.timeout(10 * TIMEOUT_FACTOR):
+            assert await worker.process.wait() == 1
+        assert not any(map(is_alive, children))
+        assert worker.log().count("the scheduler ends this worker: the token t1 is not taken") == 1
+        assert "its token was withdrawn" in worker.log()
+
+
+async def test_an_embedded_worker_that_is_refused_goes_on_and_says_so_once(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "home", "--embedded") as (scheduler, worker):
+        good, scheduler.token = scheduler.token, Token("t1", "worker", os.urandom(32))
+        scheduler.drop()
+        await scheduler.until(lambda: scheduler.hello_count >= 4, "it tries again")
+        scheduler.token = good
+        await scheduler.hears(m.WorkerReady, 2)
+        assert worker.log().count("= the scheduler refuses this worker") == 1
 
 
 def test_the_resources_are_what_this_process_may_use(tmp_path: Path) -> None:

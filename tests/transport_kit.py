@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 
+from fanout.exceptions import Error
 from fanout.protocol import messages as m
 from fanout.protocol import transport
 from fanout.protocol.connection import Connection, State
@@ -87,6 +88,9 @@ class Site:
         self.dialled: list[Recorder] = []
         self.server: transport.Server
         self.fingerprint: bytes | None = None
+        #: With this all are refused who come from now on.
+        self.refusal: Error | None = None
+        self.refused_count = 0
         self._came = asyncio.Event()
 
     async def listen(self, identity: TlsIdentity | None = None) -> None:
@@ -96,10 +100,17 @@ class Site:
             "127.0.0.1",
             0,
             tokens=by_id.get,
-            welcome=lambda hello, role: m.Welcome(3, {"role": role}),
+            welcome=self._welcome,
             handler=self._accept,
             tls=identity,
         )
+
+    def _welcome(self, hello: m.Hello, role: str) -> m.Welcome:
+        if self.refusal is not None:
+            self.refused_count += 1
+            self._came.set()
+            raise self.refusal
+        return m.Welcome(3, {"role": role})
 
     def _accept(self, own: Transport, hello: m.Hello, role: str) -> Recorder:
         self.accepted.append(Recorder(own, self.react))
@@ -109,11 +120,15 @@ class Site:
 
     async def until_accepted(self, count: int) -> Recorder:
         """The last connection when so many have come."""
+        await self.until(lambda: len(self.accepted) >= count)
+        return self.accepted[-1]
+
+    async def until(self, predicate: Callable[[], bool]) -> None:
+        """Return when enough have come, or were refused."""
         async with asyncio.timeout(TIMEOUT_S * TIMEOUT_FACTOR):
-            while len(self.accepted) < count:
+            while not predicate():
                 self._came.clear()
                 await self._came.wait()
-        return self.accepted[-1]
 
     def join_of(self, role: str) -> JoinString:
         return JoinString.of(self.tokens[role], "127.0.0.1", self.server.port, self.fingerprint)

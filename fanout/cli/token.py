@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +21,13 @@ from fanout.cli.cluster import section_lines
 from fanout.cli.failure import EXIT_ERROR, complain
 from fanout.client.home import Daemon, find_daemon, state_folder, wait_until
 from fanout.client.local import ask_status
-from fanout.exceptions import ConnectionError, InvalidError, NotFoundError
+from fanout.exceptions import (
+    ConnectionError,
+    Error,
+    InvalidError,
+    NotFoundError,
+    StorageError,
+)
 from fanout.protocol.join import JoinString, Token
 from fanout.protocol.tokens import FILE_NAME, NAME_SIZE_MAX, TOKENS_MAX, Entry, TokenFile
 
@@ -36,6 +44,21 @@ Home = Annotated[
 ]
 
 
+@contextmanager
+def _system_errors_told() -> Iterator[None]:
+    """What the system refuses, a full disk for one, as a sentence and not as a traceback."""
+    try:
+        yield
+    except Error:
+        # Some of ours are the system's errors, too.
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"the tokens cannot be read or changed: {error}. Repair that and do it again; "
+            f"`fanout token list` shows what is in force."
+        ) from error
+
+
 class Role(StrEnum):
     """Who joins: programs, or hosts that run functions."""
 
@@ -44,6 +67,7 @@ class Role(StrEnum):
 
 
 @app.command()
+@_system_errors_told()
 def create(
     role: Annotated[Role, typer.Argument(help="For programs that make calls, or for workers.")],
     name: Annotated[str, typer.Option(help="Whose it is, for `fanout token list`.")] = "",
@@ -58,6 +82,7 @@ def create(
             f"no scheduler runs with the home {folder}, and a join string names its address: "
             f"start it, then create the token"
         )
+    known = JoinString.parse(scheduler.client_join)
     with file.locked():
         entries = file.read().entries
         if len(entries) >= TOKENS_MAX:
@@ -66,12 +91,13 @@ def create(
             )
         entry = Entry(Token.new(role.value), name, time.time())
         file.write((*entries, entry))
-    _follow(folder, file)
-    known = JoinString.parse(scheduler.client_join)
+    # Nothing shows it again, so it is shown whatever comes now, Ctrl-C included.
     typer.echo(str(JoinString.of(entry.token, known.host, known.port, known.fingerprint)))
+    _follow(folder, file)
 
 
 @app.command("list")
+@_system_errors_told()
 def list_tokens(home: Home = "") -> None:
     """Show ids, roles and names, and how many connections each token has now. Never secrets."""
     folder, file = _find(home)
@@ -94,6 +120,7 @@ def list_tokens(home: Home = "") -> None:
 
 
 @app.command()
+@_system_errors_told()
 def revoke(
     token_id: Annotated[str, typer.Argument(help="The id, as `fanout token list` shows it.")],
     home: Home = "",
@@ -127,12 +154,25 @@ def _find(home: str) -> tuple[str, TokenFile]:
     """The scheduler's home folder, and its tokens."""
     folder = os.path.abspath(home) if home else os.path.join(state_folder(), "serve")
     file = TokenFile(Path(folder) / FILE_NAME)
+    _check_owner(folder)
     if not file.path.exists():
         raise InvalidError(
             f"no scheduler has been started with the home {folder}: there is no {FILE_NAME}. "
             f"Run this where `fanout scheduler` runs, with the same --home."
         )
     return folder, file
+
+
+def _check_owner(folder: str) -> None:
+    """The file is replaced by one of this user, and its scheduler must be able to read that."""
+    if not os.path.exists(folder):
+        return
+    owner = os.stat(folder).st_uid
+    if owner != os.geteuid():
+        raise InvalidError(
+            f"the scheduler's home {folder} belongs to user {owner}, and this is user "
+            f"{os.geteuid()}: run this as that user, with the same --home (sudo -u '#{owner}' ...)"
+        )
 
 
 def _check_name(name: str) -> None:

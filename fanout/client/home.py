@@ -25,10 +25,11 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fanout.exceptions import ConnectionError, InvalidError
-from fanout.filesystem import MOUNT_TABLE, network_file_system_of
+from fanout.filesystem import MOUNT_TABLE, network_file_system_of, write_private
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -182,7 +183,7 @@ def note_starting(home: str, kind: str, pid: int) -> None:
     """Write down that a daemon is on its way. A client that is killed at this point has started it
     all the same; the next one then waits for it and does not start a second."""
     data = json.dumps({"pid": pid, "boot_id": boot_id()}).encode()
-    _write_private(os.path.join(home, f"{kind}.starting"), data)
+    write_private(Path(home, f"{kind}.starting"), data, must_last=False)
 
 
 def forget_starting(home: str, kind: str) -> None:
@@ -301,11 +302,3 @@ def wait_until(is_true: Callable[[], bool], deadline: float) -> None:
         if time.monotonic() >= deadline:
             raise TimeoutError
         time.sleep(POLL_INTERVAL_S)
-
-
-def _write_private(path: str, data: bytes) -> None:
-    part = f"{path}.{os.getpid()}"
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    os.replace(part, path)

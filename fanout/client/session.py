@@ -214,7 +214,10 @@ class Session:
         """Return when there is something to be connected for. Coming back at once would start the
         daemons of the embedded default again that somebody has just stopped."""
         self._wanted.clear()
-        if self._is_embedded and not (self._calls or self._fetches or self._requests):
+        # Whoever waits in `connect` has not come to open anything yet.
+        if self._calls or self._fetches or self._requests or not self.is_up:
+            return
+        if self._is_embedded:
             await self._wanted.wait()
 
     async def _dial(self, is_first: bool) -> wire.Transport:

@@ -71,8 +71,10 @@ TRANSITIONS: dict[State, dict[Cause, State]] = {
     State.CLOSED: {},
 }
 
-#: Goodbyes that tell of an error, and as what they are raised here. All others are orderly.
+#: Goodbyes that tell of an error, and as what they are raised here. All others are orderly. Only
+#: "refused" may be another time: whoever reads that tries again.
 ERRORS_BY_CODE: dict[str, type[Error]] = {
+    "refused": ConnectionError,
     "auth": AuthError,
     "permission": PermissionDeniedError,
     "version": VersionError,

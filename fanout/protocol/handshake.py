@@ -146,7 +146,8 @@ class ListenerHandshake:
         nonce: fresh random bytes, 32.
         decoy: a random secret that nobody knows, 32 bytes; stands in for unknown tokens.
         tokens: the token of an id, None if there is none (any more).
-        welcome: makes the answer to one who has proved its role. May raise AuthError to refuse.
+        welcome: makes the answer to one who has proved its role. May raise
+            AuthError to refuse it for good, ConnectionError to refuse it for now.
         fingerprint: of this side's certificate, empty without TLS.
     """
 

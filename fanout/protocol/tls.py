@@ -14,12 +14,16 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
-from fanout.exceptions import InvalidError
+from fanout.exceptions import AuthError, InvalidError
 
 #: Certificate and key in one file, so that there is never one without the other.
 FILE_NAME = "tls.pem"
 #: The digest in the join string is what ends a certificate's life, not a date.
 VALIDITY_DAYS = 36500
+
+
+class CertificateError(AuthError):
+    """Who answers has another certificate than the join string says: it is not the scheduler."""
 
 
 @dataclass(frozen=True, slots=True)

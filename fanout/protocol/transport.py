@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from fanout.config import CONNECT_TIMEOUT_S
-from fanout.exceptions import AuthError, ConnectionError, InvalidError
+from fanout.exceptions import ConnectionError, InvalidError
 from fanout.protocol import messages as m
 from fanout.protocol.connection import Connection
 from fanout.protocol.handshake import (
@@ -28,7 +28,7 @@ from fanout.protocol.handshake import (
     ListenerHandshake,
 )
 from fanout.protocol.join import JoinString, Token
-from fanout.protocol.tls import TlsIdentity, client_context, peer_fingerprint
+from fanout.protocol.tls import CertificateError, TlsIdentity, client_context, peer_fingerprint
 from fanout.protocol.wire import PeerHandler, Transport
 
 __all__ = [
@@ -82,8 +82,8 @@ async def connect(
 
     Raises:
         InvalidError: the join string is for another role.
-        AuthError: the scheduler refuses the token, is not the one of the join string, or cannot
-            prove that it knows the secret.
+        CertificateError: who answers is not the one of the join string.
+        AuthError: the scheduler refuses the token, or cannot prove that it knows the secret.
         VersionError: it speaks another protocol version.
         ConnectionError: it cannot be reached.
     """
@@ -102,7 +102,7 @@ async def connect(
             # Nothing may be told to a stranger, not even the Hello.
             connection.data_to_send()
             connection.fail(
-                AuthError(
+                CertificateError(
                     f"the scheduler at {join.host}:{join.port} has another certificate than the "
                     f"one of the join string; get a new join string from `fanout scheduler`"
                 )
@@ -221,9 +221,20 @@ class Server:
         for transport in list(self._transports):
             await transport.wait_closed()
 
-    def make_transport(self) -> Transport:
-        """For asyncio: the protocol of a connection that was accepted, and is past TLS."""
-        return Transport(self._accept, self._open, self.forget)
+    def make_transport(self, gate: _TlsGate | None = None) -> Transport:
+        """For asyncio: the protocol of a connection that was accepted, and is past TLS.
+
+        Args:
+            gate: what it came through; it gives up its place for the transport.
+        """
+
+        def accept(sink: asyncio.Transport) -> Connection:
+            if gate is not None:
+                # First, or it could be the oldest one, and go as the transport comes.
+                self.forget(gate)
+            return self._accept(sink)
+
+        return Transport(accept, self._open, self.forget)
 
     def attach(self, listener: asyncio.Server | _TlsListener, path: str | None = None) -> None:
         """Take over the listening socket."""
@@ -260,7 +271,9 @@ class Server:
         if isinstance(stranger, _TlsGate):
             stranger.abort()
         else:
-            stranger.fail(AuthError(f"nothing was proved within {HANDSHAKE_TIMEOUT_S:g} s"))
+            # One who holds a token was only slow, and is welcome the next time.
+            text = f"nothing was proved within {HANDSHAKE_TIMEOUT_S:g} s"
+            stranger.fail(ConnectionError(text))
 
     def forget(self, stranger: Transport | _TlsGate) -> None:
         """It is gone, or it is something else from here on."""
@@ -295,7 +308,7 @@ class _TlsGate:
         server.admit(self)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                server.make_transport,
+                lambda: server.make_transport(self),
                 self._socket,
                 ssl=context,
                 ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
@@ -389,7 +402,7 @@ async def serve(
         port: 0 for any; see `Server.port`.
         tokens: the token of an id, None if there is none.
         welcome: the answer to a peer that has proved its role (second argument). May raise
-            AuthError to refuse it.
+            AuthError to refuse it for good, or ConnectionError to have it try again.
         handler: makes the handler of an open connection from it, its Hello and its role.
         tls: this scheduler's certificate; None for plain connections, on loopback only.
 

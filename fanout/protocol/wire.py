@@ -362,7 +362,8 @@ class Transport(asyncio.Protocol):
         if isinstance(error, ProtocolError | ConnectionError):
             if self._handler is not None:
                 logger.warning("closing the connection to %s: %s", self.address, error)
-            else:
+            elif self._on_lost is not None:
+                # A listener's. Who has dialled is told by an exception, and is no host here.
                 _strangers.warn(self._loop.time(), f"{self.address}: {error}")
             self.fail(error)
             return

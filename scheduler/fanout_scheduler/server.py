@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fanout.config import SPAWNED_SIZE_BYTES_MAX
-from fanout.exceptions import AuthError, InternalError, ProtocolError
+from fanout.exceptions import ConnectionError, InternalError, ProtocolError
 from fanout.protocol import messages as m
 from fanout.protocol.join import JoinString, Token
 from fanout.protocol.transport import Server, Transport, serve
@@ -236,8 +236,9 @@ class SchedulerServer:
                 f"the scheduler has {self._connection_count} connections, and its limit of open "
                 f"files allows no more. Start it again with a higher one (`ulimit -n`)"
             )
-            log.warning("a %s was refused: %s", role, text)
-            raise AuthError(text)
+            # Not for good: others leave, and calls must not end with it. It comes again and again
+            # meanwhile, so the log is left to the transport, which counts.
+            raise ConnectionError(text)
         info = {"fanout": _version(), "python": platform.python_version(), "pid": os.getpid()}
         return m.Welcome(self.epoch, info)
 

@@ -41,6 +41,7 @@ class Tokens:
         path.chmod(0o600)
         # Looked at before it is read: a change in between is then seen the next time.
         self._seen = self._look()
+        self._is_failure_told = False
         self._take(self._file.read())
 
     def lookup(self, token_id: str) -> Token | None:
@@ -54,18 +55,25 @@ class Tokens:
     def reread(self) -> bool:
         """Take what is in the file now. Returns whether it is something else than before.
 
-        A file that is damaged or gone changes nothing: whoever was let in by what it held stays,
-        and the log says so once.
+        A file that is damaged, gone or cannot be read changes nothing: whoever was let in by what
+        it held stays, and the log says so once. What could not be read is tried again each time,
+        as it may be a revocation.
         """
         seen = self._look()
         if seen == self._seen:
             return False
-        self._seen = seen
         try:
             content = self._file.read()
-        except (OSError, StorageError) as error:
+        except OSError as error:
+            if not self._is_failure_told:
+                log.error("the tokens that were read before stay in force: %s", error)
+            self._is_failure_told = True
+            return False
+        except StorageError as error:
+            self._seen = seen
             log.error("the tokens that were read before stay in force: %s", error)
             return False
+        self._seen, self._is_failure_told = seen, False
         if content.digest == self.digest:
             return False
         self._take(content)

@@ -30,9 +30,11 @@ from fanout.exceptions import (
     InvalidError,
     VersionError,
 )
+from fanout.filesystem import write_private
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import BlobExchange, FileBlobStore
 from fanout.protocol.join import JoinString
+from fanout.protocol.tls import CertificateError
 from fanout.protocol.transport import Transport, connect
 from fanout.remote_errors import encode_error
 from fanout_worker import process
@@ -116,6 +118,8 @@ class Daemon:
         #: Since when the worker is not among the scheduler's; people were told.
         self._lost_at: float | None = None
         self._goodbye = ""
+        #: Why the scheduler refused it the last time, as people were told.
+        self._refusal = ""
         #: Whether people know that it cannot be reached now.
         self._is_absence_told = False
         self._exit_code = 0
@@ -160,12 +164,8 @@ class Daemon:
                     handler=self._open,
                 )
             except (AuthError, VersionError, InvalidError) as error:
-                if not self._was_accepted:
-                    logger.error("the scheduler refuses this worker: %s", error)
-                    self._exit_code = 1
-                    self._leave.set()
+                if self._on_refused(error):
                     return
-                logger.warning("= the scheduler refuses this worker: %s", error)
             except ConnectionError as error:
                 self._tell(not self._is_absence_told, "= %s; trying again", error)
                 self._is_absence_told = True
@@ -179,6 +179,33 @@ class Daemon:
             # Workers of one scheduler must not come back all at the same moment.
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
             delay_s = min(RECONNECT_DELAY_MAX_S, 2 * delay_s)
+
+    def _on_refused(self, error: Exception) -> bool:
+        """Whether that was the last word. It is not where somebody else has answered, whom another
+        certificate gives away, nor where the scheduler may come back in another version, nor for
+        an embedded worker, which finds the token of the day in the home."""
+        is_final = isinstance(error, AuthError) and not isinstance(error, CertificateError)
+        if not self._was_accepted:
+            logger.error("the scheduler refuses this worker: %s", error)
+            self._exit_code = 1
+            self._leave.set()
+            return True
+        if is_final and not self._options.is_embedded:
+            token_id = self._options.join.token_id
+            self._end_revoked(f"the token {token_id} is not taken any more: {error}")
+            return True
+        if str(error) != self._refusal:
+            self._refusal = str(error)
+            logger.warning("= the scheduler refuses this worker: %s; trying again", error)
+        return False
+
+    def _end_revoked(self, text: str) -> None:
+        """Its token is void. It would be refused for ever, and what its containers do is done by
+        others."""
+        logger.error("the scheduler ends this worker: %s", text)
+        self._is_revoked = True
+        self._exit_code = 1
+        self._leave.set()
 
     def _join(self) -> JoinString:
         """Where the scheduler is. An embedded one that was started anew has another port."""
@@ -226,7 +253,7 @@ class Daemon:
         self._transport = transport
         self._unreachable_since = None
         self._is_absence_told = False
-        self._goodbye = ""
+        self._goodbye = self._refusal = ""
         self._is_writable = True
         self._exchange = BlobExchange(
             self._store,
@@ -270,7 +297,7 @@ class Daemon:
             self._options.join.port,
             error or self._goodbye or "closed in order",
         )
-        if self._lost_at is None:
+        if self._was_accepted and self._lost_at is None:
             self._lost_at = self._loop.time()
         self._transport = None
         if self._exchange is not None:
@@ -305,12 +332,7 @@ class Daemon:
         logger.info("= the scheduler says goodbye: %s", message.text)
         self._goodbye = message.text
         if message.code == "auth":
-            # Its token was revoked. It would be refused for ever, and what its containers do is
-            # done by others.
-            logger.error("the scheduler ends this worker: %s", message.text)
-            self._is_revoked = True
-            self._exit_code = 1
-            self._leave.set()
+            self._end_revoked(message.text)
         elif message.code == "shutdown" and self._options.is_embedded:
             self._leave.set()
 
@@ -504,7 +526,4 @@ class Daemon:
             "name": self._options.name,
         }
         path = self._options.home / "worker.json"
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(record))
-        draft.chmod(0o600)
-        draft.rename(path)
+        write_private(path, json.dumps(record).encode(), must_last=False)
