@@ -17,6 +17,8 @@ import signal
 import sys
 import time
 
+#: How long who forks on and leaves its sessions is looked for.
+_ROUNDS_TIMEOUT_S = 1.0
 #: Those that were killed die at once, but for one that the kernel keeps waiting for a disk.
 _EMPTY_TIMEOUT_S = 5.0
 _EMPTY_INTERVAL_S = 0.005
@@ -42,19 +44,26 @@ def is_marked(pid: int, marks: list[bytes]) -> bool:
     return False
 
 
-def kill_all(sessions: set[int], marks: list[bytes]) -> bool:
-    """SIGKILL the members of sessions, and the marked. Returns whether there were any."""
-    is_found = False
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
-        try:
-            if os.getsid(int(name)) in sessions or is_marked(int(name), marks):
-                os.kill(int(name), signal.SIGKILL)
-                is_found = True
-        except OSError:
-            continue
-    return is_found
+def kill_all(sessions: set[int], marks: list[bytes]) -> None:
+    """SIGKILL the members of sessions, and the marked.
+
+    One that forks on is dead when it is looked at, and only its successor is left. So there are
+    rounds while there are processes that the one before has not seen.
+    """
+    deadline = time.monotonic() + _ROUNDS_TIMEOUT_S
+    seen: set[int] = set()
+    while True:
+        pids = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
+        if pids <= seen or time.monotonic() > deadline:
+            return
+        # The newest first: it is the one that can be expected to live still.
+        for pid in sorted(pids, reverse=True):
+            try:
+                if os.getsid(pid) in sessions or is_marked(pid, marks):
+                    os.kill(pid, signal.SIGKILL)
+            except OSError:
+                continue
+        seen = pids
 
 
 def end_group(folder: str) -> None:
@@ -101,10 +110,7 @@ def main(descriptor: int, folder: str, daemon_pid: int, group: str) -> None:
     if group:
         end_group(group)
     if pids:
-        # A dying parent may have forked once more; two rounds see to that.
-        for _ in range(3):
-            if not kill_all(pids, [mark_of(daemon_pid).encode()]):
-                break
+        kill_all(pids, [mark_of(daemon_pid).encode()])
     remove_folder(folder)
 
 

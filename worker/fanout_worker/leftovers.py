@@ -17,11 +17,21 @@ import contextlib
 import logging
 import os
 import signal
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from fanout_worker import guardian, process
 
 logger = logging.getLogger("fanout.worker")
+
+#: A dead container is remembered so long, and on while there is something to reap: what it left may
+#: come to this process late, when its own parent dies.
+_GRAVE_S = 1.0
+#: But no longer than that, if it is the orphans of others that are reaped all the time.
+_GRAVE_S_MAX = 30.0
+#: Rounds of a sweep end after this, as the daemon's loop waits for them.
+_ROUNDS_TIMEOUT_S = 0.01
 
 
 def mark_of(container_id: int) -> str:
@@ -66,6 +76,15 @@ def _own_group() -> Path | None:
     return None
 
 
+@dataclass(slots=True)
+class _Grave:
+    """A dead container, and by what that which it left is known."""
+
+    session: int
+    mark: bytes
+    buried_at: float
+
+
 class Leftovers:
     """Of the containers of one daemon.
 
@@ -80,8 +99,7 @@ class Leftovers:
         # Orphans of others come to the first process of a system (of a Docker container, say), and
         # to one that a script has become by `exec` after it started something else.
         self._has_only_ours = is_reaper and os.getpid() != 1 and not process.children()
-        self._sessions: set[int] = set()
-        self._marks: list[bytes] = []
+        self._graves: list[_Grave] = []
         # What has died shows no mark any more, and is to be waited for.
         self._killed: set[int] = set()
 
@@ -91,42 +109,55 @@ class Leftovers:
 
     def bury(self, pid: int, container_id: int) -> None:
         """This container is dead, so what it started has to go."""
-        self._sessions.add(pid)
-        self._marks.append(mark_of(container_id).encode())
+        mark = mark_of(container_id).encode()
+        self._graves.append(_Grave(pid, mark, time.monotonic()))
 
     def sweep(self, known: set[int], is_alone: bool) -> bool:
         """Kill what is left of the dead, and reap what has died. Returns whether to come again.
+
+        Who forks and exits may be dead when it is looked at, and show nothing of where it came
+        from; what it forked is there by then, and found by another round. So there are rounds
+        while there is something to kill or to reap.
 
         Args:
             known: children of this process that are not orphans.
             is_alone: no container lives or is about to, so every orphan is one of the dead.
         """
-        is_left = False
+        start = now = time.monotonic()
+        is_changed = False
+        while now < start + _ROUNDS_TIMEOUT_S:
+            if not self._sweep_round(known, is_alone):
+                break
+            is_changed = True
+            now = time.monotonic()
+        self._forget(is_changed, start)
+        return is_changed or bool(self._graves or self._killed)
+
+    def _sweep_round(self, known: set[int], is_alone: bool) -> bool:
+        """Returns whether anything was killed or reaped that another round may follow from."""
+        is_changed = False
         if is_alone:
             for pid in self._members() - known:
-                is_left = True
-                self._kill(pid)
-        for pid in process.children():
+                is_changed |= self._kill(pid)
+        # The newest first: it is the one that can be expected to live still.
+        for pid in reversed(process.children()):
             if pid in known:
                 continue
             with contextlib.suppress(OSError):
-                is_dead_ones = (
-                    (is_alone and self._has_only_ours)
-                    or pid in self._killed
-                    or self._is_of_dead(pid)
-                )
-                if is_dead_ones:
-                    for number in (*process.descendants(pid), pid):
-                        self._kill(number)
-                elif not self._is_reaper:
-                    continue
-                is_gone = os.waitpid(pid, os.WNOHANG)[0] == pid
-                is_left = is_left or (is_dead_ones and not is_gone)
-        if not is_left:
-            self._sessions.clear()
-            self._marks.clear()
-            self._killed.clear()
-        return is_left
+                if self._is_reaper and self._reap(pid):
+                    is_changed = True
+                elif (is_alone and self._has_only_ours) or self._is_of_dead(pid):
+                    # Itself before those below it, lest it starts more of them.
+                    for number in (pid, *process.descendants(pid)):
+                        is_changed |= self._kill(number)
+                    is_changed |= self._reap(pid)
+        return is_changed
+
+    def _forget(self, is_changed: bool, now: float) -> None:
+        """Forget who is gone, and the dead whose leftovers can be expected to be."""
+        self._killed = {pid for pid in self._killed if os.path.exists(f"/proc/{pid}")}
+        age_s = _GRAVE_S_MAX if is_changed or self._killed else _GRAVE_S
+        self._graves = [grave for grave in self._graves if now < grave.buried_at + age_s]
 
     def _members(self) -> set[int]:
         """Who is in the control group: templates and all that comes from them."""
@@ -137,12 +168,27 @@ class Leftovers:
         except OSError:
             return set()
 
-    def _kill(self, pid: int) -> None:
+    def _kill(self, pid: int) -> bool:
+        """Returns whether it is the first time."""
+        is_first = pid not in self._killed
         self._killed.add(pid)
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+        return is_first
+
+    def _reap(self, pid: int) -> bool:
+        is_gone = os.waitpid(pid, os.WNOHANG)[0] == pid
+        if is_gone:
+            self._killed.discard(pid)
+        return is_gone
 
     def _is_of_dead(self, pid: int) -> bool:
-        if not self._marks:
+        if pid in self._killed:
+            return True
+        if not self._graves:
             return False
-        return os.getsid(pid) in self._sessions or guardian.is_marked(pid, self._marks)
+        session = os.getsid(pid)
+        marks = [grave.mark for grave in self._graves]
+        return any(grave.session == session for grave in self._graves) or guardian.is_marked(
+            pid, marks
+        )

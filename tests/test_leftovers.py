@@ -1,0 +1,122 @@
+"""What dead containers leave running is found, also if it forks on and exits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+from tests.conftest import TIMEOUT_FACTOR
+
+#: A daemon of its own: whoever adopts and reaps orphans cannot be the process that runs tests.
+PREFACE = """
+import os, signal, subprocess, sys, time
+from fanout_worker import guardian, leftovers, process
+
+def start_dead(code, mark):
+    variables = dict(os.environ, FANOUT_CONTAINER_MARK=mark)
+    command = [sys.executable, "-c", "import os, time, sys\\n" + code]
+    return subprocess.Popen(command, env=variables, start_new_session=True, stdout=subprocess.PIPE)
+
+def is_alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+def until(predicate, timeout_s):
+    deadline = time.monotonic() + timeout_s
+    while not predicate():
+        assert time.monotonic() < deadline, "in time"
+        os.sched_yield()
+
+FORK_ON = '''
+end = time.monotonic() + 20
+while time.monotonic() < end:
+    if os.fork(): os._exit(0)
+    os.setsid()
+'''
+"""
+
+
+def run_daemon(code: str, timeout_s: float = 30.0) -> None:
+    """Execute code as a daemon would that has no other children."""
+    script = textwrap.dedent(PREFACE) + textwrap.dedent(code)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s * TIMEOUT_FACTOR,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_child_of_one_that_was_dead_already_when_it_was_looked_at_is_found() -> None:
+    run_daemon("""
+        process.adopt_orphans(True)
+        left = leftovers.Leftovers(True)
+        mark = leftovers.mark_of(7)
+        code = '''
+        first = os.fork()
+        if first == 0:
+            os.setsid()
+            second = os.fork()
+            if second == 0:
+                os.setsid()
+                time.sleep(60)
+            print(os.getpid(), second, flush=True)
+            os._exit(0)
+        os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+        '''
+        import textwrap
+        dead = start_dead(textwrap.dedent(code), mark)
+        first, second = map(int, dead.stdout.readline().split())
+        dead.wait()
+        until(lambda: {first, second} <= set(process.children()), 5)
+        # It was alive when the children were asked for, and is not when it is looked at.
+        shown = [[first]]
+        really = process.children
+        process.children = lambda pid="self": shown.pop() if shown else really(pid)
+        left.bury(dead.pid, 7)
+        # A container lives, so not all orphans are of the dead one.
+        left.sweep(set(), is_alone=False)
+        until(lambda: left.sweep(set(), is_alone=False) or not is_alive(second), 5)
+        until(lambda: not is_alive(second), 5)
+    """)
+
+
+def test_one_that_forks_on_and_on_and_leaves_its_sessions_is_caught() -> None:
+    run_daemon("""
+        process.adopt_orphans(True)
+        left = leftovers.Leftovers(True)
+        for number in range(3):
+            dead = start_dead(FORK_ON, leftovers.mark_of(number))
+            dead.wait()
+            left.bury(dead.pid, number)
+            while left.sweep(set(), is_alone=False):
+                time.sleep(0.01)
+            assert process.children() == []
+            time.sleep(0.2)
+            assert process.children() == []
+    """)
+
+
+def test_without_control_groups_the_guardian_catches_one_that_forks_on() -> None:
+    run_daemon("""
+        process.adopt_orphans(True)
+        mark = leftovers.mark_of(7)
+        dead = start_dead(FORK_ON, mark)
+        dead.wait()
+        reader, writer = os.pipe()
+        os.write(writer, b"+%d\\n" % dead.pid)
+        os.close(writer)
+        guardian.main(reader, "", os.getpid(), "")
+        deadline = time.monotonic() + 2
+        while process.children():
+            try:
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            except ChildProcessError:
+                break
+            assert time.monotonic() < deadline, process.children()
+    """)
