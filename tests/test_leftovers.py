@@ -5,8 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
-from tests.conftest import TIMEOUT_FACTOR
+import pytest
+
+from fanout_worker import guardian, leftovers
+from tests.conftest import TIMEOUT_FACTOR, poll_until
 
 #: A daemon of its own: whoever adopts and reaps orphans cannot be the process that runs tests.
 PREFACE = """
@@ -120,3 +126,46 @@ def test_without_control_groups_the_guardian_catches_one_that_forks_on() -> None
                 break
             assert time.monotonic() < deadline, process.children()
     """)
+
+
+# --- control groups -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    made = leftovers.make_group()
+    if made is None:
+        pytest.skip("no control groups here")
+    yield made
+    guardian.end_group(str(made))
+
+
+def start_in(folder: Path) -> subprocess.Popen[bytes]:
+    """Have a group below, with one process in it that has left its session."""
+    folder.mkdir(parents=True)
+    process = subprocess.Popen(["/bin/sleep", "60"], start_new_session=True)
+    (folder / "cgroup.procs").write_text(str(process.pid))
+    return process
+
+
+def test_a_group_goes_with_those_that_user_code_made_in_it(group: Path) -> None:
+    process = start_in(group / "of-user" / "code")
+    start = time.monotonic()
+    guardian.end_group(str(group))
+    assert process.wait() < 0
+    assert not group.exists()
+    assert time.monotonic() - start < 2 * TIMEOUT_FACTOR
+
+
+def test_after_the_last_container_nothing_is_left_in_a_group_that_user_code_made(
+    group: Path,
+) -> None:
+    process = start_in(group / "of-user" / "code")
+    left = leftovers.Leftovers(is_reaper=False)
+    left.group = group
+    left.sweep(set(), is_alone=False)
+    assert process.poll() is None, "a container lives, which may have started it"
+    left.sweep(set(), is_alone=True)
+    assert process.wait() < 0
+    poll_until(lambda: not left.sweep(set(), is_alone=True), "all is swept")
+    assert [path for path in group.iterdir() if path.is_dir()] == []

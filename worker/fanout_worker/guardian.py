@@ -67,21 +67,28 @@ def kill_all(sessions: set[int], marks: list[bytes]) -> None:
 
 
 def end_group(folder: str) -> None:
-    """Kill all that is in a control group, and remove it."""
+    """Kill all that is in a control group, and remove it with the groups that user code has made
+    in it."""
     try:
         with open(os.path.join(folder, "cgroup.kill"), "w") as file:
             file.write("1")
     except OSError:
         return
     deadline = time.monotonic() + _EMPTY_TIMEOUT_S
-    while time.monotonic() < deadline:
+    while not remove_group(folder) and time.monotonic() < deadline:
+        # Not all have died yet.
+        time.sleep(_EMPTY_INTERVAL_S)
+
+
+def remove_group(folder: str) -> bool:
+    """Remove a control group and those below it. Returns whether it is gone; a group that somebody
+    is in stays."""
+    for path, _, _ in os.walk(folder, topdown=False):
         try:
-            os.rmdir(folder)
+            os.rmdir(path)
         except OSError:
-            # Not all have died yet.
-            time.sleep(_EMPTY_INTERVAL_S)
-        else:
-            return
+            continue
+    return not os.path.exists(folder)
 
 
 def main(descriptor: int, folder: str, daemon_pid: int, group: str) -> None:

@@ -137,6 +137,7 @@ class Leftovers:
         """Returns whether anything was killed or reaped that another round may follow from."""
         is_changed = False
         if is_alone:
+            self._end_subgroups()
             for pid in self._members() - known:
                 is_changed |= self._kill(pid)
         # The newest first: it is the one that can be expected to live still.
@@ -158,6 +159,15 @@ class Leftovers:
         self._killed = {pid for pid in self._killed if os.path.exists(f"/proc/{pid}")}
         age_s = _GRAVE_S_MAX if is_changed or self._killed else _GRAVE_S
         self._graves = [grave for grave in self._graves if now < grave.buried_at + age_s]
+
+    def _end_subgroups(self) -> None:
+        """End the groups that user code has made in ours: no template is in one."""
+        if self.group is None:
+            return
+        with contextlib.suppress(OSError):
+            for folder in [entry.path for entry in os.scandir(self.group) if entry.is_dir()]:
+                Path(folder, "cgroup.kill").write_text("1")
+                guardian.remove_group(folder)
 
     def _members(self) -> set[int]:
         """Who is in the control group: templates and all that comes from them."""
