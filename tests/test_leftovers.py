@@ -61,7 +61,7 @@ def test_the_child_of_one_that_was_dead_already_when_it_was_looked_at_is_found()
     run_daemon("""
         process.adopt_orphans(True)
         left = leftovers.Leftovers(True)
-        mark = leftovers.mark_of(7)
+        mark = left.mark_of(7)
         code = '''
         first = os.fork()
         if first == 0:
@@ -96,7 +96,7 @@ def test_one_that_forks_on_and_on_and_leaves_its_sessions_is_caught() -> None:
         process.adopt_orphans(True)
         left = leftovers.Leftovers(True)
         for number in range(3):
-            dead = start_dead(FORK_ON, leftovers.mark_of(number))
+            dead = start_dead(FORK_ON, left.mark_of(number))
             dead.wait()
             left.bury(dead.pid, number)
             while left.sweep(set(), is_alone=False):
@@ -110,13 +110,14 @@ def test_one_that_forks_on_and_on_and_leaves_its_sessions_is_caught() -> None:
 def test_without_control_groups_the_guardian_catches_one_that_forks_on() -> None:
     run_daemon("""
         process.adopt_orphans(True)
-        mark = leftovers.mark_of(7)
+        left = leftovers.Leftovers(True)
+        mark = left.mark_of(7)
         dead = start_dead(FORK_ON, mark)
         dead.wait()
         reader, writer = os.pipe()
         os.write(writer, b"+%d\\n" % dead.pid)
         os.close(writer)
-        guardian.main(reader, "", os.getpid(), "")
+        guardian.main(reader, "", left.mark, "")
         deadline = time.monotonic() + 2
         while process.children():
             try:
@@ -133,7 +134,7 @@ def test_without_control_groups_the_guardian_catches_one_that_forks_on() -> None
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    made = leftovers.make_group()
+    made = leftovers.make_group("test")
     if made is None:
         pytest.skip("no control groups here")
     yield made
@@ -169,3 +170,27 @@ def test_after_the_last_container_nothing_is_left_in_a_group_that_user_code_made
     assert process.wait() < 0
     poll_until(lambda: not left.sweep(set(), is_alone=True), "all is swept")
     assert [path for path in group.iterdir() if path.is_dir()] == []
+
+
+def test_daemons_of_one_number_share_neither_group_nor_mark() -> None:
+    first, second = leftovers.Leftovers(is_reaper=False), leftovers.Leftovers(is_reaper=False)
+    try:
+        first.open()
+        second.open()
+        assert first.mark_of(1) != second.mark_of(1)
+        assert first.group is None or first.group != second.group
+    finally:
+        for made in filter(None, (first.group, second.group)):
+            made.rmdir()
+
+
+def test_members_that_cannot_be_seen_from_here_get_no_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr("os.kill", lambda pid, number: killed.append(pid))
+    (tmp_path / "cgroup.procs").write_text("0\n0\n")
+    left = leftovers.Leftovers(is_reaper=False)
+    left.group = tmp_path
+    left.sweep(set(), is_alone=True)
+    assert killed == []

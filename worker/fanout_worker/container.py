@@ -22,7 +22,7 @@ from fanout.exceptions import ContainerStartError, ProtocolError
 from fanout.protocol import messages as m
 from fanout.remote_errors import encode_error
 from fanout_worker import channel as ch
-from fanout_worker import leftovers, outcome, process, resources, shared
+from fanout_worker import outcome, process, resources, shared
 from fanout_worker.concurrent import ConcurrentWay
 from fanout_worker.environment import Launch, plan_launch, start_info
 from fanout_worker.host import Host
@@ -57,7 +57,7 @@ class Container:
         self._leave_grace_s = host.settings.kill_grace_s
         if message.options.get("methods") is not None:
             self._leave_grace_s = max(self._leave_grace_s, host.settings.exit_grace_s)
-        self.memory = shared.SharedMemory.create(leftovers.mark_of(container_id))
+        self.memory = shared.SharedMemory.create(host.leftovers.mark_of(container_id))
         try:
             self.wire = Wire(host.loop, self.drain)
         except OSError:
@@ -105,7 +105,7 @@ class Container:
             # Leases and a stop may have been ordered meanwhile; they come behind it.
             info = start_info(launch, self.host.settings, self._message)
             info |= {"container_id": self.container_id, "secret": self.secret}
-            info |= {"mark": leftovers.mark_of(self.container_id)}
+            info |= {"mark": self.host.leftovers.mark_of(self.container_id)}
             payload = self._message.payload
             self.wire.open([ch.prefix(ch.START, info, payload_size=len(payload)), payload])
         except Exception as error:

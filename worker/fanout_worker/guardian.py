@@ -24,11 +24,6 @@ _EMPTY_TIMEOUT_S = 5.0
 _EMPTY_INTERVAL_S = 0.005
 
 
-def mark_of(daemon_pid: int) -> str:
-    """What the marks of all containers of a daemon begin with."""
-    return f"fanout-container-{daemon_pid}-"
-
-
 def is_marked(pid: int, marks: list[bytes]) -> bool:
     """Whether a process shows one of these marks. The memory that a container shares with its
     daemon is named by its mark, and a fork has that too; a program has the mark in its
@@ -91,12 +86,13 @@ def remove_group(folder: str) -> bool:
     return not os.path.exists(folder)
 
 
-def main(descriptor: int, folder: str, daemon_pid: int, group: str) -> None:
+def main(descriptor: int, folder: str, mark: str, group: str) -> None:
     """Wait for the end of the daemon.
 
     Args:
         descriptor: of the pipe.
         folder: of the daemon's unix socket; "" if it has none.
+        mark: what the marks of its containers begin with.
         group: the control group that its containers are in; "" if they are in none.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -117,7 +113,7 @@ def main(descriptor: int, folder: str, daemon_pid: int, group: str) -> None:
     if group:
         end_group(group)
     if pids:
-        kill_all(pids, [mark_of(daemon_pid).encode()])
+        kill_all(pids, [mark.encode()])
     remove_folder(folder)
 
 
@@ -133,4 +129,4 @@ def remove_folder(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    main(int(sys.argv[1]), *sys.argv[2:5])

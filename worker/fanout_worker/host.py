@@ -200,7 +200,7 @@ class Host:
                 guardian.__file__,
                 str(reader),
                 folder,
-                str(os.getpid()),
+                self.leftovers.mark,
                 str(self.leftovers.group or ""),
             ],  # fmt: skip
             stdin=subprocess.DEVNULL,

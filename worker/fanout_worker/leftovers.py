@@ -34,19 +34,14 @@ _GRAVE_S_MAX = 30.0
 _ROUNDS_TIMEOUT_S = 0.01
 
 
-def mark_of(container_id: int) -> str:
-    """By which what a container of this daemon starts is known; see `guardian.is_marked`."""
-    return f"{guardian.mark_of(os.getpid())}{container_id}-"
-
-
-def make_group() -> Path | None:
+def make_group(name: str) -> Path | None:
     """A control group for the containers of this daemon, None where there can be none."""
     folder = _own_group()
     if folder is None:
         return None
-    made = folder / f"fanout-worker-{os.getpid()}"
+    made = folder / f"fanout-worker-{name}"
     try:
-        made.mkdir(exist_ok=True)
+        made.mkdir()
     except OSError as error:
         logger.info("= no control groups for containers: %s", error)
         return None
@@ -94,6 +89,9 @@ class Leftovers:
     """
 
     def __init__(self, is_reaper: bool) -> None:
+        # The number alone can be another daemon's: of another namespace that shares `/proc` or the
+        # control group with this one.
+        self._name = f"{os.getpid()}-{os.urandom(8).hex()}"
         self.group: Path | None = None
         self._is_reaper = is_reaper
         # Orphans of others come to the first process of a system (of a Docker container, say), and
@@ -105,11 +103,20 @@ class Leftovers:
 
     def open(self) -> None:
         """Make what templates are put into."""
-        self.group = make_group()
+        self.group = make_group(self._name)
+
+    @property
+    def mark(self) -> str:
+        """What the marks of all containers of this daemon begin with."""
+        return f"fanout-container-{self._name}-"
+
+    def mark_of(self, container_id: int) -> str:
+        """By which what a container of this daemon starts is known; see `guardian.is_marked`."""
+        return f"{self.mark}{container_id}-"
 
     def bury(self, pid: int, container_id: int) -> None:
         """This container is dead, so what it started has to go."""
-        mark = mark_of(container_id).encode()
+        mark = self.mark_of(container_id).encode()
         self._graves.append(_Grave(pid, mark, time.monotonic()))
 
     def sweep(self, known: set[int], is_alone: bool) -> bool:
@@ -174,9 +181,11 @@ class Leftovers:
         if self.group is None:
             return set()
         try:
-            return set(map(int, (self.group / "cgroup.procs").read_text().split()))
+            pids = set(map(int, (self.group / "cgroup.procs").read_text().split()))
         except OSError:
             return set()
+        # 0 is one whom this namespace does not see; to a signal it would mean our own group.
+        return pids - {0}
 
     def _kill(self, pid: int) -> bool:
         """Returns whether it is the first time."""
