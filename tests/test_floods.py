@@ -151,6 +151,28 @@ async def test_of_a_flood_passages_pass_and_the_rest_is_counted_before_the_outpu
         assert 1 <= notices <= took_s * LOG_RATE_BYTES / RESUME_BYTES + 2
 
 
+async def test_what_was_dropped_is_told_although_nothing_follows() -> None:
+    async with containers() as kit:
+        container = await kit.start(
+            """
+            import os
+            def f(path):
+                for _ in range(6000): print("x" * 999)
+                while not os.path.exists(path): pass
+            """
+        )
+        path = kit.folder / "go"
+        container.give(lease_of([(str(path),)]))
+
+        def is_all_told() -> bool:
+            dropped = noticed_bytes(kit.events.text(m.Source.SYSTEM))
+            return len(kit.events.text(m.Source.STDOUT)) + dropped == 6_000_000
+
+        await kit.until(is_all_told, "all that was dropped is told")
+        path.touch()
+        await kit.outputs(1)
+
+
 async def test_inputs_that_print_too_much_have_not_a_notice_each() -> None:
     async with containers() as kit:
         container = await kit.start("def f(x): print('x' * 20_000)\n")

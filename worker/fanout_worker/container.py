@@ -26,7 +26,7 @@ from fanout_worker import outcome, process, resources, shared
 from fanout_worker.concurrent import ConcurrentWay
 from fanout_worker.environment import Launch, plan_launch, start_info
 from fanout_worker.host import Host
-from fanout_worker.logs import NOTICE_RATE, LogJoiner, LogMeter, Writer
+from fanout_worker.logs import NOTICE_DELAY_S, NOTICE_RATE, LogJoiner, LogMeter, Writer
 from fanout_worker.pipes import Pipes
 from fanout_worker.serial import SerialWay
 from fanout_worker.ways import Way
@@ -317,10 +317,14 @@ class Container:
             self._add_text((source, call_id, index), payload)
         else:
             self._dropped_of = call_id, index
+            if self._notice_timer is None:
+                self._tell_dropped_in(NOTICE_DELAY_S)
 
     def _tell_dropped(self, is_due: bool) -> None:
         notice = self._meter.take_notice(self.host.loop.time(), is_due)
         if notice:
+            self._cancel(self._notice_timer)
+            self._notice_timer = None
             self._joiner.release(self.host.loop.time())
             self._emit_text((m.Source.SYSTEM, *self._dropped_of), notice)
 
@@ -345,8 +349,14 @@ class Container:
         self._joiner.release(loop.time())
         if self._meter.has_dropped:
             self._tell_dropped(is_due=False)
-            if self._meter.has_dropped and self._notice_timer is None:
-                self._notice_timer = loop.call_later(1 / NOTICE_RATE, self._on_notice_due)
+            if self._meter.has_dropped:
+                self._tell_dropped_in(1 / NOTICE_RATE)
+
+    def _tell_dropped_in(self, delay_s: float) -> None:
+        due = self.host.loop.time() + delay_s
+        if self._notice_timer is None or due < self._notice_timer.when():
+            self._cancel(self._notice_timer)
+            self._notice_timer = self.host.loop.call_at(due, self._on_notice_due)
 
     def _on_notice_due(self) -> None:
         self._notice_timer = None

@@ -13,6 +13,9 @@ LOG_RATE_BYTES = 1 << 20
 RESUME_BYTES = LOG_RATE_BYTES // 4
 #: Notices a second of what was dropped, where inputs end quickly and each would have one.
 NOTICE_RATE = 8
+#: A notice is told by then, where nothing follows upon what was dropped. In a flood text passes
+#: again before that, and its notice with it.
+NOTICE_DELAY_S = 2 * RESUME_BYTES / LOG_RATE_BYTES
 
 #: Text that follows upon text of the same input so quickly is passed on together with more of it.
 JOIN_DELAY_S = 0.02
