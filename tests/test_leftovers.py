@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -127,6 +128,24 @@ def test_without_control_groups_the_guardian_catches_one_that_forks_on() -> None
                 break
             assert time.monotonic() < deadline, process.children()
     """)
+
+
+def test_what_cannot_be_killed_is_looked_at_ever_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("os.kill", refuse)
+    # A program of another user, say, that is in our group.
+    (tmp_path / "cgroup.procs").write_text(f"{os.getppid()}\n")
+    left = leftovers.Leftovers(is_reaper=False)
+    left.group = tmp_path
+    delays = [left.sweep(set(), is_alone=True) for _ in range(12)]
+    assert delays[0] < 0.1 < 2 < delays[-1] < 10
+    assert delays == sorted(delays)
+    left.bury(os.getppid(), 1)
+    assert left.sweep(set(), is_alone=False) == delays[0]
 
 
 # --- control groups -------------------------------------------------------------------------------

@@ -30,6 +30,9 @@ logger = logging.getLogger("fanout.worker")
 _GRAVE_S = 1.0
 #: But no longer than that, if it is the orphans of others that are reaped all the time.
 _GRAVE_S_MAX = 30.0
+#: Between two sweeps: at first, and at most, where something cannot be killed.
+_INTERVAL_S = 0.05
+_INTERVAL_S_MAX = 4.0
 #: Rounds of a sweep end after this, as the daemon's loop waits for them.
 _ROUNDS_TIMEOUT_S = 0.01
 
@@ -100,6 +103,7 @@ class Leftovers:
         self._graves: list[_Grave] = []
         # What has died shows no mark any more, and is to be waited for.
         self._killed: set[int] = set()
+        self._interval_s = _INTERVAL_S
 
     def open(self) -> None:
         """Make what templates are put into."""
@@ -117,10 +121,12 @@ class Leftovers:
     def bury(self, pid: int, container_id: int) -> None:
         """This container is dead, so what it started has to go."""
         mark = self.mark_of(container_id).encode()
+        self._interval_s = _INTERVAL_S
         self._graves.append(_Grave(pid, mark, time.monotonic()))
 
-    def sweep(self, known: set[int], is_alone: bool) -> bool:
-        """Kill what is left of the dead, and reap what has died. Returns whether to come again.
+    def sweep(self, known: set[int], is_alone: bool) -> float:
+        """Kill what is left of the dead, and reap what has died. Returns in how many seconds to
+        come again; 0.0 for not at all.
 
         Who forks and exits may be dead when it is looked at, and show nothing of where it came
         from; what it forked is there by then, and found by another round. So there are rounds
@@ -138,7 +144,11 @@ class Leftovers:
             is_changed = True
             now = time.monotonic()
         self._forget(is_changed, start)
-        return is_changed or bool(self._graves or self._killed)
+        if not (is_changed or self._graves or self._killed):
+            return 0.0
+        delay_s = _INTERVAL_S if is_changed else self._interval_s
+        self._interval_s = min(2 * delay_s, _INTERVAL_S_MAX)
+        return delay_s
 
     def _sweep_round(self, known: set[int], is_alone: bool) -> bool:
         """Returns whether anything was killed or reaped that another round may follow from."""
