@@ -14,6 +14,7 @@ import pytest
 
 from fanout_worker import guardian, leftovers
 from tests.conftest import TIMEOUT_FACTOR, poll_until
+from tests.worker_kit import containers, lease_of
 
 #: A daemon of its own: whoever adopts and reaps orphans cannot be the process that runs tests.
 PREFACE = """
@@ -213,3 +214,40 @@ def test_members_that_cannot_be_seen_from_here_get_no_signal(
     left.group = tmp_path
     left.sweep(set(), is_alone=True)
     assert killed == []
+
+
+@pytest.mark.parametrize(
+    ("group", "root", "found"),
+    [
+        ("/", "/", "/mnt"),
+        ("/ab/c", "/", "/mnt/ab/c"),
+        ("/ab/c", "/ab", "/mnt/c"),
+        ("/ab", "/ab", "/mnt"),
+        ("/ab/c", "/a", None),
+        ("/../ab", "/", None),
+    ],
+)
+def test_own_group_is_seen_where_it_is_below_what_is_mounted(
+    group: str, root: str, found: str | None
+) -> None:
+    mounts = [
+        "25 1 0:5 / /mnt/proc rw - proc proc rw",
+        f"26 1 0:6 {root} /mnt rw,nosuid - cgroup2 cgroup2 rw",
+    ]
+    seen = leftovers._folder_of(Path(group), mounts)
+    assert seen == (Path(found) if found else None)
+
+
+async def test_a_group_that_nobody_can_be_put_into_is_said_once_and_done_without(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    async with containers() as daemon:
+        daemon.host.guard()
+        daemon.host.launcher.group = tmp_path / "gone"
+        for number in range(2):
+            container = await daemon.start("def f(): return 1\n", container_id=number)
+            container.give(lease_of([()], lease_id=number, start=number))
+        await daemon.outputs(2)
+        assert daemon.host.launcher.group is None
+    (record,) = [r for r in caplog.records if "in no control group" in r.message]
+    assert str(tmp_path / "gone") in record.message

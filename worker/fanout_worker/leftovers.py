@@ -63,14 +63,18 @@ def _own_group() -> Path | None:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
         return None
-    own = [line[3:] for line in groups if line.startswith("0::")]
+    own = [Path(line[3:]) for line in groups if line.startswith("0::")]
+    return _folder_of(own[0], mounts) if own else None
+
+
+def _folder_of(group: Path, mounts: list[str]) -> Path | None:
+    """Where a control group is seen, by the lines of `/proc/self/mountinfo`."""
     for line in mounts:
         fields, _, rest = line.partition(" - ")
-        if own and rest.startswith("cgroup2 "):
+        if rest.startswith("cgroup2 "):
             root, mount_point = fields.split(" ")[3:5]
-            if not own[0].startswith(root):
-                continue
-            return Path(mount_point, os.path.relpath(own[0], root))
+            if group.is_relative_to(root) and ".." not in group.parts:
+                return Path(mount_point) / group.relative_to(root)
     return None
 
 
