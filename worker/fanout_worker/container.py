@@ -259,10 +259,6 @@ class Container:
             self._is_kill_ordered = True
             self._kill()
 
-    def _cancel(self, timer: asyncio.TimerHandle | None) -> None:
-        if timer is not None:
-            timer.cancel()
-
     def take_all(self) -> None:
         """Read everything that is there, also while paused: the callers have to know it."""
         if self.is_over or self._fault:
@@ -284,7 +280,7 @@ class Container:
         self.release_text()
         if kind == ch.STARTED and not self.is_started:
             self.is_started = True
-            self._cancel(self._start_timer)
+            _cancel(self._start_timer)
             start_time_s = self.host.loop.time() - self._start_order_at
             self.host.events.container_started(self.container_id, self.pid, start_time_s)
             self._way.started()
@@ -323,7 +319,7 @@ class Container:
     def _tell_dropped(self, is_due: bool) -> None:
         notice = self._meter.take_notice(self.host.loop.time(), is_due)
         if notice:
-            self._cancel(self._notice_timer)
+            _cancel(self._notice_timer)
             self._notice_timer = None
             self._joiner.release(self.host.loop.time())
             self._emit_text((m.Source.SYSTEM, *self._dropped_of), notice)
@@ -332,7 +328,7 @@ class Container:
         loop = self.host.loop
         due = self._joiner.add(writer, data, loop.time())
         if due is None:
-            self._cancel(self._text_timer)
+            _cancel(self._text_timer)
             self._text_timer = None
         elif self._text_timer is None:
             self._text_timer = loop.call_at(due, self._on_text_due)
@@ -353,9 +349,12 @@ class Container:
                 self._tell_dropped_in(1 / NOTICE_RATE)
 
     def _tell_dropped_in(self, delay_s: float) -> None:
+        if self.is_over:
+            # Its exit tells.
+            return
         due = self.host.loop.time() + delay_s
         if self._notice_timer is None or due < self._notice_timer.when():
-            self._cancel(self._notice_timer)
+            _cancel(self._notice_timer)
             self._notice_timer = self.host.loop.call_at(due, self._on_notice_due)
 
     def _on_notice_due(self) -> None:
@@ -445,7 +444,7 @@ class Container:
         """Give back all that the container had of the daemon's."""
         self.is_over = True
         for timer in (self._start_timer, self._leave_timer, self._text_timer, self._notice_timer):
-            self._cancel(timer)
+            _cancel(timer)
         self._way.close()
         loop = self.host.loop
         self.wire.close()
@@ -459,3 +458,8 @@ class Container:
     def _remove_drafts(self, pid: int) -> None:
         for path in Path(self.host.settings.blob_folder).glob(f"*.{pid}-*.part"):
             path.unlink(missing_ok=True)
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
