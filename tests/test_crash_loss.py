@@ -174,7 +174,7 @@ def container_log(cluster: HandStarted, name: str) -> str:
 
 def has_groups() -> bool:
     """Whether a worker that is started here can have control groups."""
-    made = leftovers.make_group()
+    made = leftovers.make_group("test")
     if made is not None:
         made.rmdir()
     return made is not None

@@ -18,7 +18,14 @@ import pytest
 from fanout.config import WINDOW_BYTES
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import PeerId, PeerWritable
-from fanout_worker.logs import JOIN_DELAY_S, LOG_RATE_BYTES, NOTICE_RATE, RESUME_BYTES
+from fanout_worker.logs import (
+    JOIN_DELAY_S,
+    LOG_RATE_BYTES,
+    NOTICE_RATE,
+    RESUME_BYTES,
+    LogJoiner,
+    Writer,
+)
 from tests import behaviour_kit as kit
 from tests.conftest import TIMEOUT_FACTOR, Cluster, poll_until
 from tests.core_kit import Bench, ack
@@ -91,6 +98,32 @@ async def test_short_lines_leave_together_and_before_the_output() -> None:
         assert pieces <= took_s / JOIN_DELAY_S + 5, f"{pieces} in {took_s:.2f} s"
 
 
+def test_lines_of_inputs_that_run_at_once_leave_together_too() -> None:
+    passed: list[tuple[Writer, bytes]] = []
+    joiner = LogJoiner(lambda writer, data: passed.append((writer, data)))
+    first, second = ((int(m.Source.STDOUT), b"c" * 16, index) for index in range(2))
+    joiner.add(first, b"at once\n", 1.0)
+    assert passed == [(first, b"at once\n")]
+    for number in range(100):
+        joiner.add(second, b"%d\n" % number, 1.001)
+        joiner.add(first, b"%d\n" % number, 1.001)
+    joiner.release(1.02)
+    lines = b"".join(b"%d\n" % number for number in range(100))
+    assert passed[1:] == [(second, lines), (first, lines)]
+
+
+def test_the_streams_of_one_input_keep_their_order() -> None:
+    passed: list[bytes] = []
+    joiner = LogJoiner(lambda writer, data: passed.append(data))
+    printed = [b"%d\n" % number for number in range(20)]
+    for number, line in enumerate(printed):
+        source = int(m.Source.STDOUT if number % 3 else m.Source.STDERR)
+        joiner.add((source, b"c" * 16, 1), line, 1.0)
+        joiner.add((source, b"c" * 16, 2), b"", 1.0)
+    joiner.release(1.0)
+    assert b"".join(passed) == b"".join(printed)
+
+
 async def test_text_comes_before_the_output_of_its_input_however_quick_they_are() -> None:
     async with containers() as kit:
         # Around the text there is time for the daemon to look, and not enough to let go of it.
@@ -149,6 +182,28 @@ async def test_of_a_flood_passages_pass_and_the_rest_is_counted_before_the_outpu
         assert passed + noticed_bytes(kit.events.text(m.Source.SYSTEM)) == line_bytes * count
         notices = sum(log.source == m.Source.SYSTEM for log in kit.events.logs)
         assert 1 <= notices <= took_s * LOG_RATE_BYTES / RESUME_BYTES + 2
+
+
+async def test_what_was_dropped_is_told_although_nothing_follows() -> None:
+    async with containers() as kit:
+        container = await kit.start(
+            """
+            import os
+            def f(path):
+                for _ in range(6000): print("x" * 999)
+                while not os.path.exists(path): pass
+            """
+        )
+        path = kit.folder / "go"
+        container.give(lease_of([(str(path),)]))
+
+        def is_all_told() -> bool:
+            dropped = noticed_bytes(kit.events.text(m.Source.SYSTEM))
+            return len(kit.events.text(m.Source.STDOUT)) + dropped == 6_000_000
+
+        await kit.until(is_all_told, "all that was dropped is told")
+        path.touch()
+        await kit.outputs(1)
 
 
 async def test_inputs_that_print_too_much_have_not_a_notice_each() -> None:

@@ -355,6 +355,19 @@ def test_nothing_runs_before_anybody_asks(fanout_home: Path) -> None:
     assert not fanout_home.exists(), "looking must not make anything"
 
 
+def test_program_in_a_container_uses_daemons_that_run_and_starts_none(
+    fanout_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FANOUT_CONTAINER_MARK", "fanout-container-1-2-")
+    with pytest.raises(InvalidError, match="killed with the container. Set FANOUT_URL to "):
+        ensure_cluster()
+    assert not fanout_home.exists()
+    monkeypatch.delenv("FANOUT_CONTAINER_MARK")
+    join = ensure_cluster()
+    monkeypatch.setenv("FANOUT_CONTAINER_MARK", "fanout-container-1-2-")
+    assert ensure_cluster() == join
+
+
 def test_second_client_finds_what_the_first_one_started(fanout_home: Path) -> None:
     first = ensure_cluster()
     pids = pid_of("scheduler"), pid_of("worker")

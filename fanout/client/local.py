@@ -36,7 +36,7 @@ from fanout.client.home import (
     wait_until,
 )
 from fanout.client.process import end_daemon, launch, signal_daemon, wait_gone
-from fanout.exceptions import ConnectionError
+from fanout.exceptions import ConnectionError, InvalidError
 from fanout.protocol.join import JoinString
 
 if TYPE_CHECKING:
@@ -72,16 +72,29 @@ def ensure_cluster() -> JoinString:
 
     Raises:
         ConnectionError: a daemon did not become ready in time; holds the end of what it wrote.
-        InvalidError: the state folder cannot be used; says what to set.
+        InvalidError: the state folder cannot be used, or this is a program that a container has
+            started; says what to do.
     """
     home = home_folder()
     found = _find(home)
     if found is None:
+        _refuse_in_container()
         make_folder(home)
         deadline = time.monotonic() + START_TIMEOUT_S
         with StartLock(home, deadline):
             found = _find(home) or _start_missing(home, deadline)
     return JoinString.parse(found.client_join)
+
+
+def _refuse_in_container() -> None:
+    """Daemons are for all programs of their user, and what a container has started is killed when
+    the container ends."""
+    if "FANOUT_CONTAINER_MARK" in os.environ:
+        raise InvalidError(
+            f"a program that a fanout container has started cannot start fanout daemons in "
+            f"{home_folder()}, as they would be killed with the container. Set FANOUT_URL to a "
+            f"cluster's join string, or have the function itself make the calls"
+        )
 
 
 def ensure_worker() -> None:

@@ -22,11 +22,11 @@ from fanout.exceptions import ContainerStartError, ProtocolError
 from fanout.protocol import messages as m
 from fanout.remote_errors import encode_error
 from fanout_worker import channel as ch
-from fanout_worker import leftovers, outcome, process, resources, shared
+from fanout_worker import outcome, process, resources, shared
 from fanout_worker.concurrent import ConcurrentWay
 from fanout_worker.environment import Launch, plan_launch, start_info
 from fanout_worker.host import Host
-from fanout_worker.logs import NOTICE_RATE, LogJoiner, LogMeter, Writer
+from fanout_worker.logs import NOTICE_DELAY_S, NOTICE_RATE, LogJoiner, LogMeter, Writer
 from fanout_worker.pipes import Pipes
 from fanout_worker.serial import SerialWay
 from fanout_worker.ways import Way
@@ -57,7 +57,7 @@ class Container:
         self._leave_grace_s = host.settings.kill_grace_s
         if message.options.get("methods") is not None:
             self._leave_grace_s = max(self._leave_grace_s, host.settings.exit_grace_s)
-        self.memory = shared.SharedMemory.create(leftovers.mark_of(container_id))
+        self.memory = shared.SharedMemory.create(host.leftovers.mark_of(container_id))
         try:
             self.wire = Wire(host.loop, self.drain)
         except OSError:
@@ -105,7 +105,7 @@ class Container:
             # Leases and a stop may have been ordered meanwhile; they come behind it.
             info = start_info(launch, self.host.settings, self._message)
             info |= {"container_id": self.container_id, "secret": self.secret}
-            info |= {"mark": leftovers.mark_of(self.container_id)}
+            info |= {"mark": self.host.leftovers.mark_of(self.container_id)}
             payload = self._message.payload
             self.wire.open([ch.prefix(ch.START, info, payload_size=len(payload)), payload])
         except Exception as error:
@@ -259,10 +259,6 @@ class Container:
             self._is_kill_ordered = True
             self._kill()
 
-    def _cancel(self, timer: asyncio.TimerHandle | None) -> None:
-        if timer is not None:
-            timer.cancel()
-
     def take_all(self) -> None:
         """Read everything that is there, also while paused: the callers have to know it."""
         if self.is_over or self._fault:
@@ -284,7 +280,7 @@ class Container:
         self.release_text()
         if kind == ch.STARTED and not self.is_started:
             self.is_started = True
-            self._cancel(self._start_timer)
+            _cancel(self._start_timer)
             start_time_s = self.host.loop.time() - self._start_order_at
             self.host.events.container_started(self.container_id, self.pid, start_time_s)
             self._way.started()
@@ -317,10 +313,14 @@ class Container:
             self._add_text((source, call_id, index), payload)
         else:
             self._dropped_of = call_id, index
+            if self._notice_timer is None:
+                self._tell_dropped_in(NOTICE_DELAY_S)
 
     def _tell_dropped(self, is_due: bool) -> None:
         notice = self._meter.take_notice(self.host.loop.time(), is_due)
         if notice:
+            _cancel(self._notice_timer)
+            self._notice_timer = None
             self._joiner.release(self.host.loop.time())
             self._emit_text((m.Source.SYSTEM, *self._dropped_of), notice)
 
@@ -328,7 +328,7 @@ class Container:
         loop = self.host.loop
         due = self._joiner.add(writer, data, loop.time())
         if due is None:
-            self._cancel(self._text_timer)
+            _cancel(self._text_timer)
             self._text_timer = None
         elif self._text_timer is None:
             self._text_timer = loop.call_at(due, self._on_text_due)
@@ -345,8 +345,17 @@ class Container:
         self._joiner.release(loop.time())
         if self._meter.has_dropped:
             self._tell_dropped(is_due=False)
-            if self._meter.has_dropped and self._notice_timer is None:
-                self._notice_timer = loop.call_later(1 / NOTICE_RATE, self._on_notice_due)
+            if self._meter.has_dropped:
+                self._tell_dropped_in(1 / NOTICE_RATE)
+
+    def _tell_dropped_in(self, delay_s: float) -> None:
+        if self.is_over:
+            # Its exit tells.
+            return
+        due = self.host.loop.time() + delay_s
+        if self._notice_timer is None or due < self._notice_timer.when():
+            _cancel(self._notice_timer)
+            self._notice_timer = self.host.loop.call_at(due, self._on_notice_due)
 
     def _on_notice_due(self) -> None:
         self._notice_timer = None
@@ -435,7 +444,7 @@ class Container:
         """Give back all that the container had of the daemon's."""
         self.is_over = True
         for timer in (self._start_timer, self._leave_timer, self._text_timer, self._notice_timer):
-            self._cancel(timer)
+            _cancel(timer)
         self._way.close()
         loop = self.host.loop
         self.wire.close()
@@ -449,3 +458,8 @@ class Container:
     def _remove_drafts(self, pid: int) -> None:
         for path in Path(self.host.settings.blob_folder).glob(f"*.{pid}-*.part"):
             path.unlink(missing_ok=True)
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

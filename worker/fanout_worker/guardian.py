@@ -17,14 +17,11 @@ import signal
 import sys
 import time
 
+#: How long who forks on and leaves its sessions is looked for.
+_ROUNDS_TIMEOUT_S = 1.0
 #: Those that were killed die at once, but for one that the kernel keeps waiting for a disk.
 _EMPTY_TIMEOUT_S = 5.0
 _EMPTY_INTERVAL_S = 0.005
-
-
-def mark_of(daemon_pid: int) -> str:
-    """What the marks of all containers of a daemon begin with."""
-    return f"fanout-container-{daemon_pid}-"
 
 
 def is_marked(pid: int, marks: list[bytes]) -> bool:
@@ -42,45 +39,60 @@ def is_marked(pid: int, marks: list[bytes]) -> bool:
     return False
 
 
-def kill_all(sessions: set[int], marks: list[bytes]) -> bool:
-    """SIGKILL the members of sessions, and the marked. Returns whether there were any."""
-    is_found = False
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
-        try:
-            if os.getsid(int(name)) in sessions or is_marked(int(name), marks):
-                os.kill(int(name), signal.SIGKILL)
-                is_found = True
-        except OSError:
-            continue
-    return is_found
+def kill_all(sessions: set[int], marks: list[bytes]) -> None:
+    """SIGKILL the members of sessions, and the marked.
+
+    One that forks on is dead when it is looked at, and only its successor is left. So there are
+    rounds while there are processes that the one before has not seen.
+    """
+    deadline = time.monotonic() + _ROUNDS_TIMEOUT_S
+    seen: set[int] = set()
+    while True:
+        pids = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
+        if pids <= seen or time.monotonic() > deadline:
+            return
+        # The newest first: it is the one that can be expected to live still.
+        for pid in sorted(pids, reverse=True):
+            try:
+                if os.getsid(pid) in sessions or is_marked(pid, marks):
+                    os.kill(pid, signal.SIGKILL)
+            except OSError:
+                continue
+        seen = pids
 
 
 def end_group(folder: str) -> None:
-    """Kill all that is in a control group, and remove it."""
+    """Kill all that is in a control group, and remove it with the groups that user code has made
+    in it."""
     try:
         with open(os.path.join(folder, "cgroup.kill"), "w") as file:
             file.write("1")
     except OSError:
         return
     deadline = time.monotonic() + _EMPTY_TIMEOUT_S
-    while time.monotonic() < deadline:
+    while not remove_group(folder) and time.monotonic() < deadline:
+        # Not all have died yet.
+        time.sleep(_EMPTY_INTERVAL_S)
+
+
+def remove_group(folder: str) -> bool:
+    """Remove a control group and those below it. Returns whether it is gone; a group that somebody
+    is in stays."""
+    for path, _, _ in os.walk(folder, topdown=False):
         try:
-            os.rmdir(folder)
+            os.rmdir(path)
         except OSError:
-            # Not all have died yet.
-            time.sleep(_EMPTY_INTERVAL_S)
-        else:
-            return
+            continue
+    return not os.path.exists(folder)
 
 
-def main(descriptor: int, folder: str, daemon_pid: int, group: str) -> None:
+def main(descriptor: int, folder: str, mark: str, group: str) -> None:
     """Wait for the end of the daemon.
 
     Args:
         descriptor: of the pipe.
         folder: of the daemon's unix socket; "" if it has none.
+        mark: what the marks of its containers begin with.
         group: the control group that its containers are in; "" if they are in none.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -101,10 +113,7 @@ def main(descriptor: int, folder: str, daemon_pid: int, group: str) -> None:
     if group:
         end_group(group)
     if pids:
-        # A dying parent may have forked once more; two rounds see to that.
-        for _ in range(3):
-            if not kill_all(pids, [mark_of(daemon_pid).encode()]):
-                break
+        kill_all(pids, [mark.encode()])
     remove_folder(folder)
 
 
@@ -120,4 +129,4 @@ def remove_folder(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    main(int(sys.argv[1]), *sys.argv[2:5])

@@ -21,8 +21,6 @@ from fanout_worker.leftovers import Leftovers
 TICK_INTERVAL_S = 0.02
 #: Hooks write back what a model has learnt, or close connections; 30 s is what Modal gives them.
 EXIT_GRACE_S = 30.0
-#: Between two looks at what a dead container has left running, until nothing is.
-SWEEP_INTERVAL_S = 0.05
 
 
 class ContainerEvents(Protocol):
@@ -155,12 +153,10 @@ class Host:
         if self._guardian is not None:
             known.add(self._guardian.pid)
         is_alone = not self.containers
-        if self.leftovers.sweep(known, is_alone) and self._sweep_timer is None:
-            self._sweep_timer = self.loop.call_later(SWEEP_INTERVAL_S, self._sweep_again)
-
-    def _sweep_again(self) -> None:
-        self._sweep_timer = None
-        self.sweep()
+        delay_s = self.leftovers.sweep(known, is_alone)
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        self._sweep_timer = self.loop.call_later(delay_s, self.sweep) if delay_s else None
 
     def close(self) -> None:
         """After the last container has ended."""
@@ -200,7 +196,7 @@ class Host:
                 guardian.__file__,
                 str(reader),
                 folder,
-                str(os.getpid()),
+                self.leftovers.mark,
                 str(self.leftovers.group or ""),
             ],  # fmt: skip
             stdin=subprocess.DEVNULL,

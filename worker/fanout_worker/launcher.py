@@ -119,9 +119,14 @@ class Template:
         #: In a thread, as it takes longer than this loop may stand still; the template, which has
         #: its imports to do, takes longer still.
         self._grouping: asyncio.Future[None] | None = None
+        #: Why it is not in the group.
+        self.group_error: OSError | None = None
         if group is not None:
             self._grouping = self._loop.run_in_executor(
                 None, process.put_into_group, self.pid, group
+            )
+            self._grouping.add_done_callback(
+                lambda future: future.cancelled() or future.exception()
             )
 
     @property
@@ -138,8 +143,7 @@ class Template:
         try:
             async with asyncio.timeout(TEMPLATE_START_TIMEOUT_S):
                 await asyncio.shield(self._ready)
-                if self._grouping is not None:
-                    await asyncio.shield(self._grouping)
+                await self._wait_grouped()
                 if self.is_dead:
                     raise ContainerStartError(f"the template of {self._python} has ended")
                 answer: asyncio.Future[int] = self._loop.create_future()
@@ -149,6 +153,13 @@ class Template:
         finally:
             self.pending -= 1
             self._forks.pop(container_id, None)
+
+    async def _wait_grouped(self) -> None:
+        if self._grouping is not None:
+            try:
+                await asyncio.shield(self._grouping)
+            except OSError as error:
+                self.group_error = error
 
     def close(self) -> None:
         """End the process. Containers do not need it any more."""
@@ -236,9 +247,17 @@ class Launcher:
                 f"{TEMPLATE_START_TIMEOUT_S:g} s"
             ) from None
         finally:
+            if template.group_error is not None:
+                self._do_without_group(template.group_error)
             if template.is_dead:
                 self._templates.pop(key, None)
             self._evict()
+
+    def _do_without_group(self, error: OSError) -> None:
+        """What is in the group already stays there."""
+        if self.group is not None:
+            logger.warning("containers are in no control group from now on: %s", error)
+            self.group = None
 
     def _evict(self) -> None:
         """Close templates that were not used for long, but none that somebody waits for."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fanout.protocol.messages import Source
-
 #: Sustained, and at once after a quiet second, for each container.
 LOG_RATE_BYTES = 1 << 20
 #: Once text is dropped it is dropped until this much may pass again, so that what passes are
@@ -13,6 +11,9 @@ LOG_RATE_BYTES = 1 << 20
 RESUME_BYTES = LOG_RATE_BYTES // 4
 #: Notices a second of what was dropped, where inputs end quickly and each would have one.
 NOTICE_RATE = 8
+#: A notice is told by then, where nothing follows upon what was dropped. In a flood text passes
+#: again before that, and its notice with it.
+NOTICE_DELAY_S = 2 * RESUME_BYTES / LOG_RATE_BYTES
 
 #: Text that follows upon text of the same input so quickly is passed on together with more of it.
 JOIN_DELAY_S = 0.02
@@ -77,22 +78,28 @@ class LogJoiner:
     A line after a quiet moment is not held back. Times are given, not asked for.
 
     Args:
-        emit: gets a writer and its text, in the order in which all was added.
+        emit: gets a writer and its text. What one input has printed, on either stream, comes in
+            its order; inputs that run at once come one after the other.
     """
 
     def __init__(self, emit: Callable[[Writer, bytes], None]) -> None:
         self._emit = emit
-        self._writer: Writer = (Source.SYSTEM, b"", 0)
-        self._parts: list[bytes] = []
+        #: By call id and index: the stream, and what was printed on it.
+        self._held: dict[tuple[bytes, int], tuple[int, list[bytes]]] = {}
         self._size_bytes = 0
         self._emitted_at = -JOIN_DELAY_S
 
     def add(self, writer: Writer, data: bytes, now: float) -> float | None:
         """Pass text on, now or later; gives the time at which to `release` it if it is held."""
-        if writer != self._writer:
-            self.release(now)
-            self._writer = writer
-        self._parts.append(data)
+        source, call_id, index = writer
+        held = self._held.get((call_id, index))
+        if held is not None and held[0] != source:
+            self._pass(call_id, index)
+            held = None
+        if held is None:
+            self._held[call_id, index] = source, [data]
+        else:
+            held[1].append(data)
         self._size_bytes += len(data)
         due = self._emitted_at + JOIN_DELAY_S
         if now >= due or self._size_bytes >= JOIN_SIZE_BYTES_MAX:
@@ -102,10 +109,13 @@ class LogJoiner:
 
     def release(self, now: float) -> None:
         """Pass on what is held. Due before anything else of the container is passed on."""
-        if not self._parts:
-            return
-        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._parts.clear()
-        self._size_bytes = 0
-        self._emitted_at = now
-        self._emit(self._writer, data)
+        if self._held:
+            self._emitted_at = now
+            for call_id, index in list(self._held):
+                self._pass(call_id, index)
+
+    def _pass(self, call_id: bytes, index: int) -> None:
+        source, parts = self._held.pop((call_id, index))
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        self._size_bytes -= len(data)
+        self._emit((source, call_id, index), data)

@@ -88,9 +88,9 @@ def descendants(pid: int) -> list[int]:
 
 
 def put_into_group(pid: int, folder: Path) -> None:
-    """Have a process, and all that it will start, be in a control group; best effort. The kernel
-    may take its time."""
-    with contextlib.suppress(OSError):
+    """Have a process, and all that it will start, be in a control group. The kernel may take its
+    time."""
+    with contextlib.suppress(ProcessLookupError):
         (folder / "cgroup.procs").write_text(str(pid))
 
 
