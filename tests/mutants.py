@@ -24,8 +24,10 @@ FOLDERS = ("fanout", "scheduler", "worker", "tests")
 CORE = "scheduler/fanout_scheduler/core/"
 CLIENT = "fanout/client/"
 #: Seeds that the simulation is given to see a mutant, and seconds: one may hang it.
-SEEDS = 60
+SEEDS = 120
 SEED_LIMIT_S = 600.0
+#: Seeds in which it has to see nothing while nothing is planted.
+CONTROL_SEEDS = 4
 
 
 @dataclass
@@ -178,6 +180,9 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="fanout-mutants-") as folder:
         tree = Path(folder)
         copy_tree(tree)
+        if seen := ask_simulation(tree, CONTROL_SEEDS):
+            sys.stdout.write(f"the simulation fails with nothing planted: {seen}\n")
+            return 1
         for mutant in chosen:
             caught = try_mutant(tree, mutant)
             sys.stdout.write(f"{mutant.name:58} {caught or 'SURVIVED'}\n")
@@ -214,14 +219,14 @@ def try_mutant(tree: Path, mutant: Mutant) -> str:
         path.write_text(text)
 
 
-def ask_simulation(tree: Path) -> str:
-    command = [sys.executable, "tests/simulation.py", "--seeds", str(SEEDS), "--brief"]
+def ask_simulation(tree: Path, seeds: int = SEEDS) -> str:
+    command = [sys.executable, "tests/simulation.py", "--seeds", str(seeds), "--brief"]
     try:
         done = subprocess.run(
             command, cwd=tree, capture_output=True, text=True, timeout=SEED_LIMIT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        sys.stdout.write(f"(undecided: {SEEDS} seeds took more than {SEED_LIMIT_S:g} s)\n")
+        sys.stdout.write(f"(undecided: {seeds} seeds took more than {SEED_LIMIT_S:g} s)\n")
         return ""
     if done.returncode == 0:
         return ""
