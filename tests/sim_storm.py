@@ -50,8 +50,8 @@ TOGETHER_S = 60.0
 SHARE_MIN = 0.3
 
 #: What a scheduler holds when all is quiet: peers and their sessions, spawned calls with their apps
-#: and functions until their results expire, what a number of lost workers had, and what has happened
-#: so far.
+#: and functions until their results expire, what a thousand lost workers had at most, and what has
+#: happened so far.
 KEPT = {
     "apps", "functions", "calls", "workers", "sessions", "peers", "objects", "deadlines",
     "ended_nodes", "expired", "counts", "lost_containers",
