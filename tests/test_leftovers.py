@@ -131,6 +131,19 @@ def test_without_control_groups_the_guardian_catches_one_that_forks_on() -> None
     """)
 
 
+def test_a_leader_that_has_the_number_of_a_dead_one_now_is_somebody_else() -> None:
+    process = subprocess.Popen(["/bin/sleep", "60"], start_new_session=True)
+    try:
+        left = leftovers.Leftovers(is_reaper=False)
+        left.bury(process.pid, 1)
+        left.sweep(set(), is_alone=False)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.1)
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_what_cannot_be_killed_is_looked_at_ever_less_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -221,7 +221,7 @@ class Leftovers:
         if not self._graves:
             return False
         session = os.getsid(pid)
-        marks = [grave.mark for grave in self._graves]
-        return any(grave.session == session for grave in self._graves) or guardian.is_marked(
-            pid, marks
-        )
+        # The leader was waited for: a leader of that number now is somebody else.
+        if session != pid and any(grave.session == session for grave in self._graves):
+            return True
+        return guardian.is_marked(pid, [grave.mark for grave in self._graves])
