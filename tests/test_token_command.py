@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -20,6 +22,8 @@ from fanout.client.local import ask_status
 from fanout.exceptions import AuthError, InvalidError, StorageError
 from fanout.protocol.join import JoinString
 from fanout.protocol.tokens import NAME_SIZE_MAX, Entry, TokenFile
+from fanout_scheduler.home import Home
+from fanout_scheduler.server import Options, SchedulerServer
 from fanout_scheduler.tokens import Tokens
 from tests import behaviour_kit as kit
 from tests.conftest import TIMEOUT_FACTOR, HandStarted, environment, poll_until
@@ -383,6 +387,44 @@ def test_a_revocation_that_cannot_be_read_at_once_is_read_later(
     assert tokens.reread()
     assert tokens.lookup(old.token_id) is None
     assert tokens.lookup(new.token_id) == new
+
+
+async def test_what_it_cannot_say_at_once_of_a_change_it_says_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = Home(tmp_path / "home")
+    server = SchedulerServer(home, Options("127.0.0.1", "127.0.0.1", 0, None))
+    ready = asyncio.Event()
+    task = asyncio.create_task(server.run(lambda address: ready.set()))
+    await ready.wait()
+    failed = asyncio.Semaphore(0)
+
+    def fail(_: object) -> None:
+        failed.release()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = TokenFile(home.tokens)
+    with monkeypatch.context() as patch:
+        patch.setattr(home, "publish", fail)
+        entry = Entry(Tokens(tmp_path / "other").of_role("client"))
+        content = file.write((*file.read().entries, entry))
+        async with asyncio.timeout(10 * TIMEOUT_FACTOR):
+            for _ in range(2):
+                await failed.acquire()
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    published, publish = asyncio.Event(), home.publish
+
+    def note(address: dict[str, Any]) -> None:
+        publish(address)
+        published.set()
+
+    monkeypatch.setattr(home, "publish", note)
+    async with asyncio.timeout(10 * TIMEOUT_FACTOR):
+        await published.wait()
+    assert json.loads(home.address.read_text())["tokens"] == content.digest
+    server.leave("the test is over")
+    await task
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 def test_two_who_change_the_tokens_do_not_undo_each_other(scheduler_and_workers: Start) -> None:

@@ -141,6 +141,8 @@ class SchedulerServer:
         self._idle_since: float | None = None
         self._exit_code: asyncio.Future[int] | None = None
         self._exit_reason = ""
+        #: The tokens have changed, and where it stands that they have could not be written yet.
+        self._is_address_old = False
         self._is_leaving = False
 
     # --- life ------------------------------------------------------------------------------------
@@ -274,17 +276,26 @@ class SchedulerServer:
         """Follow the token file: whoever came with a token that is not in it any more goes, and
         does not come back, so nothing waits for it."""
         if not self.tokens.reread():
+            if self._is_address_old:
+                self._publish_again()
             return
         for peer in list(self._peers.values()):
             if peer.token is not None and self.tokens.lookup(peer.token.token_id) != peer.token:
                 text = REVOKED.format(token_id=peer.token.token_id)
                 self.disconnect(peer, "auth", text)
                 self.lose(peer, text, is_final=True)
+        self._publish_again()
+
+    def _publish_again(self) -> None:
+        """Say that a change of the tokens is in force, and which ones new clients shall use."""
         try:
-            # Says that the change is in force, and which tokens new clients shall use.
             self.home.publish(self._address(self._port))
         except OSError as error:
-            log.error("%s cannot be written: %s", self.home.address, error)
+            if not self._is_address_old:
+                log.error("%s cannot be written: %s", self.home.address, error)
+            self._is_address_old = True
+        else:
+            self._is_address_old = False
 
     def lose(self, peer: Peer, reason: str, is_final: bool = False) -> None:
         """A peer is gone, and with a worker the sessions that came through it."""
