@@ -13,6 +13,7 @@ from fanout_scheduler.core.events import (
     BlobCompleted,
     BlobRefused,
     Disconnect,
+    DropBlob,
     ForgetCall,
     PeerHeard,
     PeerId,
@@ -581,6 +582,16 @@ def test_a_spawned_call_whose_blobs_are_there_runs_and_others_are_let_go() -> No
     bench.worker(cpu=1)
     assert bench.core.state.calls[call_id].failure is None
     assert bench.take(m.Lease).call_id == call_id
+
+
+def test_blobs_that_a_restart_finds_to_be_of_no_use_are_dropped_once() -> None:
+    """The shell removes their files itself; an order to drop one again would meet a later one."""
+    call_id, records = stored_call(Bench())
+    lengths = (3).to_bytes(4, "little") * 2
+    result = m.Outputs(call_id, 0, lengths, b"\0\0", [], b"onetwo")
+    bench = reborn_with([*records, result], {BLOB: 7})
+    assert not bench.core.state.present_blobs
+    assert not [order for order in bench.orders if isinstance(order, DropBlob)]
 
 
 def test_a_result_whose_blob_is_gone_from_the_disk_is_a_failure_and_its_neighbour_is_not() -> None:

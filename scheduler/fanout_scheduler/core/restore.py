@@ -9,7 +9,7 @@ from fanout.config import CLIENT_GRACE_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs, durable, spawned
 from fanout_scheduler.core.calls import add_call
-from fanout_scheduler.core.events import Record
+from fanout_scheduler.core.events import DropBlob, Record
 from fanout_scheduler.core.object_restore import Restorer
 from fanout_scheduler.core.object_state import OBJECT_RECORDS
 from fanout_scheduler.core.state import App, Call, State, make_function
@@ -54,6 +54,8 @@ def _give_up_what_lacks_blobs(state: State) -> None:
         for blob_id, size in state.present_blobs.items()
         if blob_id in state.blob_references
     }
+    # Whatever else there is, the shell removes at once.
+    state.commands = [order for order in state.commands if not isinstance(order, DropBlob)]
     for blob_id in list(state.blob_waiters):
         blobs.on_refused(state, blob_id, LOST)
 
