@@ -234,7 +234,7 @@ async def test_a_forked_child_of_user_code_cannot_break_the_channel() -> None:
             def f(x):
                 pid = os.fork()
                 if pid == 0:
-                    for i in range(50): print("child", i, flush=True)
+                    for i in range(50): print(f"child {i}", flush=True)
                     os._exit(0)
                 for i in range(50): print("parent", i)
                 os.waitpid(pid, 0)

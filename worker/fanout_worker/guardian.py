@@ -51,8 +51,8 @@ def kill_all(sessions: set[int], marks: list[bytes]) -> None:
         pids = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
         if pids <= seen or time.monotonic() > deadline:
             return
-        # The newest first: it is the one that can be expected to live still.
-        for pid in sorted(pids, reverse=True):
+        # Those first that were not there before, as who forks on lives for a moment only.
+        for pid in [*(pids - seen), *(pids & seen)]:
             try:
                 if os.getsid(pid) in sessions or is_marked(pid, marks):
                     os.kill(pid, signal.SIGKILL)
