@@ -30,6 +30,11 @@ Filed = tuple[int | None, bool, bool, bool]
 NOT_FILED: Filed = (None, False, False, False)
 
 
+def can_hold(worker: Worker, function: Function) -> bool:
+    """Whether the worker could have a container of the function, were it empty."""
+    return worker.cpu + EPSILON >= function.cpu and worker.memory_mib >= function.memory_mib
+
+
 # --- containers -----------------------------------------------------------------------------------
 
 

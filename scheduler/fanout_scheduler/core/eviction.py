@@ -19,6 +19,7 @@ import heapq
 from collections.abc import Iterator
 
 from fanout.protocol import messages as m
+from fanout_scheduler.core.capacity import can_hold
 from fanout_scheduler.core.leasing import cancel_lease, give_back_lease, stop_container
 from fanout_scheduler.core.state import (
     Call,
@@ -92,7 +93,7 @@ def _holders(state: State, function: Function, lacks_permit: bool) -> Iterator[C
             state.look(reservation.evicted_at + EMPTY_S)
         return
     for worker in state.workers.values():
-        if worker.cpu >= function.cpu and worker.memory_mib >= function.memory_mib:
+        if can_hold(worker, function):
             yield from worker.containers.values()
 
 

@@ -23,7 +23,7 @@ from heapq import heappop, heappush
 from fanout.protocol import messages as m
 from fanout_scheduler.core import eviction, objects, reservation
 from fanout_scheduler.core.calls import fail_call, update_window
-from fanout_scheduler.core.capacity import EPSILON
+from fanout_scheduler.core.capacity import EPSILON, can_hold
 from fanout_scheduler.core.leasing import (
     HELD_BY_CONSUMER,
     end_wait,
@@ -286,7 +286,7 @@ def _choose_worker(
 
     def is_fit(worker: Worker) -> bool:
         nonlocal reason
-        if not _can_hold(worker, function):
+        if not can_hold(worker, function):
             return False
         if reservation.is_for_another(state, worker, function, call):
             reason = KEPT if reason == NO_CORE else reason
@@ -303,14 +303,9 @@ def _choose_worker(
     found = state.free_cores.find(function.cpu if needs_core else -math.inf, is_fit)
     if found is None and full:
         _make_room(state, full, function, is_needed=needs_core)
-    if found is None and not any(_can_hold(w, function) for w in state.workers.values()):
+    if found is None and not any(can_hold(w, function) for w in state.workers.values()):
         reason = NO_FIT
     return found, reason
-
-
-def _can_hold(worker: Worker, function: Function) -> bool:
-    """Whether it has as much as a container of the function asks for, free or not."""
-    return worker.cpu + EPSILON >= function.cpu and worker.memory_mib >= function.memory_mib
 
 
 def _make_room(state: State, full: list[Worker], function: Function, is_needed: bool) -> None:
@@ -552,7 +547,7 @@ def _gets_further(state: State, call: Call, moving: set[int]) -> bool:
 def _gets_room(worker: Worker, function: Function, moving: set[int]) -> bool:
     """Whether a worker can have another container of a function, now or when one of those that it
     has, and that get on, makes room."""
-    if worker.cpu + EPSILON < function.cpu or worker.memory_mib < function.memory_mib:
+    if not can_hold(worker, function):
         return False
     if worker.memory_free_mib >= function.memory_mib and len(worker.containers) < CONTAINERS_MAX:
         return True

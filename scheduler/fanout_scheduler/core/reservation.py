@@ -14,6 +14,7 @@ waits for its own calls may hold the memory that the reservation is about.
 
 from __future__ import annotations
 
+from fanout_scheduler.core.capacity import can_hold
 from fanout_scheduler.core.state import Call, Function, Reservation, State, Worker
 
 #: So long a function is passed over before a worker is kept free for it.
@@ -72,9 +73,5 @@ def _may_wait_for_ever(state: State, function: Function) -> bool:
 
 def _roomiest(state: State, function: Function) -> Worker | None:
     """The worker where least has to become free."""
-    fitting = [
-        worker
-        for worker in state.workers.values()
-        if worker.cpu >= function.cpu and worker.memory_mib >= function.memory_mib
-    ]
+    fitting = [worker for worker in state.workers.values() if can_hold(worker, function)]
     return max(fitting, key=lambda w: (w.cpu_free, w.memory_free_mib), default=None)
