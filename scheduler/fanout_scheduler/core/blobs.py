@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fanout.protocol import messages as m
+from fanout_scheduler.core.chunk import BlobRef, Chunk
 from fanout_scheduler.core.events import DropBlob
 from fanout_scheduler.core.leasing import wake_call
-from fanout_scheduler.core.state import BlobRef, BlobWait, Call, Chunk, Function, State
+from fanout_scheduler.core.state import BlobWait, Call, Function, State
 
 #: The ids of frames that name no blob, as most do; nobody changes it.
 _NONE: list[bytes] = []

@@ -332,8 +332,8 @@ def _resume_call(state: State, session: Session, call: Call) -> None:
         for generator in call.generators.values():
             for items in generator.unconfirmed:
                 outputs.send_items(state, session.peer_id, items)
-    if call.failure is not None and (not call.is_durable or call.is_failure_kept):
-        state.send(session.peer_id, call.failure)
+    if call.told_failure is not None:
+        state.send(session.peer_id, call.told_failure)
 
 
 def send_opened(state: State, call: Call) -> None:
@@ -561,7 +561,7 @@ def on_ask_call(state: State, peer: Peer, message: m.AskCall) -> None:
 
 def call_state(call: Call) -> str:
     """open, sealed, finished, cancelled or failed: as `CallInfo.state` says it."""
-    if call.failure is not None and (not call.is_durable or call.is_failure_kept):
+    if call.told_failure is not None:
         return "cancelled" if call.is_cancelled else "failed"
     if call.is_over and call.failure is None:
         return "finished"

@@ -21,8 +21,9 @@ from fanout.config import RESULT_RETENTION_S
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs, spawned
+from fanout_scheduler.core.chunk import Chunk
 from fanout_scheduler.core.events import ForgetApp, ForgetCall, Record, Store
-from fanout_scheduler.core.state import Call, Chunk, Fetch, Peer, State
+from fanout_scheduler.core.state import Call, Fetch, Peer, State
 
 if TYPE_CHECKING:
     from fanout_scheduler.core.state import App
@@ -389,7 +390,8 @@ def serve_failure(state: State, call: Call) -> None:
     """A call that failed as a whole: every input without an output ended like that."""
     from fanout_scheduler.core.outputs import failed_outputs
 
-    if call.failure is None or not call.is_failure_kept:
+    failure = call.told_failure
+    if failure is None:
         return
     # However many a client has announced: of a call that was promised these are all.
     count = call.received.end
@@ -398,7 +400,7 @@ def serve_failure(state: State, call: Call) -> None:
             # What is on its way to disk is an output, and comes when it is there.
             for low, high in call.storing.missing(start, min(stop, count)):
                 fetch.owed.remove(low, high)
-                for part in failed_outputs(call, low, high, call.failure):
+                for part in failed_outputs(call, low, high, failure):
                     state.send(fetch.peer_id, part)
         if not fetch.owed.common(0, count):
             end_fetch(fetch)

@@ -9,7 +9,8 @@ goes on, and its outputs are kept, beyond the bound if need be.
 from __future__ import annotations
 
 from fanout.protocol import messages as m
-from fanout_scheduler.core.state import Call, Chunk, State
+from fanout_scheduler.core.chunk import Chunk
+from fanout_scheduler.core.state import Call, State
 
 #: What a call costs beside its inputs and outputs, and a frame beside what is in it.
 CALL_SIZE_BYTES = 2500

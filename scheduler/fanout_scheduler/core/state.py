@@ -7,24 +7,21 @@ objects live in the modules beside this one; `check.py` states them as invariant
 from __future__ import annotations
 
 import math
-from array import array
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import accumulate
 from typing import Any
 
 from fanout.config import SCALEDOWN_WINDOW_S, SPAWNED_SIZE_BYTES_MAX, TIMEOUT_S, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
 from fanout_scheduler.core.capacity import NOT_FILED, Filed, FreeCores
+from fanout_scheduler.core.chunk import Chunk
 from fanout_scheduler.core.events import Command, PeerId, Send
 from fanout_scheduler.core.kept import KeptOutputs
 from fanout_scheduler.core.object_state import Objects
-
-BlobRef = tuple[int, list[bytes]]
 
 
 @dataclass(slots=True)
@@ -154,36 +151,6 @@ def _methods_of(options: dict[str, Any]) -> dict[str, Method]:
     return {name: Method(name, bool(shape["is_generator"])) for name, shape in methods.items()}
 
 
-class Chunk:
-    """Consecutive inputs as they came in one frame. Part of it is cut out by its length table."""
-
-    __slots__ = ("_offsets", "blobs", "lengths", "open_count", "payload", "start", "stop")
-
-    def __init__(self, message: m.Inputs) -> None:
-        self.start = message.start
-        #: As it came: views would cost a call of one input as much as all else of its chunk.
-        self.lengths = message.lengths
-        self.payload = message.payload
-        self.blobs = message.blobs
-        #: Inputs of it that have no output yet; at zero the chunk is dropped.
-        self.open_count = len(message.lengths) // 4
-        self.stop = self.start + self.open_count
-        self._offsets: array[int] | None = None
-
-    def cut(self, start: int, stop: int) -> tuple[bytes, list[BlobRef], m.Payload]:
-        """Length table, blob references and bytes of inputs `start` to `stop`; nothing is
-        re-encoded, and the bytes are not copied."""
-        low, high = start - self.start, stop - self.start
-        if start == self.start and stop == self.stop:
-            return self.lengths, self.blobs, self.payload
-        if self._offsets is None:
-            lengths = memoryview(self.lengths).cast("I")
-            self._offsets = array("L", accumulate(lengths, initial=0))
-        payload = memoryview(self.payload)[self._offsets[low] : self._offsets[high]]
-        blobs = [(at - low, ids) for at, ids in self.blobs if low <= at < high]
-        return self.lengths[4 * low : 4 * high], blobs, payload
-
-
 @dataclass(slots=True)
 class GeneratorState:
     """The stream of one generator input: what is with the scheduler and what may come."""
@@ -293,6 +260,11 @@ class Call:
                 del self.chunks[chunk.start]
                 self.chunk_starts.remove(chunk.start)
             start = end
+
+    @property
+    def told_failure(self) -> m.CallFailed | None:
+        """How it ended as a whole, as far as that may be told."""
+        return self.failure if self.is_failure_kept or not self.is_durable else None
 
     @property
     def unconsumed_bytes(self) -> int:
