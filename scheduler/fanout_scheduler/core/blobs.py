@@ -125,10 +125,9 @@ def queue_chunk(state: State, call: Call, chunk: Chunk) -> None:
         wake_call(state, call)
 
     def fail(text: str) -> None:
-        from fanout_scheduler.core.calls import fail_call
+        from fanout_scheduler.core.calls import fail_for
 
-        payload = m.failure_payload("store", f"the scheduler could not keep a large value: {text}")
-        fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+        fail_for(state, call, "store", f"the scheduler could not keep a large value: {text}")
 
     call.parked.add(chunk.start, chunk.stop)
     if not when_present(state, ids(chunk.blobs), queue, fail, call):

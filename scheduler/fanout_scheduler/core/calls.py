@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fanout.config import CLIENT_GRACE_S, WINDOW_BYTES, WINDOW_COUNT_MAX, WINDOW_COUNT_MIN
 from fanout.intervals import IntervalSet
@@ -376,8 +377,7 @@ def on_inputs(state: State, peer: Peer, call: Call, message: m.Inputs) -> None:
         return
     if call.is_durable:
         if why := spawned.refusal(state, message):
-            payload = m.failure_payload("store", f"{REFUSED}{why}")
-            fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+            fail_for(state, call, "store", f"{REFUSED}{why}")
         else:
             durable.store_inputs(state, call, message)
         return
@@ -460,10 +460,8 @@ def cancel_call(state: State, call: Call) -> None:
     if not call.is_durable:
         drop_call(state, call)
     elif not call.is_over:
-        text = "the call was cancelled"
-        payload = m.failure_payload("cancelled", text, {"call_id": call.call_id})
         call.is_cancelled = True
-        fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+        fail_for(state, call, "cancelled", "the call was cancelled", {"call_id": call.call_id})
 
 
 def terminate_call(state: State, call: Call) -> None:
@@ -488,6 +486,14 @@ def fail_call(state: State, call: Call, failure: m.CallFailed) -> None:
     if call.is_durable:
         durable.store_failure(state, call, failure)
         durable.end_call(state, call)
+
+
+def fail_for(
+    state: State, call: Call, code: str, text: str, details: dict[str, Any] | None = None
+) -> None:
+    """A call ends as a whole for a reason that is not its user's code."""
+    payload = m.failure_payload(code, text, details)
+    fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
 
 
 def tell_failure(state: State, call: Call) -> None:

@@ -128,10 +128,9 @@ def store_inputs(state: State, call: Call, message: m.Inputs) -> None:
 
 
 def _fail(state: State, call: Call, text: str) -> None:
-    from fanout_scheduler.core.calls import fail_call
+    from fanout_scheduler.core.calls import fail_for
 
-    payload = m.failure_payload("store", f"the scheduler could not store the call: {text}")
-    fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+    fail_for(state, call, "store", f"the scheduler could not store the call: {text}")
 
 
 def _store_whole_inputs(state: State, call: Call, message: m.Inputs) -> None:

@@ -22,7 +22,7 @@ from heapq import heappop, heappush
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core import eviction, objects, reservation
-from fanout_scheduler.core.calls import fail_call, update_window
+from fanout_scheduler.core.calls import fail_for, update_window
 from fanout_scheduler.core.capacity import EPSILON, can_hold
 from fanout_scheduler.core.leasing import (
     HELD_BY_CONSUMER,
@@ -361,8 +361,7 @@ def _final_reason(state: State, call: Call, reason: str) -> str:
             f"{function.memory_mib} MiB; this machine gives {has:g} cores and {memory} MiB. "
             f"Ask for less, or connect to a scheduler with a larger worker (FANOUT_URL)"
         )
-        payload = m.failure_payload("unplaceable", text)
-        fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+        fail_for(state, call, "unplaceable", text)
     return reason
 
 
@@ -489,8 +488,7 @@ def _fail_if_deadlocked(state: State, call: Call, reason: str) -> None:
         f"{chain}: {why} by inputs that wait for calls like this one. {hint}, or call the function "
         f"with .local()"
     )
-    payload = m.failure_payload("deadlock", text)
-    fail_call(state, call, m.CallFailed(call.call_id, m.Status.FAILURE, payload))
+    fail_for(state, call, "deadlock", text)
 
 
 def _moving_containers(state: State) -> set[int]:
