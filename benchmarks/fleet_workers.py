@@ -124,7 +124,11 @@ class FakeWorker:
         assert isinstance(welcome, m.Welcome)
         self.transport = transport
         self.exchange = BlobExchange(
-            self.store, transport.send, transport.send_bulk, self.state.blob_completed
+            self.store,
+            transport.send,
+            transport.send_bulk,
+            self.state.blob_completed,
+            asyncio.get_running_loop().call_later,
         )
         self.state.connected(welcome.epoch)
         self.act()

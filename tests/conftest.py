@@ -197,9 +197,13 @@ class HandStarted:
     #: What the interpreter is to run as the scheduler.
     entry: list[str] = field(default_factory=lambda: ["-m", "fanout_scheduler"])
 
+    def home(self, name: str) -> Path:
+        """Where a daemon of this name keeps its files."""
+        return self.folder / name
+
     @property
     def scheduler_home(self) -> Path:
-        return self.folder / "scheduler"
+        return self.home("scheduler")
 
     @property
     def state(self) -> dict[str, Any]:
@@ -239,7 +243,7 @@ class HandStarted:
             join: with which it joins; "" for the token that the scheduler was born with.
             prefix: a command that executes the one that follows it, in the same process.
         """
-        home = self.folder / name
+        home = self.home(name)
         home.mkdir(mode=0o700, exist_ok=True)
         arguments = ["-m", "fanout_worker", "--home", str(home), "--name", name, "--cpu", str(cpu)]
         variables = {"FANOUT_WORKER_JOIN": join or self.state["worker_join"]}

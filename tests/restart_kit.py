@@ -86,6 +86,14 @@ def size_of(data: bytes) -> int:
 
 
 @app.function()
+def random_bytes(size: int, runs: str) -> bytes:
+    """Not to be compressed; each run leaves a line in the file `runs`."""
+    with Path(runs).open("a") as file:
+        file.write("run\n")
+    return os.urandom(size)
+
+
+@app.function()
 def bytes_when_open(x: int, size: int, gate: str) -> bytes:
     wait_for_file(gate)
     return bytes([x]) * size
@@ -182,14 +190,15 @@ def memory_bytes() -> int:
 
 
 class SmallDisk(HandStarted):
-    """A cluster whose scheduler keeps its state on a file system of its own, of a few MiB.
+    """A cluster one of whose daemons has its home on a file system of its own, of a few MiB.
 
     The file system is mounted where only one process sees it, which does nothing else; others reach
     it through that process. So it goes with the process, also after a test that was killed.
     """
 
-    def __init__(self, folder: Path, size_mib: int) -> None:
+    def __init__(self, folder: Path, size_mib: int, owner: str = "scheduler") -> None:
         super().__init__(folder)
+        self._owner = owner
         require_mounts()
         mount = f"mount -t tmpfs -o size={size_mib}m,mode=700 none {folder}"
         self._holder = subprocess.Popen(
@@ -201,13 +210,12 @@ class SmallDisk(HandStarted):
         assert self._holder.stdout.readline() == b"ready\n"
         self.disk = Path(f"/proc/{self._holder.pid}/root{folder}")
 
-    @property
-    def scheduler_home(self) -> Path:
-        return self.disk / "scheduler"
+    def home(self, name: str) -> Path:
+        return self.disk / name if name == self._owner else super().home(name)
 
     def _command(self, name: str, arguments: list[str]) -> list[str]:
         command = super()._command(name, arguments)
-        if name != "scheduler":
+        if name != self._owner:
             return command
         # SQLite makes paths absolute and so must see the disk where it is mounted.
         command = [argument.replace(str(self.disk), str(self.folder)) for argument in command]

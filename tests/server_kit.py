@@ -36,7 +36,11 @@ class Wire:
         self.received: list[m.Message] = []
         self.blobs = MemoryBlobStore()
         self.exchange = BlobExchange(
-            self.blobs, transport.send, transport.send_bulk, lambda blob_id: None
+            self.blobs,
+            transport.send,
+            transport.send_bulk,
+            lambda blob_id: None,
+            asyncio.get_running_loop().call_later,
         )
         self.lost: list[Exception | None] = []
         #: False for a peer that leaves what it gets of blobs among what it received.

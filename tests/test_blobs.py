@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,9 +42,18 @@ class End:
         self.queue: deque[m.Message] = deque()
         self.bulk: deque[Iterator[m.Message]] = deque()
         self.completed: list[bytes] = []
+        self.failed: list[bytes] = []
+        self.delivered: list[bytes] = []
+        self.later: list[Callable[[], None]] = []
         self.sent: list[m.Message] = []
         self.exchange = BlobExchange(
-            store, self.queue.append, self.bulk.append, self.completed.append
+            store,
+            self.queue.append,
+            self.bulk.append,
+            self.completed.append,
+            lambda delay_s, callback: self.later.append(callback),
+            failed=lambda blob_id, error: self.failed.append(blob_id),
+            delivered=self.delivered.append,
         )
 
     def take(self) -> m.Message | None:
@@ -195,7 +204,8 @@ def test_a_blob_arrives_whole_and_is_announced_once(store: BlobStore, size: int)
     assert store.buffer(blob_id) == content
     part_count = max(1, -(-size // PART))
     assert kinds(sender) == ["BlobOffer"] + ["BlobPart"] * part_count
-    assert set(kinds(receiver)) <= {"BlobWanted", "BlobCredit"}
+    assert set(kinds(receiver)) <= {"BlobWanted", "BlobCredit", "BlobHeld"}
+    assert sender.delivered == [blob_id]
 
 
 def test_a_blob_that_is_there_is_not_sent_again(store: BlobStore) -> None:
@@ -221,7 +231,7 @@ def test_offering_during_a_transfer_does_nothing_and_after_a_drop_sends_again() 
     run(sender, receiver)
     sender.exchange.offer(blob_id)
     run(sender, receiver)
-    assert kinds(receiver) == ["BlobWanted", "BlobHeld"]
+    assert kinds(receiver) == ["BlobWanted", "BlobHeld", "BlobHeld"]
     receiver.store.drop(blob_id)
     sender.exchange.offer(blob_id)
     run(sender, receiver)
@@ -281,8 +291,72 @@ def test_one_who_waits_is_told_held_when_the_blob_came_another_way() -> None:
         receiver.exchange.handle(message)
     receiver.store.put(ids[-1], bytes([blobs.INCOMING_COUNT_MAX]))
     run(sender, receiver)
-    assert kinds(receiver).count("BlobHeld") == 1
+    assert kinds(receiver).count("BlobHeld") == len(ids)
     assert sorted(receiver.completed) == sorted(ids[:-1])
+
+
+class FullStore(MemoryBlobStore):
+    """A store whose disk has room for `room` bytes of each blob."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def open_writer(self, blob_id: bytes) -> blobs.BlobWriter:
+        return _FullWriter(super().open_writer(blob_id), self)
+
+
+class _FullWriter:
+    def __init__(self, writer: blobs.BlobWriter, store: FullStore) -> None:
+        self._writer = writer
+        self._store = store
+        self._size = 0
+        self.abort = writer.abort
+
+    def write(self, data: blobs.Buffer) -> None:
+        self._size += len(data)
+        self._check()
+        self._writer.write(data)
+
+    def finish(self) -> None:
+        self._check()
+        self._writer.finish()
+
+    def _check(self) -> None:
+        if self._size > self._store.room:
+            raise StorageError("the disk is full")
+
+
+@pytest.mark.parametrize("room", [0, PART, 5 * PART - 1])
+def test_a_blob_that_is_refused_is_offered_again_until_there_is_room(room: int) -> None:
+    content = os.urandom(5 * PART)
+    sender, (blob_id, other_id) = sender_of(content, bytes(10))
+    store = FullStore(room)
+    receiver = End(store)
+    for _ in range(3):
+        sender.exchange.offer(blob_id)
+        run(sender, receiver)
+        assert not store.has(blob_id)
+        assert (len(sender.later), sender.delivered) == (1, [])
+        sender.later.pop()()
+        assert sender.queue, "it is offered again"
+    assert receiver.failed == [blob_id] * 3
+    store.room = 5 * PART
+    sender.exchange.offer(other_id)
+    run(sender, receiver)
+    assert receiver.completed == sender.delivered
+    assert sorted(receiver.completed) == sorted([blob_id, other_id])
+    assert store.buffer(blob_id) == content
+
+
+def test_a_refused_blob_that_nobody_needs_is_not_offered_again() -> None:
+    sender, (blob_id,) = sender_of(bytes(PART))
+    receiver = End(FullStore(0))
+    sender.exchange.offer(blob_id)
+    run(sender, receiver)
+    sender.store.drop(blob_id)
+    sender.later.pop()()
+    assert not sender.queue
 
 
 def test_closing_leaves_no_part_behind(tmp_path: Path) -> None:
@@ -312,6 +386,7 @@ def test_other_messages_are_left_to_others() -> None:
         (m.BlobPart(b"o" * 32, 0, b"x"), "not wanted"),
         (m.BlobWanted(b"o" * 32), "not offered"),
         (m.BlobHeld(b"o" * 32), "not offered"),
+        (m.BlobRefused(b"o" * 32, "full"), "not sent"),
         (m.BlobPart(b"w" * 32, 1, b"x"), "at 1 instead of 0"),
         (m.BlobPart(b"w" * 32, 0, b"x" * 11), "announced with 10 bytes"),
         (m.BlobPart(b"w" * 32, 0, b""), "announced with 10 bytes"),
@@ -336,6 +411,7 @@ hostile = st.one_of(
     st.builds(m.BlobPart, ids, st.integers(0, 4), st.sampled_from([b"", b"x", b"xx"])),
     st.builds(m.BlobWanted, ids),
     st.builds(m.BlobHeld, ids),
+    st.builds(m.BlobRefused, ids, st.just("full")),
 )
 
 
@@ -365,7 +441,10 @@ class Exchanging:
         self.completed: list[bytes] = []
         self.other_count = 0
         self.changed = asyncio.Event()
-        self.exchange = BlobExchange(store, own.send, own.send_bulk, self._complete)
+        loop = asyncio.get_running_loop()
+        self.exchange = BlobExchange(
+            store, own.send, own.send_bulk, self._complete, loop.call_later
+        )
 
     def _complete(self, blob_id: bytes) -> None:
         self.completed.append(blob_id)

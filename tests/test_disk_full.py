@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,63 @@ def test_attached_calls_go_on(small_disk: kit.SmallDisk) -> None:
         assert kit.same.remote(7)[0] == 7
         got += [x for x, _, _ in results]
         assert got == list(range(400))
+
+
+def test_large_arguments_of_attached_calls_fail_and_other_calls_go_on(
+    small_disk: kit.SmallDisk,
+) -> None:
+    def size(number: int) -> int | StorageError:
+        try:
+            return kit.size_of.remote(HUGE + bytes(number))
+        except StorageError as error:
+            return error
+
+    with kit.app.run(), ThreadPoolExecutor(10) as pool:
+        assert size(0) == len(HUGE)
+        small_disk.fill()
+        refused = [pool.submit(size, number) for number in range(1, 9)]
+        assert [x for x, _, _ in kit.same.map(range(300))] == list(range(300))
+        for future in refused:
+            assert "No space left" in str(future.result(timeout=30))
+        small_disk.make_room()
+        assert size(9) == len(HUGE) + 9
+    # Its connection was not ended for it: the others on it would wait for its return.
+    assert small_disk.log("scheduler").count("(client) lost") <= 1
+
+
+def test_large_results_wait_until_there_is_room(small_disk: kit.SmallDisk, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    with kit.app.run(), ThreadPoolExecutor(1) as pool:
+        assert kit.same.remote(1)[0] == 1
+        small_disk.fill()
+        large = pool.submit(kit.random_bytes.remote, len(HUGE), str(runs))
+        poll_until(lambda: "No space left" in small_disk.log("scheduler"), "the result is refused")
+        assert kit.same.remote(7)[0] == 7
+        small_disk.make_room()
+        assert len(large.result(timeout=30)) == len(HUGE)
+    assert runs.read_text() == "run\n"
+    assert "(worker) lost" not in small_disk.log("scheduler")
+
+
+def test_a_worker_with_a_full_disk_gets_large_arguments_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = kit.SmallDisk(tmp_path, size_mib=16, owner="w1")
+    try:
+        cluster.start_scheduler()
+        cluster.start_worker("w1", cpu=2)
+        monkeypatch.setenv("FANOUT_URL", cluster.client_join)
+        with kit.app.run(), ThreadPoolExecutor(1) as pool:
+            assert kit.size_of.remote(HUGE) == len(HUGE)
+            cluster.fill()
+            waiting = pool.submit(kit.size_of.remote, HUGE + b"other")
+            poll_until(lambda: "No space left" in cluster.log("w1"), "the argument is refused")
+            assert kit.same.remote(7)[0] == 7
+            cluster.make_room()
+            assert waiting.result(timeout=30) == len(HUGE) + 5
+        assert "(worker) lost" not in cluster.log("scheduler")
+    finally:
+        cluster.stop()
 
 
 @pytest.mark.parametrize("room", [0, 1 << 20], ids=["none", "some"])

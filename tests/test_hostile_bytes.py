@@ -152,6 +152,7 @@ def _transfer(content: bytes, blob_id: bytes) -> Iterator[m.Message]:
     for offset in range(0, len(content), size):
         yield m.BlobPart(blob_id, offset, content[offset : offset + size])
     yield m.BlobHeld(blob_id)
+    yield m.BlobRefused(blob_id, "the disk is full")
     yield m.BlobCredit(blob_id, 1 << 20)
 
 
@@ -165,7 +166,13 @@ def test_no_mutated_transfer_brings_in_a_blob_that_is_not_its_name() -> None:
         mutator = Mutator(seed)
         store = MemoryBlobStore()
         completed: list[bytes] = []
-        exchange = BlobExchange(store, lambda message: None, lambda parts: None, completed.append)
+        exchange = BlobExchange(
+            store,
+            lambda message: None,
+            lambda parts: None,
+            completed.append,
+            lambda delay_s, callback: None,
+        )
         conversation = [*_transfer(content, blob_id), *_transfer(content[:100], other)]
         if mutator.random.random() < 0.5:
             mutator.random.shuffle(conversation)

@@ -76,7 +76,11 @@ class Scheduler:
     def _open(self, transport: Transport, hello: m.Hello, role: str) -> Scheduler:
         self.transport = transport
         self.exchange = BlobExchange(
-            self.store, transport.send, transport.send_bulk, lambda blob_id: None
+            self.store,
+            transport.send,
+            transport.send_bulk,
+            lambda blob_id: None,
+            asyncio.get_running_loop().call_later,
         )
         return self
 

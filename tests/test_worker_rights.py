@@ -234,6 +234,7 @@ FORGERIES: dict[type[m.Message], Forge] = {
     # A blob that was not offered to me; a content that is not the one of its name; parts unasked.
     m.BlobWanted: lambda s: [m.BlobWanted(BLOB)],
     m.BlobHeld: lambda s: [m.BlobHeld(BLOB)],
+    m.BlobRefused: lambda s: [m.BlobRefused(BLOB, "forged")],
     m.BlobCredit: lambda s: [m.BlobCredit(BLOB, 1 << 20), m.BlobCredit(OTHER_BLOB, 1 << 20)],
     m.BlobOffer: lambda s: [
         m.BlobOffer(BLOB, 5),
@@ -248,6 +249,7 @@ REFUSED = {
     m.WorkerReady: "a connection is for one worker",
     m.BlobWanted: "which was not offered",
     m.BlobHeld: "which was not offered",
+    m.BlobRefused: "which was not sent",
     m.BlobOffer: "has another digest",
     m.BlobPart: "which was not wanted",
 }

@@ -315,7 +315,11 @@ class Session:
         self.waiting.forget()
         epoch = transport.peer.epoch if isinstance(transport.peer, m.Welcome) else 0
         self.exchange = BlobExchange(
-            self.store, transport.send, transport.send_bulk, self._on_blob_completed
+            self.store,
+            transport.send,
+            transport.send_bulk,
+            self._on_blob_completed,
+            self.loop.call_later,
         )
         for run in self._runs.values():
             if run.owner is self and not self.is_nested:

@@ -8,7 +8,10 @@ it, and whoever receives it can tell whether it is whole. One transfer::
       | <------------- BlobWanted -- |   no: wants it, a few at a time
       | -- BlobPart, BlobPart ... -> |   64 KiB each, in order, between other frames
       | <------------- BlobCredit -- |   so much more may be under way
-      |                              |   digest right: the blob is there, and named aloud
+      | <--------------- BlobHeld -- |   all is here and the digest right
+
+A receiver whose disk takes no more says `BlobRefused` in the place of the last line, and leaves
+out what is still on its way; the sender may offer the blob again later.
 
 `BlobExchange` does this for one connection, in both directions; it is sans-IO but for the store
 that it writes to. `MemoryBlobStore` and `FileBlobStore` hold the content.
@@ -32,6 +35,10 @@ from fanout.protocol import messages as m
 #: Blobs that one connection receives at the same time. A receiver wants no more before one of
 #: these is whole, which bounds its open files whatever the sender offers.
 INCOMING_COUNT_MAX = 4
+#: After so many seconds a sender offers again what the receiver had no room for.
+REFUSED_RETRY_S = 1.0
+#: What a refusal says at most.
+_REASON_SIZE_MAX = 1000
 #: Offers that wait for their turn. A call's credit keeps honest senders far below.
 WAITING_COUNT_MAX = 64 << 10
 
@@ -257,7 +264,7 @@ class _Incoming:
 
 
 class _Outgoing:
-    """A blob that we stream to the peer."""
+    """A blob that we stream to the peer, until its last part has left."""
 
     __slots__ = ("content", "is_active", "offset", "upto")
 
@@ -278,8 +285,12 @@ class BlobExchange:
         send: sends a message.
         send_bulk: sends what an iterator gives, behind and between other messages.
         completed: told the id of each blob that arrived whole over this connection.
-        delivered: told the id of each offered blob once the peer has it, or its last part was
-            sent: a frame that names the blob and is sent now comes behind it.
+        later: calls a function after so many seconds, as `loop.call_later` does.
+        is_needed: whether a blob that the peer could not keep is worth another offer; whether it
+            is in the store, unless told otherwise.
+        failed: told the id of each blob of the peer that the store could not take, and why. The
+            peer is told too.
+        delivered: told the id of each offered blob once the peer has it, whole.
     """
 
     def __init__(
@@ -288,21 +299,32 @@ class BlobExchange:
         send: Callable[[m.Message], None],
         send_bulk: Callable[[Iterator[m.Message]], None],
         completed: Callable[[bytes], None],
+        later: Callable[[float, Callable[[], None]], object],
+        *,
+        is_needed: Callable[[bytes], bool] | None = None,
+        failed: Callable[[bytes, StorageError], None] = lambda blob_id, error: None,
         delivered: Callable[[bytes], None] = lambda blob_id: None,
     ) -> None:
         self._store = store
         self._send = send
         self._send_bulk = send_bulk
         self._completed = completed
+        self._failed = failed
+        self._later = later
+        self._is_needed = is_needed or store.has
         self._delivered = delivered
         #: Offered, not yet answered. The content is held, so that a drop in between does no harm.
         self._offered: dict[bytes, memoryview] = {}
         #: Being streamed. Offering one of these or of those above again changes nothing.
         self._streaming: dict[bytes, _Outgoing] = {}
+        #: All sent, not yet answered. Such a one may be offered again: its answer comes first.
+        self._sent: set[bytes] = set()
         self._incoming: dict[bytes, _Incoming] = {}
         #: Offers of the peer that wait for one of `_incoming` to end: id to size.
         self._waiting: deque[tuple[bytes, int]] = deque()
         self._waiting_ids: set[bytes] = set()
+        #: Blobs that we refused, of which parts may still come.
+        self._unkept: set[bytes] = set()
         self._is_closed = False
 
     def offer(self, blob_id: bytes) -> None:
@@ -326,7 +348,6 @@ class BlobExchange:
         Raises:
             ProtocolError: a part that is not wanted, at the wrong offset, over the announced
                 size, or of a blob whose digest is wrong; or an answer to no offer.
-            StorageError: the store could not write.
         """
         if isinstance(message, m.BlobPart):
             self._on_part(message)
@@ -337,8 +358,9 @@ class BlobExchange:
         elif isinstance(message, m.BlobCredit):
             self._on_credit(message)
         elif isinstance(message, m.BlobHeld):
-            self._take_offered(message.blob_id, "BlobHeld")
-            self._delivered(message.blob_id)
+            self._on_held(message.blob_id)
+        elif isinstance(message, m.BlobRefused):
+            self._on_refused(message.blob_id)
         else:
             return False
         return True
@@ -352,8 +374,10 @@ class BlobExchange:
         self._incoming.clear()
         self._waiting.clear()
         self._waiting_ids.clear()
+        self._unkept.clear()
         self._offered.clear()
         self._streaming.clear()
+        self._sent.clear()
 
     # --- sending ---
 
@@ -367,6 +391,24 @@ class BlobExchange:
         content = self._take_offered(blob_id, "BlobWanted")
         self._streaming[blob_id] = _Outgoing(content)
         self._stream(blob_id)
+
+    def _on_held(self, blob_id: bytes) -> None:
+        if blob_id in self._sent:
+            self._sent.discard(blob_id)
+        else:
+            self._take_offered(blob_id, "BlobHeld")
+        self._delivered(blob_id)
+
+    def _on_refused(self, blob_id: bytes) -> None:
+        if self._streaming.pop(blob_id, None) is None:
+            if blob_id not in self._sent:
+                raise ProtocolError(f"BlobRefused for {_shown(blob_id)}, which was not sent")
+            self._sent.discard(blob_id)
+        self._later(REFUSED_RETRY_S, lambda: self._offer_again(blob_id))
+
+    def _offer_again(self, blob_id: bytes) -> None:
+        if not self._is_closed and self._is_needed(blob_id):
+            self.offer(blob_id)
 
     def _on_credit(self, credit: m.BlobCredit) -> None:
         outgoing = self._streaming.get(credit.blob_id)
@@ -386,18 +428,18 @@ class BlobExchange:
         content = outgoing.content
         size = len(content)
         while outgoing.offset < outgoing.upto:
-            if self._is_closed:
+            if self._streaming.get(blob_id) is not outgoing:
+                # The connection is closed, or the peer refused the rest.
                 return
             offset = outgoing.offset
             stop = outgoing.offset = offset + m.BLOB_PART_SIZE_BYTES
             if stop >= size:
                 # With the last part on its way, another offer comes behind it and is in order.
-                self._streaming.pop(blob_id, None)
+                del self._streaming[blob_id]
+                self._sent.add(blob_id)
             yield m.BlobPart(blob_id, offset, content[offset:stop])
             # An empty blob has one part too: the last part is what completes it.
             if stop >= size:
-                if not self._is_closed:
-                    self._delivered(blob_id)
                 return
         outgoing.is_active = False
 
@@ -407,6 +449,7 @@ class BlobExchange:
         blob_id = offer.blob_id
         if self._is_closed or blob_id in self._incoming or blob_id in self._waiting_ids:
             return
+        self._unkept.discard(blob_id)
         if self._store.has(blob_id):
             self._send(m.BlobHeld(blob_id))
         elif len(self._incoming) < INCOMING_COUNT_MAX:
@@ -427,6 +470,8 @@ class BlobExchange:
         blob_id = part.blob_id
         incoming = self._incoming.get(blob_id)
         if incoming is None:
+            if blob_id in self._unkept:
+                return
             raise ProtocolError(f"a part of {_shown(blob_id)}, which was not wanted")
         if part.offset != incoming.offset:
             raise ProtocolError(
@@ -442,29 +487,43 @@ class BlobExchange:
                 f"a part of {_shown(blob_id)} up to {stop} after {part.offset}; it was announced "
                 f"with {incoming.size} bytes"
             )
-        if incoming.writer is None:
-            # Not before its first byte: an offer alone must not make a file.
-            incoming.writer = self._store.open_writer(blob_id)
-        incoming.writer.write(part.payload)
-        incoming.digest.update(part.payload)
-        incoming.offset = stop
-        if stop == incoming.size:
-            self._complete(blob_id, incoming)
-        elif incoming.upto < incoming.size and incoming.upto - stop <= m.BLOB_CREDIT_BYTES // 2:
+        try:
+            if incoming.writer is None:
+                # Not before its first byte: an offer alone must not make a file.
+                incoming.writer = self._store.open_writer(blob_id)
+            incoming.writer.write(part.payload)
+            incoming.digest.update(part.payload)
+            incoming.offset = stop
+            if stop == incoming.size:
+                self._complete(blob_id, incoming)
+                return
+        except StorageError as error:
+            self._refuse(blob_id, incoming, error)
+            return
+        if incoming.upto < incoming.size and incoming.upto - stop <= m.BLOB_CREDIT_BYTES // 2:
             incoming.upto = stop + m.BLOB_CREDIT_BYTES
             self._send(m.BlobCredit(blob_id, incoming.upto))
 
     def _complete(self, blob_id: bytes, incoming: _Incoming) -> None:
-        del self._incoming[blob_id]
         assert incoming.writer is not None
-        try:
-            if incoming.digest.digest() != blob_id:
-                raise ProtocolError(f"the content of {_shown(blob_id)} has another digest")
-            incoming.writer.finish()
-        finally:
-            incoming.writer.abort()
+        if incoming.digest.digest() != blob_id:
+            raise ProtocolError(f"the content of {_shown(blob_id)} has another digest")
+        incoming.writer.finish()
+        del self._incoming[blob_id]
+        self._send(m.BlobHeld(blob_id))
         self._want_waiting()
         self._completed(blob_id)
+
+    def _refuse(self, blob_id: bytes, incoming: _Incoming, error: StorageError) -> None:
+        del self._incoming[blob_id]
+        if incoming.writer is not None:
+            incoming.writer.abort()
+        if len(self._unkept) >= WAITING_COUNT_MAX:
+            raise ProtocolError(f"more than {WAITING_COUNT_MAX} blobs refused")
+        self._unkept.add(blob_id)
+        self._send(m.BlobRefused(blob_id, str(error)[:_REASON_SIZE_MAX]))
+        self._want_waiting()
+        self._failed(blob_id, error)
 
     def _want_waiting(self) -> None:
         """Go on with the offers that wait. What came over another connection meanwhile is held."""

@@ -987,6 +987,8 @@ class BlobWanted(Message):
 
 @_message(102)
 class BlobHeld(Message):
+    """The blob is here, whole: since before it was offered, or since its last part."""
+
     blob_id: BlobId
 
 
@@ -1014,6 +1016,15 @@ class BlobCredit(Message):
 
     blob_id: BlobId
     upto: Annotated[int, Between(0, 2 * BLOB_SIZE_BYTES_MAX)]
+
+
+@_message(106)
+class BlobRefused(Message):
+    """The receiver cannot keep the blob now, its disk being full, and drops what it has of it. It
+    may be offered again later."""
+
+    blob_id: BlobId
+    text: Text
 
 
 # --- progress: for a client that shows it --------------------------------------------------------
@@ -1319,7 +1330,7 @@ class Receipt(Message):
 # --- who may send what ----------------------------------------------------------------------------
 
 #: What transfers of blobs consist of.
-BLOB_KINDS = frozenset({BlobOffer, BlobWanted, BlobHeld, BlobPart, BlobCredit})
+BLOB_KINDS = frozenset({BlobOffer, BlobWanted, BlobHeld, BlobPart, BlobCredit, BlobRefused})
 
 #: Requests about queues and dicts, and what a client says about them.
 OBJECT_REQUESTS: frozenset[type[Message]] = frozenset({

@@ -60,7 +60,13 @@ class Peer:
         self.token = token
         self.transport = transport
         self.exchange = BlobExchange(
-            server.blobs.store, transport.send, transport.send_bulk, self._blob_completed
+            server.blobs.store,
+            transport.send,
+            transport.send_bulk,
+            self._blob_completed,
+            server.later,
+            is_needed=server.core.has_blob,
+            failed=self._blob_failed,
         )
         #: Of a worker: its nested clients by session id.
         self.sessions: dict[bytes, Peer] = {}
@@ -115,15 +121,7 @@ class Peer:
         else:
             if isinstance(message, m.BlobOffer):
                 self._server.blobs.keep_offered(message.blob_id, self._server.clock.now())
-            try:
-                self.exchange.handle(message)
-            except StorageError as error:
-                # A full disk. The transfer ends with the connection; the peer comes back, learns
-                # which of its calls failed, and offers again what it still needs to send.
-                log.error("= peer %d: %s", self.peer_id, error)
-                if isinstance(message, m.BlobPart):
-                    self._server.events.append(BlobRefused(message.blob_id, str(error)))
-                self._server.disconnect(self, "store", str(error))
+            self.exchange.handle(message)
 
     def _relay(self, relay: m.Relay) -> None:
         session = self.sessions.get(relay.session_id)
@@ -144,4 +142,11 @@ class Peer:
 
     def _blob_completed(self, blob_id: bytes) -> None:
         self._server.events.append(self._server.completed(blob_id))
+        self._server.schedule_turn()
+
+    def _blob_failed(self, blob_id: bytes, error: StorageError) -> None:
+        """A full disk. The calls of a client that need the blob fail, and it offers those that
+        others of its calls need again, as a worker does with what its outputs need."""
+        log.error("= peer %d: %s", self.peer_id, error)
+        self._server.events.append(BlobRefused(blob_id, str(error)))
         self._server.schedule_turn()

@@ -425,6 +425,10 @@ class SchedulerServer:
         for blob_id in self._revived(events):
             self.core.handle(self.completed(blob_id), now)
 
+    def later(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """Call a function in so many seconds."""
+        self._loop.call_later(delay_s, callback)
+
     def completed(self, blob_id: bytes) -> BlobCompleted:
         """The news that a blob is whole."""
         return BlobCompleted(blob_id, self.blobs.store.size(blob_id))

@@ -28,6 +28,7 @@ from fanout.exceptions import (
     ConnectionError,
     ContainerStartError,
     InvalidError,
+    StorageError,
     VersionError,
 )
 from fanout.filesystem import write_private
@@ -260,7 +261,9 @@ class Daemon:
             transport.send,
             transport.send_bulk,
             self._blob_completed,
-            self._blob_delivered,
+            self._loop.call_later,
+            failed=self._blob_failed,
+            delivered=self._blob_delivered,
         )
         self._nested.connected(welcome.epoch)
         self.state.connected(welcome.epoch)
@@ -343,6 +346,10 @@ class Daemon:
     def _blob_delivered(self, blob_id: bytes) -> None:
         self.state.blob_delivered(blob_id)
         self._act()
+
+    def _blob_failed(self, blob_id: bytes, error: StorageError) -> None:
+        """The disk is full: what needs the blob waits here until there is room."""
+        self._tell(True, "= %s", error)
 
     def _send(self, message: m.Message) -> None:
         transport = self._transport

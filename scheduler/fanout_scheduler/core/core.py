@@ -189,6 +189,10 @@ class Scheduler:
         """How many calls are not over."""
         return sum(app.open_count for app in self.state.apps.values())
 
+    def has_blob(self, blob_id: bytes) -> bool:
+        """Whether a blob is here and was not let go of."""
+        return blob_id in self.state.present_blobs
+
     # --- events -----------------------------------------------------------------------------------
 
     def _on_peer_connected(self, event: PeerConnected) -> None:
