@@ -10,7 +10,7 @@ import ctypes
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
@@ -214,6 +214,7 @@ class Bench:
         status: int = 0,
         input_s: float = 0.001,
         values: list[bytes] | None = None,
+        blobs: Sequence[tuple[int, list[bytes]]] = (),
     ) -> None:
         """The container reports outputs of `count` inputs of a lease after the first `skip`. A test
         says itself what time it is: if they cannot have run that long, the lease gets older."""
@@ -234,7 +235,7 @@ class Bench:
                 int(input_s * 1e6 * count),
                 lengths,
                 bytes([status]) * count,
-                [],
+                list(blobs),
                 payload,
             ),
         )

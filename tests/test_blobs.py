@@ -386,7 +386,7 @@ def test_other_messages_are_left_to_others() -> None:
         (m.BlobPart(b"o" * 32, 0, b"x"), "not wanted"),
         (m.BlobWanted(b"o" * 32), "not offered"),
         (m.BlobHeld(b"o" * 32), "not offered"),
-        (m.BlobRefused(b"o" * 32, "full"), "not sent"),
+        (m.BlobRefused(b"o" * 32, False, "full"), "not sent"),
         (m.BlobPart(b"w" * 32, 1, b"x"), "at 1 instead of 0"),
         (m.BlobPart(b"w" * 32, 0, b"x" * 11), "announced with 10 bytes"),
         (m.BlobPart(b"w" * 32, 0, b""), "announced with 10 bytes"),
@@ -411,7 +411,7 @@ hostile = st.one_of(
     st.builds(m.BlobPart, ids, st.integers(0, 4), st.sampled_from([b"", b"x", b"xx"])),
     st.builds(m.BlobWanted, ids),
     st.builds(m.BlobHeld, ids),
-    st.builds(m.BlobRefused, ids, st.just("full")),
+    st.builds(m.BlobRefused, ids, st.booleans(), st.just("full")),
 )
 
 

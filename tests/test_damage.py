@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from fanout.exceptions import StorageError
+from tests import restart_kit as kit
 from tests.conftest import TIMEOUT_FACTOR, Cluster, HandStarted, environment, poll_until
+
+#: Travels as a blob.
+HUGE = bytes(3 << 20)
 
 SPAWN = """
 import sys
@@ -178,6 +183,66 @@ def test_a_script_on_the_embedded_default_says_what_is_damaged(
     assert damage.advises in again.stderr
     assert "Traceback" not in again.stderr
     assert content_of(database.parent) == before
+
+
+def flip_a_byte(blob: Path) -> None:
+    with blob.open("r+b") as file:
+        file.seek(2_000_000)
+        byte = file.read(1)
+        file.seek(2_000_000)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def blob_of(cluster: HandStarted, content: bytes) -> Path:
+    """The file of the one blob that has this in it."""
+    paths = (cluster.scheduler_home / "blobs").iterdir()
+    (found,) = [path for path in paths if content in path.read_bytes()]
+    return found
+
+
+def test_a_large_argument_that_changed_on_disk_fails_its_call_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = HandStarted(tmp_path)
+    try:
+        cluster.start_scheduler()
+        monkeypatch.setenv("FANOUT_URL", cluster.client_join)
+        with kit.app.run():
+            sound = kit.size_of.spawn(b"sound" + HUGE)
+            broken = kit.size_of.spawn(b"broken" + HUGE)
+            flip_a_byte(blob_of(cluster, b"broken"))
+            cluster.start_worker("w1", cpu=2)
+            with pytest.raises(StorageError, match=r"a large value: its file .* had changed"):
+                broken.get(timeout=30)
+            assert sound.get(timeout=30) == 5 + len(HUGE)
+            # It is brought anew, and kept.
+            assert kit.size_of.remote(b"broken" + HUGE) == 6 + len(HUGE)
+        assert "(worker) lost" not in cluster.log("scheduler")
+    finally:
+        cluster.stop()
+
+
+def test_a_large_result_that_changed_on_disk_is_an_error_in_its_place(
+    scheduler_and_workers: Callable[..., HandStarted], tmp_path: Path
+) -> None:
+    cluster = scheduler_and_workers(1)
+    gate = tmp_path / "gate"
+    gate.touch()
+    with kit.app.run():
+        call = kit.bytes_when_open.spawn_map(
+            [65, 66, 67], kwargs={"size": len(HUGE), "gate": str(gate)}
+        )
+        assert [value[:1] for value in call.iter()] == [b"A", b"B", b"C"]
+        flip_a_byte(blob_of(cluster, b"BBBB"))
+        for _ in range(2):
+            with pytest.raises(StorageError, match=r"a large value: its file .* had changed"):
+                call.get(index=1)
+            assert [call.get(index=x)[:1] for x in (0, 2)] == [b"A", b"C"]
+        kit.kill_scheduler(cluster)
+        cluster.start_scheduler()
+        with pytest.raises(StorageError, match=r"a large value: its file is gone"):
+            call.get(index=1)
+        assert [call.get(index=x)[:1] for x in (0, 2)] == [b"A", b"C"]
 
 
 def test_what_was_put_back_is_there_again(

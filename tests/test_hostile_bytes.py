@@ -152,7 +152,7 @@ def _transfer(content: bytes, blob_id: bytes) -> Iterator[m.Message]:
     for offset in range(0, len(content), size):
         yield m.BlobPart(blob_id, offset, content[offset : offset + size])
     yield m.BlobHeld(blob_id)
-    yield m.BlobRefused(blob_id, "the disk is full")
+    yield m.BlobRefused(blob_id, False, "the disk is full")
     yield m.BlobCredit(blob_id, 1 << 20)
 
 

@@ -234,7 +234,10 @@ FORGERIES: dict[type[m.Message], Forge] = {
     # A blob that was not offered to me; a content that is not the one of its name; parts unasked.
     m.BlobWanted: lambda s: [m.BlobWanted(BLOB)],
     m.BlobHeld: lambda s: [m.BlobHeld(BLOB)],
-    m.BlobRefused: lambda s: [m.BlobRefused(BLOB, "forged")],
+    m.BlobRefused: lambda s: [
+        m.BlobRefused(BLOB, False, "forged"),
+        m.BlobRefused(BLOB, True, "forged"),
+    ],
     m.BlobCredit: lambda s: [m.BlobCredit(BLOB, 1 << 20), m.BlobCredit(OTHER_BLOB, 1 << 20)],
     m.BlobOffer: lambda s: [
         m.BlobOffer(BLOB, 5),

@@ -320,6 +320,7 @@ class Session:
             transport.send_bulk,
             self._on_blob_completed,
             self.loop.call_later,
+            trusts_peer=True,
         )
         for run in self._runs.values():
             if run.owner is self and not self.is_nested:

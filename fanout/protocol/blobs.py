@@ -11,7 +11,9 @@ it, and whoever receives it can tell whether it is whole. One transfer::
       | <--------------- BlobHeld -- |   all is here and the digest right
 
 A receiver whose disk takes no more says `BlobRefused` in the place of the last line, and leaves
-out what is still on its way; the sender may offer the blob again later.
+out what is still on its way; the sender may offer the blob again later. A worker or client that
+gets another content than the id promises says so in the same way, because it is a disk of the
+scheduler that has changed it; a scheduler that gets one breaks the connection off.
 
 `BlobExchange` does this for one connection, in both directions; it is sans-IO but for the store
 that it writes to. `MemoryBlobStore` and `FileBlobStore` hold the content.
@@ -290,6 +292,8 @@ class BlobExchange:
             is in the store, unless told otherwise.
         failed: told the id of each blob of the peer that the store could not take, and why. The
             peer is told too.
+        doubted: told the id of each blob that was sent and that the peer found to be broken.
+        trusts_peer: what comes broken is told to the peer; otherwise it breaks a rule.
         delivered: told the id of each offered blob once the peer has it, whole.
     """
 
@@ -304,6 +308,8 @@ class BlobExchange:
         is_needed: Callable[[bytes], bool] | None = None,
         failed: Callable[[bytes, StorageError], None] = lambda blob_id, error: None,
         delivered: Callable[[bytes], None] = lambda blob_id: None,
+        doubted: Callable[[bytes], None] = lambda blob_id: None,
+        trusts_peer: bool = False,
     ) -> None:
         self._store = store
         self._send = send
@@ -313,6 +319,8 @@ class BlobExchange:
         self._later = later
         self._is_needed = is_needed or store.has
         self._delivered = delivered
+        self._doubted = doubted
+        self._trusts_peer = trusts_peer
         #: Offered, not yet answered. The content is held, so that a drop in between does no harm.
         self._offered: dict[bytes, memoryview] = {}
         #: Being streamed. Offering one of these or of those above again changes nothing.
@@ -360,7 +368,7 @@ class BlobExchange:
         elif isinstance(message, m.BlobHeld):
             self._on_held(message.blob_id)
         elif isinstance(message, m.BlobRefused):
-            self._on_refused(message.blob_id)
+            self._on_refused(message)
         else:
             return False
         return True
@@ -399,16 +407,25 @@ class BlobExchange:
             self._take_offered(blob_id, "BlobHeld")
         self._delivered(blob_id)
 
-    def _on_refused(self, blob_id: bytes) -> None:
+    def _on_refused(self, refused: m.BlobRefused) -> None:
+        blob_id = refused.blob_id
         if self._streaming.pop(blob_id, None) is None:
             if blob_id not in self._sent:
                 raise ProtocolError(f"BlobRefused for {_shown(blob_id)}, which was not sent")
             self._sent.discard(blob_id)
-        self._later(REFUSED_RETRY_S, lambda: self._offer_again(blob_id))
+        if refused.is_broken:
+            self._doubted(blob_id)
+        else:
+            self.offer_later(blob_id)
 
-    def _offer_again(self, blob_id: bytes) -> None:
-        if not self._is_closed and self._is_needed(blob_id):
-            self.offer(blob_id)
+    def offer_later(self, blob_id: bytes) -> None:
+        """Offer a blob after a while, if it is needed then."""
+
+        def offer() -> None:
+            if not self._is_closed and self._is_needed(blob_id):
+                self.offer(blob_id)
+
+        self._later(REFUSED_RETRY_S, offer)
 
     def _on_credit(self, credit: m.BlobCredit) -> None:
         outgoing = self._streaming.get(credit.blob_id)
@@ -507,21 +524,27 @@ class BlobExchange:
     def _complete(self, blob_id: bytes, incoming: _Incoming) -> None:
         assert incoming.writer is not None
         if incoming.digest.digest() != blob_id:
-            raise ProtocolError(f"the content of {_shown(blob_id)} has another digest")
+            text = f"the content of {_shown(blob_id)} has another digest"
+            if not self._trusts_peer:
+                raise ProtocolError(text)
+            self._refuse(blob_id, incoming, StorageError(text), is_broken=True)
+            return
         incoming.writer.finish()
         del self._incoming[blob_id]
         self._send(m.BlobHeld(blob_id))
         self._want_waiting()
         self._completed(blob_id)
 
-    def _refuse(self, blob_id: bytes, incoming: _Incoming, error: StorageError) -> None:
+    def _refuse(
+        self, blob_id: bytes, incoming: _Incoming, error: StorageError, is_broken: bool = False
+    ) -> None:
         del self._incoming[blob_id]
         if incoming.writer is not None:
             incoming.writer.abort()
         if len(self._unkept) >= WAITING_COUNT_MAX:
             raise ProtocolError(f"more than {WAITING_COUNT_MAX} blobs refused")
         self._unkept.add(blob_id)
-        self._send(m.BlobRefused(blob_id, str(error)[:_REASON_SIZE_MAX]))
+        self._send(m.BlobRefused(blob_id, is_broken, str(error)[:_REASON_SIZE_MAX]))
         self._want_waiting()
         self._failed(blob_id, error)
 

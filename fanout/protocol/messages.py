@@ -1020,10 +1020,11 @@ class BlobCredit(Message):
 
 @_message(106)
 class BlobRefused(Message):
-    """The receiver cannot keep the blob now, its disk being full, and drops what it has of it. It
-    may be offered again later."""
+    """The receiver drops what it has of the blob. It cannot keep it now, its disk being full, and
+    may be offered it again later; or what came is broken: its digest is not the blob's id."""
 
     blob_id: BlobId
+    is_broken: Flag
     text: Text
 
 

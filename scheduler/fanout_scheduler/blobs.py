@@ -8,6 +8,7 @@ the blob is here.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
@@ -43,6 +44,14 @@ class BlobKeeper:
         for blob_id in self.store.ids():
             if blob_id not in wanted:
                 self.store.drop(blob_id)
+
+    def is_sound(self, blob_id: bytes) -> bool:
+        """Whether the file of a blob holds what its name says. Reads all of it; for a thread."""
+        try:
+            with (self._folder / blob_id.hex()).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").digest() == blob_id
+        except OSError:
+            return False
 
     def drop(self, blob_id: bytes, now: float) -> None:
         """The core has let go of a blob."""

@@ -67,6 +67,7 @@ class Peer:
             server.later,
             is_needed=server.core.has_blob,
             failed=self._blob_failed,
+            doubted=lambda blob_id: server.verify_blob(blob_id, self),
         )
         #: Of a worker: its nested clients by session id.
         self.sessions: dict[bytes, Peer] = {}

@@ -32,6 +32,7 @@ from fanout_scheduler.clock import TICK_INTERVAL_S, Clock
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
     BlobCompleted,
+    BlobLost,
     Command,
     Disconnect,
     DropBlob,
@@ -424,6 +425,20 @@ class SchedulerServer:
         it sees the frames."""
         for blob_id in self._revived(events):
             self.core.handle(self.completed(blob_id), now)
+
+    def verify_blob(self, blob_id: bytes, peer: Peer) -> None:
+        """A peer got another content than the id promises: see whether it is the disk's fault."""
+
+        def tell(verification: asyncio.Future[bool]) -> None:
+            if not verification.result():
+                log.error("= blob %s has changed on disk and is removed", blob_id.hex())
+                self.blobs.store.drop(blob_id)
+                self.events.append(BlobLost(blob_id, peer.peer_id))
+                self.schedule_turn()
+            else:
+                peer.exchange.offer_later(blob_id)
+
+        self._loop.run_in_executor(None, self.blobs.is_sound, blob_id).add_done_callback(tell)
 
     def later(self, delay_s: float, callback: Callable[[], None]) -> None:
         """Call a function in so many seconds."""

@@ -264,6 +264,7 @@ class Daemon:
             self._loop.call_later,
             failed=self._blob_failed,
             delivered=self._blob_delivered,
+            trusts_peer=True,
         )
         self._nested.connected(welcome.epoch)
         self.state.connected(welcome.epoch)
@@ -348,7 +349,8 @@ class Daemon:
         self._act()
 
     def _blob_failed(self, blob_id: bytes, error: StorageError) -> None:
-        """The disk is full: what needs the blob waits here until there is room."""
+        """The disk is full: what needs the blob waits here until there is room. Or what came is
+        broken, which the scheduler was told."""
         self._tell(True, "= %s", error)
 
     def _send(self, message: m.Message) -> None:

@@ -127,7 +127,7 @@ def queue_chunk(state: State, call: Call, chunk: Chunk) -> None:
     def fail(text: str) -> None:
         from fanout_scheduler.core.calls import fail_for
 
-        fail_for(state, call, "store", f"the scheduler could not keep a large value: {text}")
+        fail_for(state, call, "store", not_kept(text))
 
     call.parked.add(chunk.start, chunk.stop)
     if not when_present(state, ids(chunk.blobs), queue, fail, call):
@@ -142,13 +142,23 @@ def await_definition(state: State, function: Function) -> None:
         function.lacks_blobs = False
 
     def fail(text: str) -> None:
-        from fanout_scheduler.core.calls import fail_function
-
-        name = function.definition.name
-        shown = f"the scheduler could not keep the code of {name}: {text}"
-        fail_function(state, function, m.Status.FAILURE, m.failure_payload("store", shown))
-        # A client that defines it anew brings its blobs again.
-        if function.function_id in state.functions:
-            await_definition(state, function)
+        fail_definition(state, function, text)
 
     when_present(state, function.definition.blobs, ready, fail)
+
+
+def fail_definition(state: State, function: Function, text: str) -> None:
+    """The blobs of a definition cannot be had; calls that need a container end."""
+    from fanout_scheduler.core.calls import fail_function
+
+    name = function.definition.name
+    shown = f"the scheduler could not keep the code of {name}: {text}"
+    fail_function(state, function, m.Status.FAILURE, m.failure_payload("store", shown))
+    # A client that defines it anew brings its blobs again.
+    if function.function_id in state.functions:
+        await_definition(state, function)
+
+
+def not_kept(text: str) -> str:
+    """What the user reads when a blob of inputs or outputs cannot be had."""
+    return f"the scheduler could not keep a large value: {text}"

@@ -25,6 +25,7 @@ from fanout_scheduler.core import (
     advice,
     blobs,
     calls,
+    damage,
     durable,
     graph,
     leasing,
@@ -39,6 +40,7 @@ from fanout_scheduler.core import (
 from fanout_scheduler.core import check as invariants
 from fanout_scheduler.core.events import (
     BlobCompleted,
+    BlobLost,
     BlobRefused,
     Command,
     Disconnect,
@@ -159,6 +161,8 @@ class Scheduler:
             blobs.on_refused(state, event.blob_id, event.text)
         elif isinstance(event, BlobCompleted):
             blobs.on_completed(state, event.blob_id, event.size_bytes)
+        elif isinstance(event, BlobLost):
+            damage.on_blob_lost(state, event.blob_id, event.peer_id)
 
     def decide(self, now: float) -> list[Command]:
         """Everything that can be decided now, as orders to be carried out in this order."""

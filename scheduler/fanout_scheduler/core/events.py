@@ -88,6 +88,14 @@ class BlobRefused:
 
 
 @dataclass(slots=True)
+class BlobLost:
+    """The file of a blob has changed on disk, and is gone now. `peer_id` found it out."""
+
+    blob_id: bytes
+    peer_id: PeerId
+
+
+@dataclass(slots=True)
 class TimePassed:
     """A deadline may have come."""
 
@@ -102,6 +110,7 @@ Event = (
     | StoreFailed
     | BlobCompleted
     | BlobRefused
+    | BlobLost
     | TimePassed
 )
 

@@ -42,6 +42,10 @@ class KeptOutputs:
             self._starts.insert(position, start)
             self._frames.insert(position, outputs)
 
+    def replace(self, old: m.Outputs, new: m.Outputs) -> None:
+        """Keep other outputs of the same inputs."""
+        self._frames[bisect_left(self._starts, old.start)] = new
+
     def among(self, start: int, stop: int) -> list[m.Outputs]:
         """The frames that have an output of an input from `start` to `stop`."""
         if start >= stop:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
 
 from fanout.config import CLIENT_GRACE_S
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs, durable, spawned
 from fanout_scheduler.core.calls import add_call
+from fanout_scheduler.core.damage import GONE, without_lost
 from fanout_scheduler.core.events import DropBlob, Record
 from fanout_scheduler.core.object_restore import Restorer
 from fanout_scheduler.core.object_state import OBJECT_RECORDS
 from fanout_scheduler.core.state import App, Call, State, make_function
-
-#: Records that name blobs are written when those are on disk, so what is not here was lost there.
-LOST = "its file is gone from the folder blobs of the scheduler's home; spawn the call again"
 
 
 def restore(state: State, records: Iterable[Record], present: dict[bytes, int] | None) -> None:
@@ -57,7 +54,7 @@ def _give_up_what_lacks_blobs(state: State) -> None:
     # Whatever else there is, the shell removes at once.
     state.commands = [order for order in state.commands if not isinstance(order, DropBlob)]
     for blob_id in list(state.blob_waiters):
-        blobs.on_refused(state, blob_id, LOST)
+        blobs.on_refused(state, blob_id, GONE)
 
 
 def _restore_record(state: State, record: Record, present: dict[bytes, int] | None) -> bool:
@@ -84,29 +81,9 @@ def _restore_record(state: State, record: Record, present: dict[bytes, int] | No
         if call is None:
             return False
         if present is not None and isinstance(record, m.Outputs):
-            record = _without_lost(record, present)
+            record = without_lost(record, lambda blob_id: blob_id not in present, GONE)
         _restore_call_record(state, call, record)
     return True
-
-
-def _without_lost(outputs: m.Outputs, present: dict[bytes, int]) -> m.Outputs:
-    """Outputs of which a large buffer is gone are failures."""
-    lost = {at for at, ids in outputs.blobs if any(blob_id not in present for blob_id in ids)}
-    if not lost:
-        return outputs
-    failure = m.failure_payload("store", f"the scheduler could not keep a large value: {LOST}")
-    statuses = bytearray(outputs.statuses)
-    values, start = [], 0
-    for at, length in enumerate(memoryview(outputs.lengths).cast("I")):
-        values.append(failure if at in lost else bytes(outputs.payload[start : start + length]))
-        start += length
-        if at in lost:
-            statuses[at] = m.Status.FAILURE
-    lengths = array("I", map(len, values)).tobytes()
-    kept = [(at, ids) for at, ids in outputs.blobs if at not in lost]
-    return m.Outputs(
-        outputs.call_id, outputs.start, lengths, bytes(statuses), kept, b"".join(values)
-    )
 
 
 def _restore_call(state: State, record: m.OpenCall) -> bool:
