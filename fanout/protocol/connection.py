@@ -266,9 +266,9 @@ class Connection:
         self._is_readable = False
 
     def _queue(self, message: m.Message) -> None:
-        for buffer in m.encode(message):
-            self._outgoing.append(buffer)
-            self.outgoing_size += len(buffer)
+        buffers = m.encode(message)
+        self._outgoing += buffers
+        self.outgoing_size += sum(map(len, buffers))
 
     def _move(self, cause: Cause) -> None:
         self.state = TRANSITIONS[self.state][cause]

@@ -95,6 +95,14 @@ class FrameReader:
         frames: list[Frame] = []
         position, size = 0, len(data)
         self._needed = PREFIX_SIZE_BYTES
+        if size >= PREFIX_SIZE_BYTES:
+            # Without load a read is one frame.
+            header_size, payload_size = PREFIX.unpack_from(data)
+            payload_start = PREFIX_SIZE_BYTES + header_size
+            if payload_start + payload_size == size:
+                self._check(header_size, payload_size)
+                frames.append((data[PREFIX_SIZE_BYTES:payload_start], data[payload_start:]))
+                return frames
         while size - position >= PREFIX_SIZE_BYTES:
             header_size, payload_size = PREFIX.unpack_from(data, position)
             self._check(header_size, payload_size)

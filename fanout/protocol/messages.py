@@ -1382,6 +1382,8 @@ ENDS_WAIT: frozenset[type[Message]] = frozenset(
 
 # --- codec ----------------------------------------------------------------------------------------
 
+#: A payload of at most this is copied behind its header, as that costs less than a buffer more.
+COPIED_SIZE_BYTES_MAX = 1024
 #: A length table of one element.
 _LENGTH = struct.Struct("=I")
 _pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
@@ -1403,7 +1405,8 @@ def encode(message: Message) -> list[Payload]:
     if not message.HAS_PAYLOAD:
         return [frames.prefix(header, 0) + header]
     payload: Payload = message.payload  # type: ignore[attr-defined]
-    return [frames.prefix(header, len(payload)) + header, payload]
+    start = frames.prefix(header, len(payload)) + header
+    return [start + payload] if len(payload) <= COPIED_SIZE_BYTES_MAX else [start, payload]
 
 
 def decode(header: bytes, payload: bytes) -> Message:

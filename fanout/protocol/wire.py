@@ -375,11 +375,14 @@ class Transport(asyncio.Protocol):
         sink = self._socket
         if sink is None:
             return
+        size = self._connection.outgoing_size
         buffers = self._connection.data_to_send()
         if not buffers or sink.is_closing():
             return
         if len(buffers) == 1:
             sink.write(buffers[0])
+        elif size <= JOIN_SIZE_BYTES_MAX:
+            sink.write(b"".join(buffers))
         else:
             parts = join_small(buffers)
             if len(parts) == 1:

@@ -273,19 +273,13 @@ class Daemon:
 
     def messages_received(self, messages: list[m.Message]) -> None:
         for message in messages:
-            if isinstance(message, m.Heartbeat) or self._nested.handle(message):
-                continue
-            if isinstance(message, m.BlobOffer):
-                # A removal that was decided just before must not hit what is now said to be here.
-                self._act()
-            if isinstance(message, m.Goodbye):
+            if type(message) in m.BLOB_KINDS:
+                self._on_blob_message(message)
+            elif isinstance(message, m.Goodbye):
                 self._on_goodbye(message)
-            elif self._exchange is not None and self._exchange.handle(message):
-                if isinstance(message, m.BlobOffer) and self._store.has(message.blob_id):
-                    self.state.blob_completed(message.blob_id)
             elif self._leave.is_set() and isinstance(message, m.Lease | m.StartContainer):
                 self._refuse(message)
-            else:
+            elif not isinstance(message, m.Heartbeat) and not self._nested.handle(message):
                 self.state.handle(message)
                 if isinstance(message, m.WorkerAccepted):
                     self._on_accepted()
@@ -339,6 +333,15 @@ class Daemon:
             self._end_revoked(message.text)
         elif message.code == "shutdown" and self._options.is_embedded:
             self._leave.set()
+
+    def _on_blob_message(self, message: m.Message) -> None:
+        if isinstance(message, m.BlobOffer):
+            # A removal that was decided just before must not hit what is now said to be here.
+            self._act()
+        if self._exchange is not None:
+            self._exchange.handle(message)
+        if isinstance(message, m.BlobOffer) and self._store.has(message.blob_id):
+            self.state.blob_completed(message.blob_id)
 
     def _blob_completed(self, blob_id: bytes) -> None:
         self.state.blob_completed(blob_id)
