@@ -217,6 +217,17 @@ class HandStarted:
         join: str = self.state["client_join"]
         return join
 
+    def status(self) -> dict[str, Any]:
+        """What the scheduler says of itself."""
+        from fanout.client.local import ask_status
+        from fanout.protocol.join import JoinString
+
+        return ask_status(JoinString.parse(self.client_join))
+
+    def open_call_count(self) -> int:
+        """How many calls the scheduler has to do something for."""
+        return int(self.status()["open_call_count"])
+
     def start_scheduler(self) -> subprocess.Popen[bytes]:
         """Start it, or start it again on the same port, and wait until it listens."""
         self.scheduler_home.mkdir(mode=0o700, exist_ok=True)

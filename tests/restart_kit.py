@@ -10,13 +10,10 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import fanout
-from fanout.client.local import ask_status
-from fanout.protocol.join import JoinString
 from tests.behaviour_kit import shared_out_bytes, wait_for_file
 from tests.conftest import HandStarted, is_alive, poll_until
 
@@ -102,16 +99,6 @@ def bytes_when_open(x: int, size: int, gate: str) -> bytes:
 # --- killing --------------------------------------------------------------------------------------
 
 
-def open_call_count(cluster: HandStarted) -> int:
-    """How many calls the scheduler has to do something for."""
-    return int(status(cluster)["open_call_count"])
-
-
-def status(cluster: HandStarted) -> dict[str, Any]:
-    """What the scheduler says of itself."""
-    return ask_status(JoinString.parse(cluster.client_join))
-
-
 def kill_scheduler(cluster: HandStarted) -> None:
     """End the scheduler by SIGKILL, and wait until it is gone."""
     assert cluster.scheduler is not None
@@ -174,7 +161,7 @@ class Ride:
         # After the kill before, the client needs a moment to submit the call again. When it has
         # every result already, and only its user has not, it never does.
         with contextlib.suppress(AssertionError):
-            poll_until(lambda: open_call_count(self.cluster), "the call is at work", 3)
+            poll_until(self.cluster.open_call_count, "the call is at work", 3)
             self.kills_at_work += 1
 
     def _note_growth(self, baseline: int) -> None:

@@ -37,9 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for part in ("", "scheduler", "worker"):
     sys.path.insert(0, str(ROOT / part))
 
-from fanout.client.local import ask_status  # noqa: E402
 from fanout.config import CLIENT_GRACE_S, CRASH_LIMIT, WORKER_DEADLINE_S  # noqa: E402
-from fanout.protocol.join import JoinString  # noqa: E402
 from tests.behaviour_kit import descendants_of  # noqa: E402
 from tests.conftest import HandStarted, environment, is_alive, poll_until  # noqa: E402
 from tests.soak_kit import UNITS, memory_bytes  # noqa: E402
@@ -280,7 +278,7 @@ class Soak:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1)
         last = (self.marks / f"client-{name}").read_text().splitlines()[-1]
-        status = self._status()
+        status = self.cluster.status()
         status["calls"] = [call for call in status["calls"] if call["state"] != "over"]
         stacks = [path.read_text() for path in self.marks.glob("stack-*")]
         return (
@@ -362,16 +360,10 @@ class Soak:
         for name, process in self.clients.items():
             if process.returncode != 0:
                 raise SoakFailed(f"client {name} failed: {self.log(name)}")
-        poll_until(lambda: self._open_call_count() == 0, self._open_calls, HEAL_S)
-
-    def _status(self) -> dict[str, Any]:
-        return dict(ask_status(JoinString.parse(self.cluster.client_join)))
-
-    def _open_call_count(self) -> int:
-        return int(self._status()["open_call_count"])
+        poll_until(lambda: self.cluster.open_call_count() == 0, self._open_calls, HEAL_S)
 
     def _open_calls(self) -> str:
-        calls = [call for call in self._status()["calls"] if call["state"] != "over"]
+        calls = [call for call in self.cluster.status()["calls"] if call["state"] != "over"]
         return f"these calls end: {json.dumps(calls, indent=1)}"
 
     def _journal(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -463,7 +455,7 @@ class Soak:
         return found[0]
 
     def _containers(self) -> int:
-        return len(self._status()["containers"])
+        return len(self.cluster.status()["containers"])
 
     def _daemons(self) -> dict[str, int]:
         assert self.cluster.scheduler is not None

@@ -16,9 +16,7 @@ from typing import Any
 import pytest
 
 from fanout import exceptions
-from fanout.client.local import ask_status
 from fanout.config import WORKER_DEADLINE_S
-from fanout.protocol.join import JoinString
 from fanout_worker import leftovers
 from tests import crash_kit as kit
 from tests.behaviour_kit import descendants_of
@@ -89,10 +87,6 @@ def test_an_input_that_faults_once_succeeds_at_its_second_attempt(
 # --- a worker that is killed, or stopped ----------------------------------------------------------
 
 
-def snapshot(cluster: HandStarted) -> dict[str, Any]:
-    return ask_status(JoinString.parse(cluster.client_join))
-
-
 def use_both(cluster: HandStarted) -> dict[int, str]:
     """Have a container in each worker. Returns the names of their workers by the containers'
     pids."""
@@ -144,13 +138,13 @@ def test_a_worker_stopped_past_its_deadline_comes_back_with_its_container(
         assert sorted(got) == list(range(count)), "each once"
         assert kit.runs(tmp_path).count(bad) == 2
         assert taken_s < WORKER_DEADLINE_S + SLACK_S * TIMEOUT_FACTOR
-        assert len(snapshot(cluster)["workers"]) == 1
+        assert len(cluster.status()["workers"]) == 1
         assert not (tmp_path / "stopped").exists(), "nobody can tell it yet"
 
         cluster.workers[name].send_signal(signal.SIGCONT)
         poll_until((tmp_path / "stopped").exists, "the void lease is stopped")
-        poll_until(lambda: len(snapshot(cluster)["workers"]) == 2, "the worker is taken back")
-        poll_until(lambda: all_free(cluster), lambda: f"all cores are free: {snapshot(cluster)}")
+        poll_until(lambda: len(cluster.status()["workers"]) == 2, "the worker is taken back")
+        poll_until(lambda: all_free(cluster), lambda: f"all cores are free: {cluster.status()}")
         assert is_alive(container), "it keeps its container"
         meet = kit.meet.map(range(2), kwargs={"folder": str(tmp_path), "count": 2})
         assert list(meet) == [0, 1], "both workers work"
@@ -161,7 +155,7 @@ def test_a_worker_stopped_past_its_deadline_comes_back_with_its_container(
 
 
 def all_free(cluster: HandStarted) -> bool:
-    return all(worker["cpu_free"] == worker["cpu"] for worker in snapshot(cluster)["workers"])
+    return all(worker["cpu_free"] == worker["cpu"] for worker in cluster.status()["workers"])
 
 
 def container_log(cluster: HandStarted, name: str) -> str:

@@ -163,4 +163,4 @@ def test_spawns_with_blobs_fail_and_say_why(small_disk: kit.SmallDisk, room: int
         small_disk.make_room()
         assert kit.size_of.spawn(HUGE + b"third").get(timeout=30) == len(HUGE) + 5
         assert kit.size_of.remote(HUGE + b"fourth") == len(HUGE) + 6
-    poll_until(lambda: kit.open_call_count(small_disk) == 0, "nothing of the refused call")
+    poll_until(lambda: small_disk.open_call_count() == 0, "nothing of the refused call")

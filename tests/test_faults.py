@@ -54,14 +54,6 @@ def killed_after_s(pid: int) -> float:
     return waited_s + time.thread_time() - own_begin_s
 
 
-def open_call_count(cluster: HandStarted) -> int:
-    """How many calls the scheduler has to do something for."""
-    from fanout.client.local import ask_status
-    from fanout.protocol.join import JoinString
-
-    return int(ask_status(JoinString.parse(cluster.client_join))["open_call_count"])
-
-
 def inputs_of(results: Iterator[Any], pids: set[int], count: int) -> list[int]:
     """The inputs of the next results of `nap`; their containers are noted."""
     got = []
@@ -109,7 +101,7 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(scheduler_and_workers
         poll_until(
             lambda: not any(map(is_alive, of_first)), "the processes of the killed worker end"
         )
-        poll_until(lambda: open_call_count(cluster) == 0, "the last acknowledgement arrives")
+        poll_until(lambda: cluster.open_call_count() == 0, "the last acknowledgement arrives")
 
 
 def test_work_goes_on_when_the_last_worker_is_replaced(scheduler_and_workers: Start) -> None:
@@ -155,7 +147,9 @@ def test_nothing_runs_on_for_a_client_that_was_killed(
     assert is_alive(pid)
     timeout_s = CLIENT_GRACE_S + 15
     # The code sleeps, so it can be stopped without the process; it runs until it is.
-    poll_until(lambda: open_call_count(cluster) == 0, "the call of the dead client ends", timeout_s)
+    poll_until(
+        lambda: cluster.open_call_count() == 0, "the call of the dead client ends", timeout_s
+    )
     with kit.app.run():
         assert kit.same.remote(1) == 1, "the core is free"
     assert not (tmp_path / "ended-5").exists()
@@ -180,7 +174,7 @@ def test_an_acknowledged_spawn_survives_the_scheduler(scheduler_and_workers: Sta
         for number, call in enumerate(calls):
             assert call.get(timeout=30) == number
         assert len(set(calls)) == SPAWN_ROUNDS
-    poll_until(lambda: open_call_count(cluster) == 0, "no call is left open")
+    poll_until(lambda: cluster.open_call_count() == 0, "no call is left open")
 
 
 def test_a_map_goes_on_when_the_scheduler_comes_back(scheduler_and_workers: Start) -> None:

@@ -20,10 +20,8 @@ import pytest
 
 import fanout
 from benchmarks.process import memory_of
-from fanout.client.local import ask_status
 from fanout.exceptions import ConnectionError, StorageError
 from fanout.protocol import messages as m
-from fanout.protocol.join import JoinString
 from fanout.serialization import encode_args
 from tests import behaviour_kit as kit
 from tests.conftest import ROOT, HandStarted, environment, poll_until
@@ -113,10 +111,6 @@ async def test_whom_open_files_leave_no_room_for_is_told_so_and_nobody_else_suff
 # --- workers --------------------------------------------------------------------------------------
 
 
-def status_of(cluster: HandStarted) -> dict[str, Any]:
-    return ask_status(JoinString.parse(cluster.client_join))
-
-
 @contextlib.contextmanager
 def made_up_workers(
     cluster: HandStarted, count: int, input_s: float
@@ -138,7 +132,7 @@ def made_up_workers(
 
 
 def wait_for_workers(cluster: HandStarted, count: int) -> None:
-    poll_until(lambda: status_of(cluster)["worker_count"] == count, f"{count} workers", TIMEOUT_S)
+    poll_until(lambda: cluster.status()["worker_count"] == count, f"{count} workers", TIMEOUT_S)
 
 
 def is_at_rest(status: dict[str, Any]) -> bool:
@@ -164,14 +158,14 @@ def test_each_input_ends_once_when_half_of_many_workers_vanish(
         results = kit.nap.map(range(40 * WORKER_COUNT), order_outputs=False)
         for _ in range(4 * WORKER_COUNT):
             assert next(results) is None
-        status = status_of(cluster)
+        status = cluster.status()
         assert status["container_count"] == 8 * WORKER_COUNT
         # Each of them has been given inputs, which it will not end.
         assert status["calls"][0]["running"] > 4 * WORKER_COUNT
         doomed.kill()
         assert sum(result is None for result in results) == 36 * WORKER_COUNT
         wait_for_workers(cluster, half)
-        poll_until(lambda: is_at_rest(status_of(cluster)), "the scheduler is at rest", TIMEOUT_S)
+        poll_until(lambda: is_at_rest(cluster.status()), "the scheduler is at rest", TIMEOUT_S)
 
 
 # --- calls ----------------------------------------------------------------------------------------
@@ -194,7 +188,7 @@ async def in_thread(action: Callable[..., Any], *arguments: Any) -> None:
 
 async def until_open(cluster: HandStarted, count: int) -> None:
     def is_so() -> bool:
-        return bool(status_of(cluster)["open_call_count"] == count)
+        return bool(cluster.status()["open_call_count"] == count)
 
     await in_thread(poll_until, is_so, f"{count} open calls", TIMEOUT_S)
 

@@ -91,4 +91,4 @@ def test_what_was_acknowledged_before_a_random_moment_survives_again_and_again(
                 value = call.get(timeout=30)
                 assert seen.setdefault(call, value) == value, f"a result has changed (seed {SEED})"
         assert queue.get_many(len(queued) + 1) == queued
-    poll_until(lambda: kit.open_call_count(powered) == 0, "no call is left")
+    poll_until(lambda: powered.open_call_count() == 0, "no call is left")

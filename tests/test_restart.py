@@ -42,7 +42,7 @@ def require_flat(journey: kit.Ride) -> None:
 
 
 def require_over(cluster: HandStarted) -> None:
-    poll_until(lambda: kit.open_call_count(cluster) == 0, "the call ends at the scheduler too")
+    poll_until(lambda: cluster.open_call_count() == 0, "the call ends at the scheduler too")
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_containers_that_call_wait_for_a_client_that_comes_back_later(
         client.send_signal(signal.SIGSTOP)
         kit.kill_scheduler(cluster)
         cluster.start_scheduler()
-        poll_until(lambda: kit.status(cluster)["counts"].get(name), "a container is early")
+        poll_until(lambda: cluster.status()["counts"].get(name), "a container is early")
         client.send_signal(signal.SIGCONT)
         rest, _ = client.communicate(timeout=20 * TIMEOUT_FACTOR)
         assert rest == b"True\n"

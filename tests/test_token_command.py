@@ -81,7 +81,7 @@ def id_of(join: str) -> str:
 
 def _running(cluster: HandStarted) -> list[str]:
     """The workers on which something runs."""
-    containers = ask_status(JoinString.parse(cluster.client_join))["containers"]
+    containers = cluster.status()["containers"]
     return [container["worker"] for container in containers if container["state"] == "running"]
 
 
