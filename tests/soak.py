@@ -94,6 +94,7 @@ class Held:
     descriptors: dict[str, int]
     threads: dict[str, int]
     #: Below each daemon; and all that this soak has started, whoever is their parent now.
+    #: All that are below each, those included that have ended and were not waited for.
     processes: dict[str, int]
     process_count: int
     files: Counter[str]
@@ -468,7 +469,7 @@ class Soak:
             {name: memory_bytes(pid) for name, pid in pids.items()},
             {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in pids.items()},
             {name: len(os.listdir(f"/proc/{pid}/task")) for name, pid in pids.items()},
-            {name: sum(map(is_alive, descendants_of(pid))) for name, pid in pids.items()},
+            {name: len(descendants_of(pid)) for name, pid in pids.items()},
             len(pids_with(f"TMPDIR={self.folder / 'tmp'}")),
             files_below(self.cluster.folder, self.folder / "tmp"),
             own_shared_files(),
