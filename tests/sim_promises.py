@@ -24,7 +24,8 @@ from fanout_scheduler.core.events import (
     PeerLost,
     Send,
 )
-from fanout_scheduler.core.state import Call
+from fanout_scheduler.core.state import Call, State
+from fanout_scheduler.core.waiting import TURN, reason_of
 from tests.sim_story import Broken
 
 if TYPE_CHECKING:
@@ -95,6 +96,14 @@ class Promises:
             silent_s = now - self.heard_at.get(command.peer_id, 0.0)
             if silent_s < WORKER_DEADLINE_S - EPSILON:
                 raise Broken(f"a worker was given up that had been heard {silent_s:g} s ago")
+
+    def on_decided(self, state: State) -> None:
+        """After a turn every call that stands still has a reason, and has had a look."""
+        for call in state.calls.values():
+            reason = reason_of(state, call)
+            first = call.function.ready[0][3] if call.function.ready else None
+            if reason == TURN and first in (None, call):
+                raise Broken(f"{call.call_id.hex()} waits for its turn, and it is its turn")
 
     # --- a lost client has its grace -------------------------------------------------------------
 

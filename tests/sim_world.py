@@ -392,6 +392,7 @@ class SimScheduler:
             self.turn_count = 0
             world.check_due = world.check_every
             core.check()
+            promises.on_decided(core.state)
         for command in commands:
             promises.on_command(command, now)
             self._carry_out(command)

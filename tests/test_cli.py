@@ -22,6 +22,8 @@ from fanout.cli.flag import UsageError
 from fanout.cli.reference import parse_reference
 from fanout.client.home import find_daemon, home_folder, wait_until
 from fanout.client.local import ensure_cluster, stop_cluster
+from fanout.protocol import messages as m
+from tests.object_kit import ObjectBench
 
 PATIENCE_S = 30.0 * float(os.environ.get("FANOUT_TEST_TIMEOUT_FACTOR", "1"))
 
@@ -108,12 +110,16 @@ SNAPSHOT: dict[str, Any] = {
     "workers": [
         {
             "name": "gpu-1", "cpu": 16.0, "cpu_free": 2.5, "memory": 64000,
-            "containers": 2, "is_connected": False,
-        }
+            "containers": 2, "is_connected": False, "reserved_for": "",
+        },
+        {
+            "name": "gpu-2", "cpu": 16.0, "cpu_free": 2.5, "memory": 64000,
+            "containers": 2, "is_connected": True, "reserved_for": "train",
+        },
     ],
     "containers": [
-        {"id": 9, "function": "classify", "worker": "gpu-1", "state": "busy", "leases": 1,
-         "waits": True}
+        {"id": "ct-9", "function": "classify", "worker": "gpu-1", "state": "waiting",
+         "leases": 1, "waits": "its own calls"}
     ],
     "functions": [{"name": "classify", "app": "reviews", "containers": 2, "max_containers": None}],
     "call_count": 301,
@@ -129,10 +135,39 @@ def test_status_names_what_each_call_and_container_waits_for() -> None:
     assert "up 2 h 5 min" in text
     assert "2.5 of 16" in text
     assert "lost" in text
-    assert text.count("yes") == 1, "the container waits"
+    assert "kept free for train" in text
+    assert "its own calls" in text, "the container waits"
     assert "a core" in text
     assert "spawned" in text
     assert "and 300 more" in text
+
+
+def test_status_shows_what_a_scheduler_says_of_each_wait() -> None:
+    bench = ObjectBench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={"retries": [1, 50.0, 1.0, 60.0]}, g={"is_generator": True})
+    bench.make(client)
+    bench.open(client, count=1)
+    lease = bench.started_lease(worker)
+    nested = bench.connect("nested", worker=worker, container_id=lease.container_id)
+
+    def shown() -> str:
+        return "\n".join(status_lines(bench.core.snapshot()))
+
+    bench.frame(nested, m.SessionWaits(0))
+    assert "its own calls" in shown()
+    bench.get(nested)
+    assert "queue 'q'" in shown()
+    bench.open(client, "g", call=2, count=2)
+    other = bench.started_lease(worker)
+    assert "a free core" in shown()
+    bench.put(client, b"a")
+    bench.write()
+    assert "its core" in shown()
+    bench.frame(worker, m.LeaseWaits(other.lease_id, 4))
+    assert "its consumer" in shown()
+    bench.finish(worker, lease, status=m.Status.ERROR)
+    assert "the delay before inputs that failed run again" in shown()
 
 
 def test_status_columns_are_aligned_and_end_without_blanks() -> None:

@@ -210,8 +210,8 @@ def test_inputs_wait_for_their_blobs_and_blobs_end_with_the_call(is_durable: boo
     bench.frame(client, m.Inputs(call_id, 0, lengths, [(0, [BLOB, OTHER_BLOB])], payload))
     bench.blob(OTHER_BLOB)
     assert bench.take_all(m.Lease) == []
-    if not is_durable:
-        assert call_of(bench).waits_for == "blobs that are still on their way"
+    (row,) = bench.core.snapshot()["calls"]
+    assert row["waiting_for"] == "blobs that are still on their way"
     bench.blob(BLOB)
     bench.store()
     bench.take(m.Lease)

@@ -84,6 +84,57 @@ def test_inputs_that_lack_a_blob_or_back_off_are_queued() -> None:
     assert bench.core.snapshot()["counts"] == {"output of an ended call": 1}
 
 
+def waits(bench: Bench, position: int = 0) -> str:
+    """What a call is said to wait for."""
+    reason: str = bench.core.snapshot()["calls"][position]["waiting_for"]
+    return reason
+
+
+def test_a_call_whose_inputs_back_off_waits_for_their_delay() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={"retries": [1, 50.0, 1.0, 60.0]})
+    bench.open(client, count=1)
+    lease = bench.started_lease(worker)
+    assert waits(bench) == ""
+    bench.finish(worker, lease, status=m.Status.ERROR)
+    assert waits(bench) == "the delay before inputs that failed run again"
+
+
+def test_a_call_that_is_not_on_disk_waits_for_the_disk() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={})
+    bench.open(client, count=1, is_durable=True)
+    assert waits(bench) == "the disk"
+    bench.store()
+    bench.finish(worker, bench.started_lease(worker))
+    assert waits(bench) == "the disk"
+    bench.store()
+    assert waits(bench) == "", "it is over"
+
+
+def test_a_call_that_has_had_its_turn_waits_for_its_client() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={})
+    call_id = bench.open(client, count=1, is_sealed=False)
+    bench.finish(worker, bench.started_lease(worker))
+    assert waits(bench) == "more inputs from its client"
+    bench.frame(client, m.SealCall(call_id, 1))
+    assert waits(bench) == "its client, which has yet to say that it has all results"
+
+
+def test_calls_of_one_function_wait_for_what_the_first_of_them_waits_for() -> None:
+    bench = Bench()
+    bench.worker(cpu=1)
+    client = bench.client(f={"max_containers": 1}, g={})
+    for call in range(1, 4):
+        bench.open(client, call=call, count=3)
+    shown = [waits(bench, position) for position in range(3)]
+    assert shown == ["a permit: max_containers are in use"] * 3
+
+
 def test_states_of_a_container_are_words() -> None:
     bench = ObjectBench()
     worker = bench.worker(cpu=1)

@@ -77,14 +77,14 @@ def status_lines(status: dict[str, Any]) -> list[str]:
                 f"{_number(worker.get('cpu_free'))} of {_number(worker.get('cpu'))}",
                 worker.get("memory"),
                 worker.get("containers"),
-                "ready" if worker.get("is_connected", True) else "lost",
+                _worker_state(worker),
             )
             for worker in status.get("workers", [])
         ],
     )
     lines += section_lines(
         "containers",
-        ("ID", "FUNCTION", "WORKER", "STATE", "LEASES", "WAITS"),
+        ("ID", "FUNCTION", "WORKER", "STATE", "LEASES", "WAITS FOR"),
         [
             [container.get(key) for key in ("id", "function", "worker", "state", "leases", "waits")]
             for container in status.get("containers", [])
@@ -121,6 +121,13 @@ def _scheduler_line(status: dict[str, Any]) -> str:
     if status.get("epoch") is not None:
         parts.append(f"epoch {status['epoch']}")
     return _GAP.join(parts)
+
+
+def _worker_state(worker: dict[str, Any]) -> str:
+    if not worker.get("is_connected", True):
+        return "lost"
+    kept_for = worker.get("reserved_for")
+    return f"kept free for {kept_for}" if kept_for else "ready"
 
 
 def _call_row(call: dict[str, Any]) -> list[Any]:

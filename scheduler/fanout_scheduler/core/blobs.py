@@ -130,8 +130,7 @@ def queue_chunk(state: State, call: Call, chunk: Chunk) -> None:
         fail_for(state, call, "store", not_kept(text))
 
     call.parked.add(chunk.start, chunk.stop)
-    if not when_present(state, ids(chunk.blobs), queue, fail, call):
-        call.waits_for = "blobs that are still on their way"
+    when_present(state, ids(chunk.blobs), queue, fail, call)
 
 
 def await_definition(state: State, function: Function) -> None:

@@ -38,6 +38,7 @@ from fanout_scheduler.core.leasing import (
 )
 from fanout_scheduler.core.scaling import is_spare, lacks_container, wanted_count
 from fanout_scheduler.core.state import Call, Container, Function, Lease, State, Worker
+from fanout_scheduler.core.waiting import BLOBS
 from fanout_scheduler.core.workers import add_container
 
 #: Seconds of work in one lease: long enough to make its cost small, short enough to share a core.
@@ -70,7 +71,6 @@ NO_PERMIT = "a permit: max_containers are in use"
 NO_ROOM = "a worker with room for another container"
 KEPT = "a worker: what is free is kept for another request"
 NO_FIT = "a worker that has as much cpu and memory as it asks for"
-NO_BLOB = "blobs that are still on their way"
 
 
 def place(state: State) -> None:
@@ -130,7 +130,7 @@ def _place_ready(state: State) -> None:
     offers: list[Offer] = []
     while (function := _next_function(state, held, offers)) is not None:
         call = function.ready[0][3]
-        reason = _place_call(state, call)
+        reason = function.waits_for = _place_call(state, call)
         if not reason:
             _offer(function, offers)
         else:
@@ -213,7 +213,7 @@ def _place_call(state: State, call: Call) -> str:
     """Lease inputs of the call to a container. Returns what it must wait for, "" if leased."""
     function = call.function
     if function.lacks_blobs:
-        return NO_BLOB
+        return BLOBS
     if not state.workers:
         return NO_WORKER
     # A suspect gets a container for itself.

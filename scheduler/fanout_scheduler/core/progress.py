@@ -12,6 +12,7 @@ from itertools import islice
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core.state import App, Call, Function, Peer, State, Watch
+from fanout_scheduler.core.waiting import reason_of
 
 #: Between two looks: a person sees no more than about five numbers a second.
 INTERVAL_S = 0.2
@@ -96,13 +97,13 @@ def _send_calls(state: State, watch: Watch, app: App) -> None:
 
 
 def _tell_call(state: State, watch: Watch, call: Call) -> None:
-    seen = _call_seen(call)
+    seen = _call_seen(state, call)
     if watch.calls.get(call.call_id) != seen:
         watch.calls[call.call_id] = seen
         state.send(watch.peer.peer_id, seen)
 
 
-def _call_seen(call: Call) -> m.CallProgress:
+def _call_seen(state: State, call: Call) -> m.CallProgress:
     running = 0
     starting: set[int] = set()
     for lease in call.leases.values():
@@ -126,7 +127,7 @@ def _call_seen(call: Call) -> m.CallProgress:
         finished_count=call.finished.count,
         running=running,
         starting=len(starting),
-        waits_for=call.waits_for[:WAITS_FOR_MAX],
+        waits_for=reason_of(state, call)[:WAITS_FOR_MAX],
     )
 
 

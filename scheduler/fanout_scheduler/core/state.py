@@ -92,6 +92,8 @@ class Function:
     call_count: int = 0
     #: Calls that have inputs to lease, as a heap of (-depth, service time, number, call).
     ready: list[tuple[int, float, int, Call]] = field(default_factory=list)
+    #: What the first of them waits for, "" if it had what it needs when that was looked at last.
+    waits_for: str = ""
     #: Containers in a row that died before they were ready.
     start_failures: int = 0
     #: The last container could not start: none is started without an input that needs it.
