@@ -308,6 +308,19 @@ def test_a_report_is_sent_when_its_blob_is_delivered_and_what_follows_it_behind_
     assert [one.start for one in sent[:2]] == [0, 1]
 
 
+def test_what_waits_for_its_blob_is_not_given_back() -> None:
+    kit = Kit()
+    kit.lease(1, 2)
+    kit.state.take_commands()
+    kit.outputs(1, 0, 2, blobs=[(0, [BLOB])])
+    kit.state.handle(m.Reclaim(1, 0))
+    assert kit.sent() == [m.Reclaimed(1, 2)]
+    kit.state.blob_delivered(BLOB)
+    assert [type(one) for one in kit.sent()] == [m.LeaseOutputs]
+    kit.state.handle(m.Reclaim(1, 0))
+    assert kit.sent() == [m.Reclaimed(1, 0)]
+
+
 def test_a_report_that_waits_for_its_blob_delays_no_other_lease_and_the_exit_comes_last() -> None:
     kit = Kit()
     kit.lease(1, 2)

@@ -460,13 +460,20 @@ class WorkerState:
     def _lower(self, lease_id: int, keep: int, is_cancelled: bool) -> None:
         lease = self.leases.get(lease_id)
         if lease is None:
-            # All that it did was reported, so nothing more will be: none of it is kept.
+            # All that it did was reported, so nothing more will be: none of it is kept, but for
+            # what is reported when its blobs have arrived.
             self._note("reclaim of an unknown lease")
-            self._send(m.Reclaimed(lease_id, 0))
+            self._send(m.Reclaimed(lease_id, self._end_of_held_back(lease_id)))
         elif lease.message is None:
             self._commands.append(LowerLimit(lease.container_id, lease_id, keep, is_cancelled))
         else:
             self._lower_parked(lease, lease.message, keep)
+
+    def _end_of_held_back(self, lease_id: int) -> int:
+        """Behind the last input of a lease whose report waits for its blobs; 0 if none does."""
+        waiting = [held.message for held in self._held_back if held.lease_id == lease_id]
+        outputs = [message for message in waiting if isinstance(message, m.LeaseOutputs)]
+        return outputs[-1].start + len(outputs[-1].statuses) if outputs else 0
 
     def _lower_parked(self, lease: Lease, message: m.Lease, keep: int) -> None:
         """The container knows nothing of the lease: cut it here."""
