@@ -242,6 +242,17 @@ def test_a_failed_call_ends_every_input_without_an_output() -> None:
     assert taken(call, m.CancelCall), "what is left of it over there is of no use"
 
 
+def test_a_spawned_call_that_fails_keeps_no_large_argument() -> None:
+    call = make(is_durable=True)
+    call.handle(m.CallOpened(CALL, 1000, 100, []))
+    call.add([b"x"], [(0, [b"b" * 32])], 10)
+    taken(call)
+    call.handle(m.CallFailed(CALL, m.Status.FAILURE, b"why"))
+    assert call.released_blobs == [b"b" * 32]
+    assert call.is_finished
+    assert taken(call) == []
+
+
 def test_a_cancelled_call_takes_and_gives_nothing() -> None:
     call = make()
     call.add([b"x"], [(0, [b"b" * 32])], 10)

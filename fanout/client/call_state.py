@@ -212,10 +212,7 @@ class CallState:
         if self.is_cancelled or (self.is_finished and not self.is_durable):
             return
         self.is_cancelled = True
-        for chunk in [*self._chunks, *self._pending]:
-            self._release_blobs(chunk)
-        self._chunks.clear()
-        self._pending.clear()
+        self._drop_inputs()
         self._ready.clear()
         self._ahead.clear()
         self._streams.clear()
@@ -523,6 +520,13 @@ class CallState:
         self._chunks[position : position + 1] = pieces
         return len(pieces)
 
+    def _drop_inputs(self) -> None:
+        """None of them will be sent any more."""
+        for chunk in [*self._chunks, *self._pending]:
+            self._release_blobs(chunk)
+        self._chunks.clear()
+        self._pending.clear()
+
     def _release_blobs(self, chunk: Chunk) -> None:
         for _, ids in chunk.blobs:
             self.released_blobs += ids
@@ -540,13 +544,15 @@ class CallState:
         if self._failure is not None:
             return
         self._failure = (message.status, message.payload)
+        self.is_resuming = False
+        if self.is_durable:
+            self._drop_inputs()
+            return
         for chunk in self._pending:
             self._release_blobs(chunk)
         self._pending.clear()
-        self.is_resuming = False
-        if not self.is_durable:
-            # What it left over there is of no use to anybody.
-            self.outgoing.append(m.CancelCall(self.call_id))
+        # What it left over there is of no use to anybody.
+        self.outgoing.append(m.CancelCall(self.call_id))
         self._fail_range(0, self._added_count)
 
     def _fail_range(self, start: int, stop: int) -> None:
