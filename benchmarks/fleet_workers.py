@@ -130,7 +130,7 @@ class FakeWorker:
             self.state.blob_completed,
             asyncio.get_running_loop().call_later,
         )
-        self.state.connected(welcome.epoch)
+        self.state.connected()
         self.act()
         return self
 

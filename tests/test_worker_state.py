@@ -22,7 +22,7 @@ class Kit:
 
     def __init__(self, blobs: Sequence[bytes] = ()) -> None:
         self.state = ws.WorkerState(b"w" * 16, "w", 2.0, 1024, False)
-        self.state.connected(1)
+        self.state.connected()
         self.state.handle(m.DefineFunction(FUNCTION, APP, "f", {}, list(blobs), b"code"))
         self.state.handle(m.StartContainer(7, FUNCTION))
         self.first = self.state.take_commands()
@@ -112,7 +112,7 @@ def test_unacknowledged_reports_are_sent_again_after_a_reconnect_in_order() -> N
     kit.outputs(1, 3, 1)
     kit.state.container_exited(7, "crash", [], {})
     kit.state.take_commands()
-    kit.state.connected(1)
+    kit.state.connected()
     sent = kit.sent()
     assert isinstance(sent[0], m.WorkerReady)
     assert [one.start for one in sent[1:-1]] == [1, 2, 3]
@@ -136,7 +136,7 @@ def test_reconnecting_tells_of_living_containers_and_leases() -> None:
     kit.lease(1, 2)
     kit.state.disconnected()
     kit.state.take_commands()
-    kit.state.connected(2)
+    kit.state.connected()
     (ready,) = kit.sent(m.WorkerReady)
     assert ready.containers == [[7, FUNCTION]]
     assert ready.leases == [1]
@@ -148,7 +148,7 @@ def test_a_wait_for_credit_is_told_again_after_a_reconnect() -> None:
     kit.state.lease_waits(1, 4)
     kit.state.disconnected()
     kit.state.take_commands()
-    kit.state.connected(1)
+    kit.state.connected()
     assert [(one.lease_id, one.upto) for one in kit.sent(m.LeaseWaits)] == [(1, 4)]
 
 
@@ -290,7 +290,7 @@ def test_a_blob_of_an_output_is_offered_before_its_report_and_again_after_a_reco
     kinds = [type(command) for command in kit.state.take_commands()]
     assert kinds == [ws.OfferBlob]
     kit.state.disconnected()
-    kit.state.connected(1)
+    kit.state.connected()
     assert kit.commands(ws.OfferBlob) == [ws.OfferBlob(BLOB)]
 
 
@@ -377,12 +377,12 @@ def test_an_output_that_is_also_an_input_blob_stays_for_the_next_lease() -> None
     assert len(kit.commands(ws.GiveLease)) == 1
 
 
-def test_another_life_of_the_scheduler_owns_no_blobs_here() -> None:
+def test_what_came_over_an_earlier_connection_is_not_kept_for_the_scheduler() -> None:
     kit = Kit()
     kit.state.blob_completed(BLOB)
     kit.state.disconnected()
     kit.state.take_commands()
-    kit.state.connected(2)
+    kit.state.connected()
     assert kit.commands(ws.RemoveBlob) == [ws.RemoveBlob(BLOB)]
 
 
@@ -398,7 +398,7 @@ def test_a_stop_goes_to_the_container_and_it_is_not_offered_again() -> None:
     kit.state.handle(m.StopContainer(7, False))
     assert kit.commands(ws.Stop) == [ws.Stop(7, False)]
     kit.state.disconnected()
-    kit.state.connected(1)
+    kit.state.connected()
     (ready,) = kit.sent(m.WorkerReady)
     assert ready.containers == []
 

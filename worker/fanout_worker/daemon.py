@@ -267,7 +267,7 @@ class Daemon:
             trusts_peer=True,
         )
         self._nested.connected(welcome.epoch)
-        self.state.connected(welcome.epoch)
+        self.state.connected()
         self._act()
         return self
 

@@ -133,7 +133,6 @@ class WorkerState:
         #: Late, duplicate and unknown messages, by what they were.
         self.oddities: dict[str, int] = {}
         self._commands: list[Command] = []
-        self._epoch = -1
         self._sequence = 0
         self._unacknowledged: deque[_Report] = deque()
         #: Reports whose blobs are on their way, and those behind them, in order.
@@ -179,15 +178,14 @@ class WorkerState:
     def unacknowledged_count(self) -> int:
         return len(self._unacknowledged)
 
-    def connected(self, epoch: int) -> None:
-        """The handshake is done; `epoch` is that of the scheduler's Welcome."""
+    def connected(self) -> None:
+        """The handshake is done."""
         self.is_connected = True
-        if epoch != self._epoch:
-            self._epoch = epoch
-            # Another life of the scheduler does not know what its former one had sent here.
-            forgotten, self._sent_here = self._sent_here, set()
-            for blob_id in forgotten:
-                self._remove_if_unused(blob_id)
+        # To the scheduler this is a new worker: it will not say of anything that it sent here over
+        # an earlier connection that it is needed no longer, and sends again what is.
+        forgotten, self._sent_here = self._sent_here, set()
+        for blob_id in forgotten:
+            self._remove_if_unused(blob_id)
         ready = m.WorkerReady(
             worker_id=self.worker_id,
             name=self.name,
