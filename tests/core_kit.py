@@ -34,6 +34,7 @@ from fanout_scheduler.core.events import (
     Store,
     Stored,
     TimePassed,
+    WithdrawBlob,
 )
 
 T = TypeVar("T", bound=m.Message)
@@ -270,6 +271,11 @@ class Bench:
     def blobs_sent(self) -> list[tuple[int, bytes]]:
         """Which blobs were ordered to be streamed, and to whom."""
         return [(order.peer_id, order.blob_id) for order in self.take_commands(SendBlob)]
+
+    def blobs_withdrawn(self, peer: int) -> list[bytes]:
+        """Which blobs a worker was ordered to forget."""
+        orders = self.take_commands(WithdrawBlob)
+        return [order.blob_id for order in orders if order.peer_id == peer]
 
     def blobs_dropped(self) -> list[bytes]:
         return [order.blob_id for order in self.take_commands(DropBlob)]

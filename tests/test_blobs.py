@@ -84,6 +84,17 @@ def run(*ends: End) -> None:
                 assert target.exchange.handle(message)
 
 
+def carry_all(sender: End, receiver: End) -> None:
+    """Carry messages both ways; those that are not about transfers are for somebody else."""
+    is_moving = True
+    while is_moving:
+        is_moving = False
+        for source, target in ((sender, receiver), (receiver, sender)):
+            if (message := source.take()) is not None:
+                is_moving = True
+                target.exchange.handle(message)
+
+
 def kinds(end: End) -> list[str]:
     return [type(message).__name__ for message in end.sent]
 
@@ -347,6 +358,33 @@ def test_a_blob_that_is_refused_is_offered_again_until_there_is_room(room: int) 
     assert receiver.completed == sender.delivered
     assert sorted(receiver.completed) == sorted([blob_id, other_id])
     assert store.buffer(blob_id) == content
+
+
+def test_a_blob_that_is_withdrawn_on_its_way_is_forgotten_when_it_has_arrived() -> None:
+    sender, (blob_id,) = sender_of(bytes(4 * PART))
+    receiver = End(MemoryBlobStore())
+    sender.exchange.offer(blob_id)
+    for source, target in ((sender, receiver), (receiver, sender), (sender, receiver)):
+        message = source.take()
+        assert message is not None
+        target.exchange.handle(message)
+    sender.exchange.withdraw(blob_id)
+    assert not sender.queue
+    carry_all(sender, receiver)
+    assert receiver.completed == [blob_id]
+    assert sender.sent[-1] == m.BlobDrop(blob_id)
+
+
+def test_a_blob_that_is_offered_again_is_not_withdrawn() -> None:
+    sender, (blob_id,) = sender_of(bytes(4 * PART))
+    receiver = End(MemoryBlobStore())
+    sender.exchange.offer(blob_id)
+    sender.exchange.withdraw(blob_id)
+    sender.exchange.offer(blob_id)
+    carry_all(sender, receiver)
+    assert "BlobDrop" not in kinds(sender)
+    sender.exchange.withdraw(blob_id)
+    assert sender.take() == m.BlobDrop(blob_id)
 
 
 def test_a_refused_blob_that_nobody_needs_is_not_offered_again() -> None:

@@ -88,7 +88,7 @@ def test_a_submitted_call_keeps_its_blobs_as_long_as_it_needs_them() -> None:
     assert bench.blobs_sent() == [(worker, blob_id)]
     bench.finish(worker, bench.started_lease(worker))
     assert bench.blobs_dropped() == [blob_id]
-    assert bench.take(m.BlobDrop, worker).blob_id == blob_id
+    assert bench.blobs_withdrawn(worker) == [blob_id]
     assert not bench.core.state.blob_references
 
 

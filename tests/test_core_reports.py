@@ -194,7 +194,7 @@ def test_blobs_of_inputs_go_with_the_last_input_of_their_chunk() -> None:
     assert bench.blobs_dropped() == [OTHER_BLOB]
     bench.finish(worker, leases[0], count=1, skip=1)
     assert bench.blobs_dropped() == [BLOB]
-    dropped = [drop.blob_id for drop in bench.take_all(m.BlobDrop, worker)]
+    dropped = bench.blobs_withdrawn(worker)
     assert dropped == [OTHER_BLOB, BLOB]
     assert not bench.core.state.blob_references
 

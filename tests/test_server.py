@@ -18,6 +18,7 @@ import pytest
 
 from fanout.exceptions import AuthError, ProtocolError
 from fanout.protocol import messages as m
+from fanout.protocol.blobs import FileBlobStore
 from fanout.protocol.join import JoinString
 from fanout_scheduler.blobs import DROP_GRACE_S, BlobKeeper
 from fanout_scheduler.core.core import Scheduler
@@ -522,7 +523,7 @@ async def test_a_decision_that_fails_once_is_made_again(
 
 @pytest.fixture
 def keeper(tmp_path: Path) -> BlobKeeper:
-    made = BlobKeeper(tmp_path / "blobs")
+    made = BlobKeeper(FileBlobStore(tmp_path / "blobs"))
     made.store.put(BLOB, b"content")
     return made
 
@@ -559,7 +560,7 @@ def test_only_wanted_blobs_are_found_at_the_start(keeper: BlobKeeper, tmp_path: 
     keeper.store.put(b"o" * 32, b"other")
     (tmp_path / "blobs" / ("x" * 64)).touch()
     (tmp_path / "blobs" / (BLOB.hex() + ".1-2.part")).touch()
-    again = BlobKeeper(tmp_path / "blobs")
+    again = BlobKeeper(FileBlobStore(tmp_path / "blobs"))
     assert again.sizes() == {BLOB: len(b"content"), b"o" * 32: len(b"other")}
     again.clean({BLOB, b"l" * 32})
     assert again.sizes() == {BLOB: len(b"content")}

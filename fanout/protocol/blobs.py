@@ -27,11 +27,12 @@ import mmap
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 from fanout.exceptions import ProtocolError, StorageError
+from fanout.filesystem import sync_folder
 from fanout.protocol import messages as m
 
 #: Blobs that one connection receives at the same time. A receiver wants no more before one of
@@ -89,6 +90,17 @@ class BlobStore(Protocol):
     def open_writer(self, blob_id: bytes) -> BlobWriter:
         """Begin to write a blob that arrives in parts."""
         ...
+
+
+class KeptBlobStore(BlobStore, Protocol):
+    """A store that outlives the process."""
+
+    def ids(self) -> list[bytes]:
+        """All blobs that are here."""
+        ...
+
+    def remove_drafts(self) -> None:
+        """Delete what writers of an earlier life left."""
 
 
 class MemoryBlobStore:
@@ -196,6 +208,31 @@ class FileBlobStore:
         while nobody writes."""
         for path in self.folder.glob("*.part"):
             path.unlink(missing_ok=True)
+
+    def is_sound(self, blob_id: bytes) -> bool:
+        """Whether the file of a blob holds what its name says. Reads all of it; for a thread."""
+        try:
+            with self.path(blob_id).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").digest() == blob_id
+        except OSError:
+            return False
+
+    def sync(self, blob_ids: Iterable[bytes]) -> None:
+        """Have these blobs on disk, as far as they are here. For a thread.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        for blob_id in blob_ids:
+            try:
+                descriptor = os.open(self.path(blob_id), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(self.folder)
 
     def _map(self, blob_id: bytes, access: int) -> memoryview:
         try:
@@ -327,6 +364,8 @@ class BlobExchange:
         self._streaming: dict[bytes, _Outgoing] = {}
         #: All sent, not yet answered. Such a one may be offered again: its answer comes first.
         self._sent: set[bytes] = set()
+        #: The peer is to forget these as soon as nothing of them is on its way.
+        self._withdrawn: set[bytes] = set()
         self._incoming: dict[bytes, _Incoming] = {}
         #: Offers of the peer that wait for one of `_incoming` to end: id to size.
         self._waiting: deque[tuple[bytes, int]] = deque()
@@ -344,11 +383,18 @@ class BlobExchange:
         Raises:
             KeyError: the blob is not in the store.
         """
+        self._withdrawn.discard(blob_id)
         if self._is_closed or blob_id in self._offered or blob_id in self._streaming:
             return
         content = self._store.buffer(blob_id)
         self._offered[blob_id] = content
         self._send(m.BlobOffer(blob_id, len(content)))
+
+    def withdraw(self, blob_id: bytes) -> None:
+        """Have the peer, a worker, forget a blob that it was offered. One that is on its way there
+        is not held up, and forgotten when it has arrived; another offer until then undoes that."""
+        self._withdrawn.add(blob_id)
+        self._drop_if_withdrawn(blob_id)
 
     def handle(self, message: m.Message) -> bool:
         """Take a message of the peer. False if it is not about a transfer.
@@ -386,6 +432,7 @@ class BlobExchange:
         self._offered.clear()
         self._streaming.clear()
         self._sent.clear()
+        self._withdrawn.clear()
 
     # --- sending ---
 
@@ -406,6 +453,7 @@ class BlobExchange:
         else:
             self._take_offered(blob_id, "BlobHeld")
         self._delivered(blob_id)
+        self._drop_if_withdrawn(blob_id)
 
     def _on_refused(self, refused: m.BlobRefused) -> None:
         blob_id = refused.blob_id
@@ -413,10 +461,17 @@ class BlobExchange:
             if blob_id not in self._sent:
                 raise ProtocolError(f"BlobRefused for {_shown(blob_id)}, which was not sent")
             self._sent.discard(blob_id)
+        self._drop_if_withdrawn(blob_id)
         if refused.is_broken:
             self._doubted(blob_id)
         else:
             self.offer_later(blob_id)
+
+    def _drop_if_withdrawn(self, blob_id: bytes) -> None:
+        is_under_way = any(blob_id in of for of in (self._offered, self._streaming, self._sent))
+        if blob_id in self._withdrawn and not is_under_way and not self._is_closed:
+            self._withdrawn.discard(blob_id)
+            self._send(m.BlobDrop(blob_id))
 
     def offer_later(self, blob_id: bytes) -> None:
         """Offer a blob after a while, if it is needed then."""

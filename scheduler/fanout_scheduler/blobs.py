@@ -8,29 +8,24 @@ the blob is here.
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Container, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Container, Iterator
 
-from fanout.filesystem import sync_folder
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import FileBlobStore
+from fanout.protocol.blobs import KeptBlobStore
 
 #: How long a dropped blob stays; offer and frame of a client are at most a slow network apart.
 DROP_GRACE_S = 60.0
 
 
 class BlobKeeper:
-    """The blob files of one scheduler.
+    """The blobs of one scheduler.
 
     Args:
-        folder: where they are; made when it is not there.
+        store: where they are.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.store = FileBlobStore(folder)
+    def __init__(self, store: KeptBlobStore) -> None:
+        self.store = store
         #: When each dropped blob is deleted; insertion order is the order in time.
         self._dropped: dict[bytes, float] = {}
 
@@ -44,14 +39,6 @@ class BlobKeeper:
         for blob_id in self.store.ids():
             if blob_id not in wanted:
                 self.store.drop(blob_id)
-
-    def is_sound(self, blob_id: bytes) -> bool:
-        """Whether the file of a blob holds what its name says. Reads all of it; for a thread."""
-        try:
-            with (self._folder / blob_id.hex()).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").digest() == blob_id
-        except OSError:
-            return False
 
     def drop(self, blob_id: bytes, now: float) -> None:
         """The core has let go of a blob."""
@@ -83,24 +70,6 @@ class BlobKeeper:
                 return
             del self._dropped[blob_id]
             self.store.drop(blob_id)
-
-    def sync(self, blob_ids: Iterable[bytes]) -> None:
-        """Have these blobs on disk, as far as they are here: inputs may be stored while their blobs
-        are still on the way. Called on the store's thread.
-
-        Raises:
-            OSError: the disk refuses.
-        """
-        for blob_id in blob_ids:
-            try:
-                descriptor = os.open(self._folder / blob_id.hex(), os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_folder(self._folder)
 
 
 def named_by(message: m.Message) -> Iterator[bytes]:

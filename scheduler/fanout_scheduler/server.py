@@ -18,13 +18,14 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fanout.config import SPAWNED_SIZE_BYTES_MAX
 from fanout.exceptions import ConnectionError, InternalError, ProtocolError
 from fanout.protocol import messages as m
+from fanout.protocol.blobs import FileBlobStore
 from fanout.protocol.join import JoinString, Token
 from fanout.protocol.transport import Server, Transport, serve
 from fanout_scheduler.blobs import BlobKeeper
@@ -50,6 +51,7 @@ from fanout_scheduler.core.events import (
     Stored,
     StoreFailed,
     TimePassed,
+    WithdrawBlob,
 )
 from fanout_scheduler.crash import describe, write_crash
 from fanout_scheduler.home import Home, boot_id
@@ -120,11 +122,14 @@ class SchedulerServer:
         self.options = options
         self.tokens = Tokens(home.tokens)
         key = load_key(home.key, home.database)
-        self.store = StoreThread(home.database, key, self._on_stored, sync_blobs=self._sync_blobs)
+        self._files = FileBlobStore(home.blobs)
+        # Inputs may be stored while their blobs are still on the way.
+        sync_blobs = self._files.sync
+        self.store = StoreThread(home.database, key, self._on_stored, sync_blobs=sync_blobs)
         self.epoch = self.store.epoch()
         self.clock = Clock()
         self.core = Scheduler(self.epoch, options.spawned_bytes_max)
-        self.blobs = BlobKeeper(home.blobs)
+        self.blobs = BlobKeeper(self._files)
         now, present = self.clock.now(), self.blobs.sizes()
         self.core.restore(self.store.load(), now, time.time(), present)
         self.blobs.clean(self.core.state.present_blobs)
@@ -404,6 +409,10 @@ class SchedulerServer:
             peer = self._peers.get(command.peer_id)
             if peer is not None:
                 peer.exchange.offer(command.blob_id)
+        elif isinstance(command, WithdrawBlob):
+            peer = self._peers.get(command.peer_id)
+            if peer is not None:
+                peer.exchange.withdraw(command.blob_id)
         elif isinstance(command, Disconnect):
             peer = self._peers.get(command.peer_id)
             if peer is not None:
@@ -438,7 +447,7 @@ class SchedulerServer:
             else:
                 peer.exchange.offer_later(blob_id)
 
-        self._loop.run_in_executor(None, self.blobs.is_sound, blob_id).add_done_callback(tell)
+        self._loop.run_in_executor(None, self._files.is_sound, blob_id).add_done_callback(tell)
 
     def later(self, delay_s: float, callback: Callable[[], None]) -> None:
         """Call a function in so many seconds."""
@@ -471,9 +480,6 @@ class SchedulerServer:
     def _on_stored(self, event: Stored | StoreFailed) -> None:
         self.events.append(event)
         self.schedule_turn()
-
-    def _sync_blobs(self, blob_ids: Iterable[bytes]) -> None:
-        self.blobs.sync(blob_ids)
 
     # --- bugs ------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core.chunk import BlobRef, Chunk
-from fanout_scheduler.core.events import DropBlob
+from fanout_scheduler.core.events import DropBlob, WithdrawBlob
 from fanout_scheduler.core.leasing import wake_call
 from fanout_scheduler.core.state import BlobWait, Call, Function, State
 
@@ -42,7 +42,7 @@ def release(state: State, blob_ids: list[bytes]) -> None:
         for worker in state.workers.values():
             if blob_id in worker.blobs:
                 worker.blobs.discard(blob_id)
-                state.send(worker.peer_id, m.BlobDrop(blob_id))
+                state.commands.append(WithdrawBlob(worker.peer_id, blob_id))
 
 
 def when_present(

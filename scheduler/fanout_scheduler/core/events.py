@@ -130,6 +130,14 @@ class SendBlob:
 
 
 @dataclass(slots=True)
+class WithdrawBlob:
+    """Tell a worker that it needs a blob no longer; if it is on its way, when it has arrived."""
+
+    peer_id: PeerId
+    blob_id: bytes
+
+
+@dataclass(slots=True)
 class DropBlob:
     """Nothing refers to this blob any more."""
 
@@ -160,7 +168,7 @@ class Exit:
     reason: str
 
 
-Command = Send | SendBlob | DropBlob | Disconnect | Store | Exit
+Command = Send | SendBlob | WithdrawBlob | DropBlob | Disconnect | Store | Exit
 
 
 @dataclass(slots=True)
