@@ -15,10 +15,11 @@ from typing import Any, cast
 import msgpack
 
 from fanout.client.call_state import CallState
-from fanout.client.chunk import CHUNK_COUNT_MAX, Batch, ItemBatch, split
+from fanout.client.chunk import CHUNK_COUNT_MAX, Batch, BlobRef, ItemBatch, split
 from fanout.client.last_words import LastWords
 from fanout.config import CRASH_LIMIT, WINDOW_COUNT_MIN
 from fanout.protocol import messages as m
+from tests.sim_blobs import ClientBlobs, argument_of, references_of, require_result
 from tests.sim_story import Broken
 from tests.sim_world import APP, Link, World
 
@@ -38,8 +39,16 @@ CALL_STATE_KINDS = (
 class SimCall:
     """One call of a client: the real state, and what its user saw."""
 
-    def __init__(self, call: CallState, plan: Plan, count: int, world: World) -> None:
+    def __init__(
+        self,
+        call: CallState,
+        plan: Plan,
+        count: int,
+        world: World,
+        blobs: ClientBlobs | None = None,
+    ) -> None:
         self.call = call
+        self.blobs = blobs
         self.plan = plan
         self.count = count
         self.world = world
@@ -66,9 +75,20 @@ class SimCall:
             most = 60 if self.count < 1000 else CHUNK_COUNT_MAX
             count = min(room, self.count - self.added, self.world.random.randint(1, most))
             start = self.added
-            self.call.add([b"%d" % i for i in range(start, start + count)])
+            blobs = self._name_blobs(start, count) if self.plan.is_bulky else None
+            self.call.add([b"%d" % i for i in range(start, start + count)], blobs)
             self.added += count
         self.call.seal()
+
+    def _name_blobs(self, start: int, count: int) -> list[BlobRef]:
+        """Have the blobs of inputs ready. Each input holds those that it names."""
+        assert self.blobs is not None
+        references = references_of(self.call.call_id, start, count)
+        for at, blob_ids in references:
+            content = argument_of(self.call.call_id, start + at)
+            self.blobs.store.put(blob_ids[0], content)
+            self.blobs.pin(blob_ids)
+        return references
 
     def take(self) -> None:
         """The user consumes everything that is ready, and checks it."""
@@ -176,12 +196,18 @@ class SimCall:
 
     def is_failed_whole(self, status: int, value: bytes) -> bool:
         """Whether this says of an input how its call ended as a whole."""
-        return status == m.Status.FAILURE and msgpack.unpackb(value)[0] in ("start", "cancelled")
+        codes = ("start", "cancelled", "store")
+        return status == m.Status.FAILURE and msgpack.unpackb(value)[0] in codes
 
     def causes(self) -> set[str]:
-        """How a call may fail as a whole: containers that cannot start; and a nested call also
-        when the input that made it is run elsewhere."""
-        return {"start"} if self.call.parent is None else {"start", "cancelled"}
+        """How a call may fail as a whole: containers that cannot start; a nested call also when the
+        input that made it is run elsewhere; one with large values also when the disk is full."""
+        causes = {"start"}
+        if self.call.parent is not None:
+            causes.add("cancelled")
+        if self.plan.is_bulky and self.world.counts["blob refused by a full disk"]:
+            causes.add("store")
+        return causes
 
     @property
     def is_finished(self) -> bool:
@@ -203,6 +229,8 @@ class Plan:
     is_steady: bool = False
     #: Items of each generator input.
     item_count: int = 0
+    #: Large values go in and come out.
+    is_bulky: bool = False
     #: Calls this plan from inside, with so many inputs.
     nested: Plan | None = None
     nested_count: int = 0
@@ -241,6 +269,7 @@ class SimClient:
         self.ended: dict[bytes, SimCall] = {}
         loop = cast(asyncio.AbstractEventLoop, SimLoop(world))
         self.last_words = LastWords(loop, self._send)
+        self.blobs = ClientBlobs(world)
         self.is_gone = False
         self.is_paused = False
         #: It shows its user how calls get on.
@@ -259,6 +288,7 @@ class SimClient:
             self.world.after(0.1 + self.world.random.random(), self.connect)
             return
         self.said.clear()
+        self.blobs.connected(self.link.up, self._blobs_changed)
         words = self.last_words.again()
         self.link.up(m.OpenApp(APP, "sim"))
         if self.is_watching:
@@ -279,6 +309,7 @@ class SimClient:
 
     def on_lost(self) -> None:
         self.link = None
+        self.blobs.disconnected()
         # A network may be away for a while, yet not for longer than the grace of a client.
         random = self.world.random
         longest_s = 20.0 if random.random() < 0.2 else 1.0
@@ -293,7 +324,7 @@ class SimClient:
             is_durable=is_durable,
             is_generator=plan.item_count > 0,
         )
-        sim = self.calls[call_id] = SimCall(call, plan, count, self.world)
+        sim = self.calls[call_id] = SimCall(call, plan, count, self.world, self.blobs)
         self.world.log(f"client {self.number} opens {call_id.hex()[:6]} {plan.name} x{count}")
         self.flush(sim)
         return sim
@@ -304,15 +335,36 @@ class SimClient:
         self.flush(sim)
 
     def receive(self, message: m.Message) -> None:
+        if type(message) in m.BLOB_KINDS:
+            if self.blobs.exchange is not None:
+                self.blobs.exchange.handle(message)
+            return
         if not isinstance(message, CALL_STATE_KINDS):
             return
         sim = self.calls.get(message.call_id)
         if sim is None:
             self.world.counts["late or odd: frame to a client about a call that is over"] += 1
             return
-        sim.receive(message)
+        self.blobs.add(message, message.call_id)
+        self._take_frames(sim)
+
+    def _take_frames(self, sim: SimCall) -> None:
+        """Frames of a call that have all that they name."""
+        for frame in self.blobs.take(sim.call.call_id):
+            if isinstance(frame, m.Outputs):
+                for at, blob_ids in frame.blobs:
+                    for blob_id in blob_ids:
+                        content = self.blobs.store.buffer(blob_id)
+                        require_result(sim.call, frame.start + at, content)
+                        self.world.counts["large result"] += 1
+            sim.receive(frame)
         if not self.is_paused:
             self.flush(sim)
+
+    def _blobs_changed(self) -> None:
+        for call_id in list(self.blobs.parked):
+            self.world.counts["frame that waited for its blobs"] += 1
+            self._take_frames(self.calls[call_id])
 
     def flush_all(self) -> None:
         for sim in list(self.calls.values()):
@@ -328,8 +380,12 @@ class SimClient:
                 self.last_words.keep(message)
             elif isinstance(message, REPEATED_KINDS):
                 self.said.append(message)
+            self.blobs.offer(message)
             self._send(message)
+        self.blobs.unpin(sim.call.released_blobs)
+        sim.call.released_blobs.clear()
         if sim.is_finished:
+            self.blobs.forget(sim.call.call_id)
             self.world.counts["client: duplicate output or item"] += sim.call.duplicate_count
             sim.check_books()
             del self.calls[sim.call.call_id]

@@ -11,6 +11,7 @@ from typing import Any
 from fanout.protocol import messages as m
 from fanout_scheduler.core.events import FrameReceived, PeerId
 from fanout_scheduler.core.state import State
+from tests.sim_blobs import ids_of
 from tests.sim_peers import Plan, SimCall, SimClient
 from tests.sim_queues import SimQueueUser, verify_queue
 from tests.sim_story import Broken
@@ -54,7 +55,7 @@ SHARE_MIN = 0.3
 #: happened so far.
 KEPT = {
     "apps", "functions", "calls", "workers", "sessions", "peers", "objects", "deadlines",
-    "ended_nodes", "expired", "counts", "lost_containers",
+    "ended_nodes", "expired", "counts", "lost_containers", "present_blobs", "blob_references",
 }  # fmt: skip
 
 
@@ -254,7 +255,7 @@ class Storm(World):
             return
         plan = random.choice(self.plans)
         count = random.choice([1, 1, 3, 30, 300])
-        if plan.item_count or plan.nested is not None or plan.name in ("slow", "large"):
+        if plan.item_count or plan.nested is not None or plan.name in ("slow", "large", "bulky"):
             count = min(count, 8)
         elif plan.name == "quick" and random.random() < 0.3:
             # More than the smallest window of credit holds.
@@ -365,6 +366,7 @@ class Storm(World):
         assert all(app.calls for app in state.apps.values()), "apps left without calls"
         for function in state.functions.values():
             assert not function.containers, f"permits of {function.definition.name} left"
+        self.verify_blobs()
         for session in state.sessions.values():
             assert session.peer_id is not None, "a lost client is remembered for ever"
             assert not session.calls, "calls of a session left"
@@ -372,6 +374,23 @@ class Storm(World):
             assert not peer.containers, f"containers left at worker {peer.number}"
             assert not peer.state.leases, f"leases left at worker {peer.number}"
             assert not peer.state.containers, f"containers known at worker {peer.number}"
+
+    def verify_blobs(self) -> None:
+        """Of large values there are those of kept results, at the scheduler, and no others."""
+        state = self.scheduler.core.state
+        named = {
+            blob_id
+            for call in state.calls.values()
+            for frame in call.outputs
+            for blob_id in ids_of(frame)
+        }
+        assert state.blob_references.keys() == named, "blobs are kept that no result names"
+        assert named == state.present_blobs.keys(), "blobs are here that no result names"
+        assert named == set(self.disk.blobs.ids()), "files of blobs are left"
+        for worker in self.workers:
+            assert not worker.store.ids(), f"blobs are left at worker {worker.number}"
+        for client in self.clients:
+            assert client.is_gone or not client.blobs.store.ids(), "blobs are left at a client"
 
     def drain_queue(self) -> None:
         """What is left in the queue is got by one client; then nothing is missing or doubled."""
@@ -488,7 +507,10 @@ def make_plans(world: World, cores_max: float) -> list[Plan]:
         input_s=0.05,
     )
     poisoned = Plan("poisoned", b"p" * 16, {"max_inputs": 3}, input_s=0.02, may_crash=True)
+    bulky = Plan("bulky", b"b" * 16, {}, input_s=0.02, is_bulky=True)
     inner = Plan("inner", b"i" * 16, {}, input_s=0.005)
     middle = Plan("middle", b"m" * 16, {}, input_s=0.002, nested=inner, nested_count=3)
     outer = Plan("outer", b"o" * 16, {}, input_s=0.002, nested=middle, nested_count=2)
-    return [quick, slow, flaky, crashy, stream, large, many, poisoned, inner, middle, outer]
+    return [
+        quick, slow, flaky, crashy, stream, large, many, poisoned, bulky, inner, middle, outer,
+    ]  # fmt: skip

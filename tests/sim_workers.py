@@ -6,14 +6,16 @@ The worker's state is the real module. What a container does is drawn from the s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgpack
 
 from fanout.client.call_state import CallState
 from fanout.config import WORKER_DEADLINE_S
 from fanout.protocol import messages as m
+from fanout.protocol.blobs import BlobExchange, blob_id_of
 from fanout_worker import worker_state as w
+from tests import sim_blobs
 from tests.sim_peers import CALL_STATE_KINDS, Plan, SimCall
 from tests.sim_story import Broken
 from tests.sim_world import APP, Link, World
@@ -48,6 +50,8 @@ class SimWorker:
             world.random.randbytes(16), f"w{self.number}", self.cpu, 1 << 14, False
         )
         self.containers: dict[int, SimContainer] = {}
+        self.store = sim_blobs.ListedStore()
+        self.exchange: BlobExchange | None = None
         #: Leases that it was told to stop.
         self.fenced: set[int] = set()
         self.link: Link | None = None
@@ -140,13 +144,48 @@ class SimWorker:
             self.world.after(0.1 + self.world.random.random(), self.connect)
             return
         self.held.clear()
-        self.state.connected(self.world.disk.epoch)
+        self.exchange = self._exchange_of(self.link)
+        self.state.connected()
         self.carry_out()
         for container in self.containers.values():
             container.reconnect_nested()
 
+    def _exchange_of(self, link: Link) -> BlobExchange:
+        def completed(blob_id: bytes) -> None:
+            self.state.blob_completed(blob_id)
+            self.carry_out()
+
+        def delivered(blob_id: bytes) -> None:
+            self.state.blob_delivered(blob_id)
+            self.carry_out()
+
+        def later(delay_s: float, what: Callable[[], None]) -> None:
+            self.world.after(delay_s, self._in_this_life(lambda: self.do(what)))
+
+        return BlobExchange(
+            self.store,
+            link.up,
+            sim_blobs.bulk_sender(self.world, link.up),
+            completed,
+            later,
+            delivered=delivered,
+            trusts_peer=True,
+        )
+
+    def _take_blob_frame(self, message: m.Message) -> None:
+        if isinstance(message, m.BlobOffer):
+            # A removal that was decided just before must not hit what is now said to be here.
+            self.carry_out()
+        if self.exchange is not None:
+            self.exchange.handle(message)
+        if isinstance(message, m.BlobOffer) and self.store.has(message.blob_id):
+            self.state.blob_completed(message.blob_id)
+
     def on_lost(self) -> None:
         self.link = None
+        if self.exchange is not None:
+            self.exchange.close()
+            self.exchange = None
         self.state.disconnected()
         self.carry_out()
         self.world.after(0.1 + self.world.random.random(), self.connect)
@@ -187,6 +226,8 @@ class SimWorker:
         if isinstance(message, m.Relay):
             for container in list(self.containers.values()):
                 container.relay(message)
+        elif type(message) in m.BLOB_KINDS:
+            self._take_blob_frame(message)
         elif not isinstance(message, m.SessionClosed):
             if isinstance(message, m.WorkerAccepted):
                 self._expect_fence()
@@ -235,6 +276,13 @@ class SimWorker:
             return
         if isinstance(command, w.Start):
             self._start(command.container_id, command.definition.function_id)
+            return
+        if isinstance(command, w.OfferBlob):
+            if self.exchange is not None:
+                self.exchange.offer(command.blob_id)
+            return
+        if isinstance(command, w.RemoveBlob):
+            self.store.drop(command.blob_id)
             return
         container = self.containers.get(
             command.lease.container_id if isinstance(command, w.GiveLease) else command.container_id  # type: ignore[union-attr]
@@ -417,8 +465,23 @@ class SimContainer:
             lease, index = self.running
             self.world.errors[lease.call_id, index] += 1
             self._report(m.Status.ERROR, b"error")
+        elif self.plan.is_bulky:
+            self._report_result(*self.running)
         else:
             self._report(m.Status.VALUE, b"=%d" % self.running[1])
+
+    def _report_result(self, lease: m.Lease, index: int) -> None:
+        """The blobs of the input are here, as they were sent; the result has one of its own."""
+        store = self.worker.store
+        for at, blob_ids in lease.blobs:
+            if lease.start + at == index:
+                content = sim_blobs.argument_of(lease.call_id, index)
+                if [store.buffer(blob_id) for blob_id in blob_ids] != [content]:
+                    raise Broken("an input has another argument", lease.call_id, index)
+        content = sim_blobs.result_of(self.world, lease.call_id, index)
+        blob_id = blob_id_of(content)
+        store.put(blob_id, content)
+        self._report(m.Status.VALUE, b"=%d" % index, [(0, [blob_id])])
 
     def ran(self, call_id: bytes, index: int, busy_s: float) -> None:
         """An input ran to its end. It may have done so before, elsewhere."""
@@ -426,7 +489,9 @@ class SimContainer:
         self.world.counts["input run to its end twice"] += self.world.runs[call_id, index] > 1
         self.world.busy_s[call_id] = self.world.busy_s.get(call_id, 0.0) + busy_s
 
-    def _report(self, status: int, payload: bytes) -> None:
+    def _report(
+        self, status: int, payload: bytes, blobs: Sequence[tuple[int, list[bytes]]] = ()
+    ) -> None:
         assert self.running is not None
         lease, index = self.running
         if status in (m.Status.VALUE, m.Status.DONE):
@@ -440,7 +505,7 @@ class SimContainer:
             int(self.plan.input_s * 1e6),
             len(payload).to_bytes(4, "little"),
             bytes([status]),
-            [],
+            list(blobs),
             payload,
         )
         self._drop_ended()

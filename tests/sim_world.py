@@ -15,11 +15,17 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from fanout.exceptions import StorageError
 from fanout.intervals import IntervalSet
 from fanout.protocol import messages as m
+from fanout.protocol.blobs import BlobExchange
+from fanout_scheduler.blobs import BlobKeeper
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import (
+    BlobCompleted,
+    BlobRefused,
     Disconnect,
+    DropBlob,
     Exit,
     ForgetObject,
     ForgetRecord,
@@ -30,12 +36,15 @@ from fanout_scheduler.core.events import (
     PeerWritable,
     Record,
     Send,
+    SendBlob,
     Store,
     Stored,
     StoreFailed,
     TimePassed,
+    WithdrawBlob,
 )
 from fanout_scheduler.core.object_state import OBJECT_RECORDS, record_key
+from tests.sim_blobs import DiskStore, bulk_sender
 from tests.sim_promises import Promises
 from tests.sim_story import Broken, Story
 
@@ -140,6 +149,9 @@ class Disk:
     is_full: bool = False
     epoch: int = 0
 
+    def __post_init__(self) -> None:
+        self.blobs = DiskStore(self)
+
     def write(self, record: Record) -> None:
         kept = copy(record) if isinstance(record, m.Message) else record
         if isinstance(record, ForgetObject):
@@ -187,6 +199,8 @@ class Link:
         #: The peer does not read for so long.
         self.unread_until = 0.0
         self.last_up = self.last_down = world.now
+        #: The blobs at the scheduler's end.
+        self.exchange: BlobExchange = world.scheduler.exchange_of(self)
 
     def _arrival(self, last: float, free_at: float) -> float:
         world = self.world
@@ -240,9 +254,14 @@ class Link:
 
     def close_there(self) -> None:
         if self.is_open_there:
-            self.is_open_there = False
+            self.end_there()
             self.world.scheduler.links.pop(self.peer_id, None)
             self.world.scheduler.tell(PeerLost(self.peer_id, "cut"))
+
+    def end_there(self) -> None:
+        """The scheduler's end is gone."""
+        self.is_open_there = False
+        self.exchange.close()
 
 
 class SimScheduler:
@@ -261,12 +280,16 @@ class SimScheduler:
         disk.epoch += 1
         self.life += 1
         self.core = Scheduler(disk.epoch)
+        self.keeper = BlobKeeper(disk.blobs)
         records = [*disk.records, *disk.object_records.values()]
-        self.core.restore(records, self.world.now)
+        self.core.restore(records, self.world.now, 0.0, self.keeper.sizes())
+        self.keeper.clean(self.core.state.present_blobs)
         self.core.check()
         self.world.promises.on_new_life(self.core)
         self.turn_count = 0
         self.inbox: list[Any] = []
+        #: What the core is told in this turn.
+        self.events: list[Any] = []
         self.has_turn = False
         self.stopped_until = 0.0
         self.clock_offset = 0.0
@@ -291,7 +314,7 @@ class SimScheduler:
         world.note_circumstances("scheduler killed", circumstances)
         links, self.links = self.links, {}
         for link in links.values():
-            link.is_open_there = False
+            link.end_there()
             self.world.after(self.world.random.random() * 0.05, link.close_here)
 
     def harvest(self) -> None:
@@ -380,7 +403,13 @@ class SimScheduler:
         now = world.now - self.clock_offset
         inbox, self.inbox = self.inbox, []
         core, promises = self.core, world.promises
+        self.events = []
         for event in inbox:
+            if type(event) is FrameReceived and type(event.message) in m.BLOB_KINDS:
+                self._take_blob_frame(event, now)
+            else:
+                self.events.append(event)
+        for event in [*self._revived(), *self.events]:
             promises.before(event, now)
             core.handle(event, now)
         deadline = self.core.next_deadline()
@@ -395,7 +424,10 @@ class SimScheduler:
             promises.on_decided(core.state)
         for command in commands:
             promises.on_command(command, now)
-            self._carry_out(command)
+            self._carry_out(command, now)
+        for event in self._revived():
+            self.tell(event)
+        self.keeper.expire(now)
         deadline = self.core.next_deadline()
         if deadline is not None:
             self._wake_at(deadline + self.clock_offset)
@@ -416,21 +448,75 @@ class SimScheduler:
 
         world.at(when, wake)
 
-    def _carry_out(self, command: Any) -> None:
+    def _carry_out(self, command: Any, now: float) -> None:
         if isinstance(command, Send):
             link = self.links.get(command.peer_id)
             if link is not None:
                 link.down(command.message)
+        elif isinstance(command, SendBlob):
+            link = self.links.get(command.peer_id)
+            if link is not None:
+                link.exchange.offer(command.blob_id)
+        elif isinstance(command, WithdrawBlob):
+            link = self.links.get(command.peer_id)
+            if link is not None:
+                link.exchange.withdraw(command.blob_id)
+        elif isinstance(command, DropBlob):
+            self.keeper.drop(command.blob_id, now)
         elif isinstance(command, Store):
             self.stores.append(command)
             self._write()
         elif isinstance(command, Disconnect):
             link = self.links.pop(command.peer_id, None)
             if link is not None:
-                link.is_open_there = False
+                link.end_there()
                 self.world.after(self.world.delay_s, link.close_here)
         else:
             assert not isinstance(command, Exit), "nobody asked it to leave"
+
+    # --- blobs -----------------------------------------------------------------------------------
+
+    def exchange_of(self, link: Link) -> BlobExchange:
+        """The blobs of one connection, to and from the disk."""
+        world, store = self.world, self.world.disk.blobs
+
+        def completed(blob_id: bytes) -> None:
+            self.events.append(BlobCompleted(blob_id, store.size(blob_id)))
+
+        def failed(blob_id: bytes, error: StorageError) -> None:
+            world.counts["blob refused by a full disk"] += 1
+            self.events.append(BlobRefused(blob_id, str(error)))
+
+        def doubted(blob_id: bytes) -> None:
+            raise Broken(f"blob {blob_id.hex()} arrived with another content")
+
+        return BlobExchange(
+            store,
+            link.down,
+            bulk_sender(world, link.down),
+            completed,
+            world.after,
+            is_needed=lambda blob_id: self.core.has_blob(blob_id),
+            failed=failed,
+            doubted=doubted,
+        )
+
+    def _take_blob_frame(self, event: FrameReceived, now: float) -> None:
+        link = self.links.get(event.peer_id)
+        if link is None:
+            return
+        if isinstance(event.message, m.BlobOffer):
+            self.keeper.keep_offered(event.message.blob_id, now)
+        link.exchange.handle(event.message)
+
+    def _revived(self) -> list[BlobCompleted]:
+        """The news of dropped blobs that the frames of this turn name; they are kept again."""
+        revived = []
+        for event in self.events:
+            if type(event) is FrameReceived:
+                revived += self.keeper.revive(event.message)
+        self.world.counts["dropped blob named again"] += len(revived)
+        return [BlobCompleted(blob_id, self.keeper.store.size(blob_id)) for blob_id in revived]
 
     # --- the disk --------------------------------------------------------------------------------
 
@@ -484,6 +570,10 @@ class NestedLink:
         payload = getattr(message, "payload", b"")
         header = m.encode_header(message)
         self.worker_link.down(m.Relay(self.session_id, header, bytes(payload)))
+
+    def end_there(self) -> None:
+        """The scheduler's end is gone."""
+        self.is_open_there = False
 
     def close_here(self) -> None:
         """The worker's own link says it."""
