@@ -274,6 +274,9 @@ class Storm(World):
         self.delay_s = min(self.delay_s, 0.001)
         for plan in self.plans:
             plan.error_rate = 0.0
+        for owner in (*self.clients, *self.queue_users, *self.workers):
+            if owner.link is not None:
+                owner.link.stalled_until = self.now
         for client in self.clients:
             client.resume()
             if client.is_gone:

@@ -199,6 +199,27 @@ def test_blobs_of_inputs_go_with_the_last_input_of_their_chunk() -> None:
     assert not bench.core.state.blob_references
 
 
+def test_the_blob_of_a_result_that_nobody_wants_any_more_goes_after_a_while() -> None:
+    bench = Bench()
+    worker = bench.worker(cpu=1)
+    client = bench.client(f={})
+    call_id = bench.open(client, count=1)
+    lease = bench.started_lease(worker)
+    bench.blob(BLOB)
+    bench.blob(OTHER_BLOB)
+    bench.frame(client, m.CancelCall(call_id))
+    bench.finish(worker, lease, blobs=[(0, [BLOB])])
+    other_id = bench.open(client, call=2, count=1)
+    bench.finish(worker, bench.take(m.Lease, worker), blobs=[(0, [OTHER_BLOB])])
+    assert bench.core.state.calls[other_id].outputs
+    for _ in range(7):
+        assert bench.blobs_dropped() == []
+        bench.frame(worker, m.Heartbeat(1))
+        bench.later(9)
+    assert bench.blobs_dropped() == [BLOB]
+    assert bench.core.state.present_blobs.keys() == {OTHER_BLOB}
+
+
 @pytest.mark.parametrize("is_durable", [False, True])
 def test_inputs_wait_for_their_blobs_and_blobs_end_with_the_call(is_durable: bool) -> None:
     bench = Bench()

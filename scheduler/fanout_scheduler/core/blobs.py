@@ -14,6 +14,8 @@ from fanout_scheduler.core.events import DropBlob, WithdrawBlob
 from fanout_scheduler.core.leasing import wake_call
 from fanout_scheduler.core.state import BlobWait, Call, Function, State
 
+#: A blob that arrives before the frame that names it waits so long for it.
+NAMED_WITHIN_S = 60.0
 #: The ids of frames that name no blob, as most do; nobody changes it.
 _NONE: list[bytes] = []
 
@@ -74,11 +76,20 @@ def size_bytes(state: State, blobs: list[BlobRef]) -> int:
 def on_completed(state: State, blob_id: bytes, size_bytes: int) -> None:
     """A blob is whole: what waited for no other one goes on."""
     state.present_blobs[blob_id] = size_bytes
+    if blob_id not in state.blob_references:
+        # A report that names it comes behind it, and is of no use if its call has ended.
+        state.at(state.now + NAMED_WITHIN_S, "unnamed", blob_id)
     for wait in state.blob_waiters.pop(blob_id, []):
         wait.missing.discard(blob_id)
         if not wait.missing:
             _end(wait)
             wait.then()
+
+
+def on_unnamed_deadline(state: State, blob_id: bytes) -> None:
+    """No frame that is kept has named it in time."""
+    if blob_id not in state.blob_references and state.present_blobs.pop(blob_id, None) is not None:
+        state.commands.append(DropBlob(blob_id))
 
 
 def on_refused(state: State, blob_id: bytes, text: str) -> None:

@@ -300,6 +300,8 @@ class Scheduler:
                 progress.on_due(state, what)
             elif kind == "unopened":
                 calls.on_unopened_deadline(state, what)
+            elif kind == "unnamed":
+                blobs.on_unnamed_deadline(state, what)
             elif kind == "unsealed":
                 calls.on_unsealed_deadline(state, what)
             elif kind in objects.DEADLINES:
