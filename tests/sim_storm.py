@@ -274,7 +274,8 @@ class Storm(World):
         self.delay_s = min(self.delay_s, 0.001)
         for plan in self.plans:
             plan.error_rate = 0.0
-        for owner in (*self.clients, *self.queue_users, *self.workers):
+        owners: list[Any] = [*self.clients, *self.queue_users, *self.workers]
+        for owner in owners:
             if owner.link is not None:
                 owner.link.stalled_until = self.now
         for client in self.clients:

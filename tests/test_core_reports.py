@@ -199,6 +199,24 @@ def test_blobs_of_inputs_go_with_the_last_input_of_their_chunk() -> None:
     assert not bench.core.state.blob_references
 
 
+def test_inputs_that_lack_a_blob_are_asked_for_again_when_their_client_is_back() -> None:
+    """The connection was lost while the blob was on its way, and nobody else would bring it."""
+    bench = Bench()
+    client = bench.client(f={})
+    call_id = bench.open(client, is_sealed=False)
+    lengths, payload = table([b"a", b"b", b"c"])
+    frame = m.Inputs(call_id, 0, lengths, [(1, [BLOB])], payload)
+    bench.frame(client, m.Inputs(call_id, 3, lengths, [], payload), frame)
+    bench.lose(client)
+    again = bench.connect(session=client.to_bytes(16, "big"))
+    bench.frame(again, m.OpenCall(call_id, b"f" * 16, False, True, None, is_resumed=True))
+    assert bench.take(m.CallOpened, again).present == [(3, 3)]
+    bench.frame(again, frame)
+    bench.blob(BLOB)
+    assert not bench.core.state.calls[call_id].parked
+    assert bench.core.state.calls[call_id].queued.first == 0
+
+
 def test_the_blob_of_a_result_that_nobody_wants_any_more_goes_after_a_while() -> None:
     bench = Bench()
     worker = bench.worker(cpu=1)

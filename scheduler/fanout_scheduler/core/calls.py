@@ -340,9 +340,14 @@ def _resume_call(state: State, session: Session, call: Call) -> None:
 def send_opened(state: State, call: Call) -> None:
     session = call.session
     if session is not None and session.peer_id is not None:
-        opened = m.CallOpened(
-            call.call_id, call.window_count, WINDOW_BYTES, pairs_of(call.received)
-        )
+        # Inputs whose blobs are not all here are sent once more, and their blobs offered with them:
+        # of those that were on their way over a lost connection nothing is left.
+        present = call.received
+        if call.parked:
+            present = IntervalSet(
+                gap for low, high in present for gap in call.parked.missing(low, high)
+            )
+        opened = m.CallOpened(call.call_id, call.window_count, WINDOW_BYTES, pairs_of(present))
         state.send(session.peer_id, opened)
 
 
