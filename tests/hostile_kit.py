@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fanout.protocol import frames
 from fanout.protocol import messages as m
-from fanout.protocol.connection import Connection
+from fanout.protocol.connection import Connection, State
 from fanout.protocol.handshake import DiallerHandshake, ListenerHandshake
 from fanout.protocol.join import Token
 
@@ -44,6 +44,16 @@ def handshake_of(token: Token) -> list[bytes]:
     ours.receive_data(outgoing(theirs))
     sent.append(outgoing(ours))
     return sent
+
+
+def open_listening(hello: list[bytes]) -> Connection:
+    """A listener that has let in one who sent this; see `handshake_of`."""
+    connection = listening()
+    for data in hello:
+        connection.receive_data(data)
+    assert connection.state is State.OPEN
+    outgoing(connection)
+    return connection
 
 
 def sample(cls: type[m.Message]) -> m.Message:

@@ -7,6 +7,7 @@ failure names its seed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from fanout.exceptions import (
     AuthError,
+    ConnectionError,
     Error,
     PermissionDeniedError,
     ProtocolError,
@@ -34,6 +36,7 @@ from tests.hostile_kit import (
     encoded,
     handshake_of,
     listening,
+    open_listening,
     outgoing,
     sample,
 )
@@ -84,11 +87,7 @@ def test_a_mutated_frame_is_taken_or_closes_its_connection_with_the_reason(
     for seed in range(FRAME_COUNT // 2):
         mutator = Mutator(seed)
         if connection is None:
-            connection = listening()
-            for data in hello:
-                connection.receive_data(data)
-            assert connection.state is State.OPEN
-            outgoing(connection)
+            connection = open_listening(hello)
         data = mutator.random.choice(good)
         try:
             error = _feed(connection, mutator, mutator.spoil(data))
@@ -103,6 +102,21 @@ def test_a_mutated_frame_is_taken_or_closes_its_connection_with_the_reason(
     assert ends["taken"] > 1000
     assert sum(ends.values()) - ends["taken"] > 1000
     assert len(ends) > 20, ends
+
+
+def test_a_stream_that_ends_says_whether_that_was_in_the_middle_of_a_frame() -> None:
+    hello = handshake_of(CLIENT)
+    sent = [encoded(sample(cls)) for cls in (m.Heartbeat, m.Inputs, m.AskStatus)]
+    stream, whole = b"".join(sent), {0, *itertools.accumulate(map(len, sent))}
+    for cut in range(len(stream) + 1):
+        for size in (1, cut or 1):
+            connection = open_listening(hello)
+            for at in range(0, cut, size):
+                connection.receive_data(stream[at : min(cut, at + size)])
+            connection.receive_end()
+            assert isinstance(connection.error, ConnectionError)
+            end = "" if cut in whole else ", in the middle of a frame"
+            assert str(connection.error) == f"the peer went away without a goodbye{end}", cut
 
 
 def test_a_mutated_handshake_lets_nobody_in() -> None:

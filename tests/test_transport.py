@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import uvloop
 
 from fanout.exceptions import (
     AuthError,
@@ -40,34 +39,12 @@ from tests.transport_kit import (
     ignore,
     parts_of,
 )
+from tests.transport_kit import event_loop_policy as event_loop_policy
+from tests.transport_kit import raw as raw
+from tests.transport_kit import site as site
 
 # The hook that replaces this fixture exists only in later versions than the oldest one we allow.
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture")
-
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
-    is_stock = request.param == "asyncio"
-    return asyncio.DefaultEventLoopPolicy() if is_stock else uvloop.EventLoopPolicy()
-
-
-@pytest.fixture
-async def site() -> AsyncIterator[Site]:
-    made = Site()
-    await made.listen()
-    try:
-        yield made
-    finally:
-        await made.close()
-
-
-@pytest.fixture
-async def raw(site: Site) -> AsyncIterator[RawPeer]:
-    peer = await RawPeer(site.server.port).dial()
-    try:
-        yield peer
-    finally:
-        peer.sock.close()
 
 
 # --- carrying messages ----------------------------------------------------------------------------
@@ -245,7 +222,19 @@ async def test_a_peer_that_vanishes_is_an_error(site: Site, raw: RawPeer) -> Non
     raw.sock.close()
     error = await site.accepted[0].until_lost()
     assert isinstance(error, ConnectionError)
-    assert "without a goodbye" in str(error)
+    assert str(error).endswith("went away without a goodbye")
+
+
+async def test_of_a_peer_that_vanishes_within_a_frame_the_error_says_so(
+    site: Site, raw: RawPeer
+) -> None:
+    await raw.prove(site.tokens["client"])
+    await raw.send(frame_of(m.AskStatus(1)) + frame_of(m.AskStatus(2))[:-1])
+    await site.accepted[0].until(lambda: site.accepted[0].messages == [m.AskStatus(1)])
+    raw.sock.close()
+    error = await site.accepted[0].until_lost()
+    assert isinstance(error, ConnectionError)
+    assert str(error).endswith("went away without a goodbye, in the middle of a frame")
 
 
 @pytest.mark.slow

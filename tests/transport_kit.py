@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+import uvloop
 
 from fanout.exceptions import Error
 from fanout.protocol import messages as m
@@ -202,3 +205,31 @@ def parts_of(size_bytes: int, blob_id: bytes = bytes(32)) -> Iterator[m.Message]
     part = memoryview(bytes(m.BLOB_PART_SIZE_BYTES))
     for offset in range(0, size_bytes, len(part)):
         yield m.BlobPart(blob_id, offset, part)
+
+
+# --- fixtures -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
+    is_stock = request.param == "asyncio"
+    return asyncio.DefaultEventLoopPolicy() if is_stock else uvloop.EventLoopPolicy()
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[Site]:
+    made = Site()
+    await made.listen()
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+@pytest.fixture
+async def raw(site: Site) -> AsyncIterator[RawPeer]:
+    peer = await RawPeer(site.server.port).dial()
+    try:
+        yield peer
+    finally:
+        peer.sock.close()

@@ -147,7 +147,10 @@ class Connection:
         return []
 
     def receive_end(self, reason: str = "the peer went away without a goodbye") -> None:
-        """The socket is gone. `error` is set, unless one side had said Goodbye before."""
+        """The socket is gone. `error` is set, unless one side had said Goodbye before: to the
+        reason, and to whether a frame had come in part."""
+        if self._reader.buffered_size:
+            reason += ", in the middle of a frame"
         if self.state in (State.OPENING, State.OPEN):
             self.error = ConnectionError(reason)
         if self.state is not State.CLOSED:
