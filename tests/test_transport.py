@@ -169,6 +169,15 @@ async def test_bulk_is_not_pulled_while_the_peer_does_not_read(site: Site, raw: 
     assert pulled == 1024
 
 
+async def test_on_both_sides_the_kernel_keeps_little_that_is_unsent(site: Site) -> None:
+    """Only then a blob leaves no more in the way of other messages than this."""
+    peer = await site.dial()
+    for own in (peer.transport, (await site.until_accepted(1)).transport):
+        sock = own._socket.get_extra_info("socket")  # type: ignore[union-attr]
+        unsent_max = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+        assert unsent_max == wire.NOTSENT_SIZE_BYTES_MAX
+
+
 async def test_a_slow_reader_is_told_of_and_so_is_its_recovery(site: Site, raw: RawPeer) -> None:
     connection = await raw.prove(site.tokens["client"])
     listener = site.accepted[0]
