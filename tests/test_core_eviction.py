@@ -29,12 +29,16 @@ class Program:
         for order in bench.take_all(m.StartContainer):
             bench.start(self.worker, order.container_id)
         for lease in bench.take_all(m.Lease):
-            self.sequence += 1
-            at = (lease.lease_id, lease.call_id, lease.start)
-            bench.frame(self.worker, m.LeaseItems(self.sequence, *at, 0, FOUR, [], b"abcd"))
+            self.give(lease)
             bench.frame(self.worker, m.LeaseWaits(lease.lease_id, 4))
             self.waiting[lease.start] = lease
         bench.forget(m.DefineFunction, m.Items, m.OutputsAck, m.Window)
+
+    def give(self, lease: m.Lease) -> None:
+        """It gives its first four items."""
+        self.sequence += 1
+        at = (lease.lease_id, lease.call_id, lease.start)
+        self.bench.frame(self.worker, m.LeaseItems(self.sequence, *at, 0, FOUR, [], b"abcd"))
 
     def later(self, seconds: float) -> None:
         self.bench.later(seconds)
@@ -76,6 +80,36 @@ def test_it_is_told_once_however_often_it_happens() -> None:
         program.bench.take(m.CancelLease)
         program.fill()
     assert len(program.bench.take_all(m.Notice)) == 1
+
+
+def test_two_maps_that_take_turns_at_the_only_permit_are_charged_for_nothing() -> None:
+    """Each is stopped more often than an input may crash, or than any would be tried again."""
+    program = Program(max_containers=1)
+    program.fill()
+    bench = program.bench
+    stopped = program.waiting[0]
+    calls = [program.first, bench.open(program.client, "g", call=2, count=1)]
+    for number in range(8):
+        program.later(1.1)
+        assert bench.take(m.CancelLease).lease_id == stopped.lease_id
+        running = bench.take(m.Lease)
+        assert [stopped.call_id, running.call_id] == [calls[number % 2], calls[1 - number % 2]]
+        # How it ends that is stopped: by the order, by what its code made of it, or as if well.
+        status = (m.Status.FAILURE, m.Status.ERROR, m.Status.DONE)[number % 3]
+        bench.finish(program.worker, stopped, status=status)
+        assert bench.take_all(m.Outputs) == []
+        for call_id in calls:
+            call = bench.core.state.calls[call_id]
+            assert (call.crashes, call.attempts, list(call.suspects)) == ({}, {}, [])
+        if number == 0:
+            program.give(running)
+        bench.frame(program.worker, m.LeaseWaits(running.lease_id, 4))
+        stopped = running
+    assert bench.core.snapshot()["counts"]["generator evicted"] == 8
+    bench.finish(program.worker, stopped, status=m.Status.DONE)
+    bench.finish(program.worker, bench.take(m.Lease), status=m.Status.DONE)
+    ended = [(outputs.call_id, outputs.statuses) for outputs in bench.take_all(m.Outputs)]
+    assert ended == [(call_id, bytes([m.Status.DONE])) for call_id in calls]
 
 
 def test_a_generator_whose_consumer_takes_items_in_time_stays() -> None:
