@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -168,18 +170,20 @@ def container_log(cluster: HandStarted, name: str) -> str:
 
 def has_groups() -> bool:
     """Whether a worker that is started here can have control groups."""
-    made = leftovers.make_group("test")
-    if made is not None:
-        made.rmdir()
-    return made is not None
+    try:
+        leftovers.make_group("test").rmdir()
+    except OSError:
+        return False
+    return True
 
 
-def without_groups() -> list[str]:
-    """Executes a command where control groups can be read and not written, as in Docker."""
+def without_groups(command: str = "mount -o remount,bind,ro") -> list[str]:
+    """Executes a command where control groups can be read and not written, as in Docker, or where
+    another command has done something else to what is mounted of them."""
     require_namespaces()
     mounts = Path("/proc/self/mounts").read_text().splitlines()
     folders = [fields[1] for line in mounts if (fields := line.split())[2] == "cgroup2"]
-    commands = [f"mount -o remount,bind,ro {folder}" for folder in folders]
+    commands = [f"{command} {folder}" for folder in folders]
     shell = shutil.which("sh") or "/bin/sh"
     return ["unshare", "--mount", shell, "-c", "; ".join([*commands, 'exec "$@"']), "sh"]
 
@@ -258,3 +262,55 @@ def test_without_control_groups_nothing_outlives_the_last_container(
         lambda: f"all end: {[n for p, n in kit.noted(tmp_path).items() if is_alive(p)]}",
     )
     assert worker.poll() is None
+
+
+def told_of_groups(log: str) -> list[str]:
+    """The lines of a log that are about control groups."""
+    return [line for line in log.splitlines() if "control group" in line]
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [("mount -o remount,bind,ro", "Read-only file system"), ("umount --lazy", "can be seen here")],
+    ids=["read-only", "not-mounted"],
+)
+def test_a_worker_without_control_groups_says_once_what_may_outlive_it(
+    scheduler_and_workers: Start, command: str, reason: str
+) -> None:
+    cluster = scheduler_and_workers(0)
+    cluster.start_worker("w1", 2, prefix=without_groups(command))
+    with kit.app.run():
+        assert kit.nap.remote(1, 0)[0] == 1
+    (line,) = told_of_groups(cluster.log("w1"))
+    assert " WARNING " in line
+    assert reason in line
+    assert "left session and parent and cleared its variables may outlive it" in line
+
+
+def test_a_worker_with_control_groups_says_nothing_of_them(scheduler_and_workers: Start) -> None:
+    if not has_groups():
+        pytest.skip("no control groups here")
+    cluster = scheduler_and_workers(1)
+    with kit.app.run():
+        assert kit.nap.remote(1, 0)[0] == 1
+    assert told_of_groups(cluster.log("w1")) == []
+
+
+def test_an_embedded_worker_without_control_groups_keeps_that_to_its_own_log(
+    cluster: Cluster,
+) -> None:
+    """It starts with the first script of the day, whose author has asked for no worker."""
+    cluster.variables["FANOUT_LOG"] = "info"
+    code = "from tests.crash_kit import app, nap\nwith app.run(): nap.remote(1, 0)\n"
+    done = subprocess.run(
+        [*without_groups(), sys.executable, "-c", code],
+        env=cluster.variables,
+        timeout=60 * TIMEOUT_FACTOR,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert told_of_groups(done.stdout + done.stderr) == []
+    (path,) = cluster.home.rglob("worker.output")
+    (line,) = told_of_groups(path.read_text())
+    assert " INFO " in line

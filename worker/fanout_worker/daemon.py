@@ -131,6 +131,7 @@ class Daemon:
             self._loop.add_signal_handler(number, self._on_terminate)
         await self._nested.start()
         self._host.guard()
+        self._tell_of_groups()
         gc.collect()
         gc.freeze()
         connecting = asyncio.ensure_future(self._stay_connected())
@@ -528,6 +529,17 @@ class Daemon:
         """On the log; what is news is seen by the person who started the worker by hand."""
         is_shown = is_news and not self._options.is_embedded
         logger.log(logging.WARNING if is_shown else logging.INFO, text, *values)
+
+    def _tell_of_groups(self) -> None:
+        """Of what this worker cannot promise, before anybody relies on it."""
+        error = self._host.leftovers.group_error
+        if error is not None:
+            self._tell(
+                True,
+                "= containers are in no control group (%s): if this worker is killed, a program of "
+                "theirs that left session and parent and cleared its variables may outlive it",
+                error,
+            )
 
     def _write_record(self) -> None:
         """Tell who looks into the home that this worker was accepted."""

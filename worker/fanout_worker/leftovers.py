@@ -14,7 +14,6 @@ not one for each, as to enter one can take the kernel 20 ms, three times what a 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import time
@@ -22,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fanout_worker import guardian, process
-
-logger = logging.getLogger("fanout.worker")
 
 #: A dead container is remembered so long, and on while there is something to reap: what it left may
 #: come to this process late, when its own parent dies.
@@ -37,22 +34,21 @@ _INTERVAL_S_MAX = 4.0
 _ROUNDS_TIMEOUT_S = 0.01
 
 
-def make_group(name: str) -> Path | None:
-    """A control group for the containers of this daemon, None where there can be none."""
+def make_group(name: str) -> Path:
+    """A control group for the containers of this daemon.
+
+    Raises:
+        OSError: there can be none; says why.
+    """
     folder = _own_group()
     if folder is None:
-        return None
+        raise OSError("none of version 2 can be seen here")
     made = folder / f"fanout-worker-{name}"
-    try:
-        made.mkdir()
-    except OSError as error:
-        logger.info("= no control groups for containers: %s", error)
-        return None
+    made.mkdir()
     if not os.access(made / "cgroup.kill", os.W_OK):
-        logger.info("= no control groups for containers: this kernel cannot kill one")
         with contextlib.suppress(OSError):
             made.rmdir()
-        return None
+        raise OSError("this kernel cannot kill one")
     return made
 
 
@@ -100,6 +96,8 @@ class Leftovers:
         # control group with this one.
         self._name = f"{os.getpid()}-{os.urandom(8).hex()}"
         self.group: Path | None = None
+        #: Why there is none.
+        self.group_error: OSError | None = None
         self._is_reaper = is_reaper
         # Orphans of others come to the first process of a system (of a Docker container, say), and
         # to one that a script has become by `exec` after it started something else.
@@ -110,8 +108,11 @@ class Leftovers:
         self._interval_s = _INTERVAL_S
 
     def open(self) -> None:
-        """Make what templates are put into."""
-        self.group = make_group(self._name)
+        """Make what templates are put into, if that can be."""
+        try:
+            self.group = make_group(self._name)
+        except OSError as error:
+            self.group_error = error
 
     @property
     def mark(self) -> str:
