@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,22 @@ def alone(folder: str) -> Iterator[None]:
             Path(folder, f"overlap-{os.getpid()}").touch()
         time.sleep(0.002)
         yield
+
+
+# --- how long calls take --------------------------------------------------------------------------
+
+#: A pause, so that whoever measures does not take the cores from what is measured.
+BETWEEN_CALLS_S = 0.002
+
+
+def time_calls(is_over: Callable[[], bool]) -> list[tuple[float, float]]:
+    """Make small calls, one after the other; when each began, and how many seconds it took."""
+    times: list[tuple[float, float]] = []
+    while not is_over():
+        begin_s = time.monotonic()
+        assert same.remote(len(times)) == len(times)
+        times.append((begin_s, time.monotonic() - begin_s))
+    return times
 
 
 # --- values ---------------------------------------------------------------------------------------
