@@ -4,6 +4,7 @@ way that small ones take, the time that code has to stop, and how plain a sync c
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import pytest
@@ -124,6 +125,32 @@ async def test_no_input_begins_while_a_large_output_before_it_cannot_leave(is_as
         await begins(kit, 1)
         await let_pass(0.3)
         assert not (kit.folder / "begun-2").exists()
+        container.set_paused(False)
+        await kit.until(lambda: kit.events.exits, "the container died")
+        assert kit.events.exits[1][:2] == ("crash", [(5, LAST)])
+        check_outputs(kit, FRAME_SIZE_BYTES)
+
+
+async def test_large_outputs_survive_where_sockets_hold_more_than_is_read_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a host that is tuned for fast networks, as far as this one allows it."""
+    make_pair = socket.socketpair
+
+    def make_roomy_pair(*args: Any) -> tuple[socket.socket, socket.socket]:
+        pair = make_pair(*args)
+        for end in pair:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        return pair
+
+    monkeypatch.setattr(socket, "socketpair", make_roomy_pair)
+    async with containers() as kit:
+        container = await kit.start(DEATH)
+        container.set_paused(True)
+        container.give(lease_of(large(kit, FRAME_SIZE_BYTES), lease_id=5))
+        await begins(kit, 1)
+        # As long as a busy daemon may take.
+        await let_pass(0.3)
         container.set_paused(False)
         await kit.until(lambda: kit.events.exits, "the container died")
         assert kit.events.exits[1][:2] == ("crash", [(5, LAST)])

@@ -10,6 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from fanout.protocol import frames
 
 _READ_SIZE_BYTES = 256 << 10
+_READS_MAX = 4
+#: What a container can send without anybody reading it, which has to be less than one `read` takes:
+#: what a container leaves when it dies is read once. Linux doubles the number, which makes its own
+#: default; on a host that is tuned for fast networks that may be many times more.
+_SEND_SIZE_BYTES = 104 << 10
 
 
 class Wire:
@@ -22,6 +27,7 @@ class Wire:
     def __init__(self, loop: asyncio.AbstractEventLoop, on_readable: Callable[[], None]) -> None:
         #: The container's end; to be closed here when the container has it.
         self._socket, self.theirs = socket.socketpair()
+        self.theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_SIZE_BYTES)
         self._socket.setblocking(False)
         self._loop = loop
         self._on_readable = on_readable
@@ -65,7 +71,7 @@ class Wire:
         Raises:
             ProtocolError: the bytes are no frames.
         """
-        for _ in range(4):
+        for _ in range(_READS_MAX):
             try:
                 data = self._socket.recv(_READ_SIZE_BYTES)
             except BlockingIOError:
