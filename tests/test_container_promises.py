@@ -12,7 +12,7 @@ import pytest
 from fanout.protocol.blobs import FileBlobStore, blob_id_of
 from fanout.serialization import decode_value
 from fanout_worker import shared
-from tests.conftest import poll_until
+from tests.conftest import TIMEOUT_FACTOR, poll_until
 from tests.worker_kit import Kit, containers, lease_of, let_pass
 
 HEAD = "import asyncio, os, signal, threading, time\n"
@@ -155,3 +155,159 @@ async def test_large_outputs_survive_where_sockets_hold_more_than_is_read_at_onc
         await kit.until(lambda: kit.events.exits, "the container died")
         assert kit.events.exits[1][:2] == ("crash", [(5, LAST)])
         check_outputs(kit, FRAME_SIZE_BYTES)
+
+
+# --- who is asked to stop has its grace -----------------------------------------------------------
+
+#: What it does after it was asked to stop takes longer than all that it had. Others wait for a
+#: file, or say where they run.
+CLEANS_UP = (
+    HEAD
+    + """
+def f(what):
+    if what == "too long":
+        try:
+            print("begun")
+            time.sleep(100)
+        finally:
+            end = time.monotonic() + CLEANUP_S
+            while time.monotonic() < end: time.sleep(0.01)
+            print("saved")
+    elif what != "pid":
+        print("begun")
+        while not os.path.exists(what): time.sleep(0.001)
+    return os.getpid()
+"""
+)
+LOOKS_UP = "while True: time.sleep(0.01)"
+IN_ALL_WAYS = pytest.mark.parametrize(
+    ("is_async", "max_inputs"),
+    [(False, 1), (True, 1), (False, 2), (True, 2)],
+    ids=["sync", "async", "threads", "tasks"],
+)
+
+
+def cleaning_up(is_async: bool, max_inputs: int, seconds: float) -> str:
+    code = of_kind(CLEANS_UP, is_async).replace("CLEANUP_S", str(seconds))
+    if is_async:
+        return code.replace("time.sleep", "await asyncio.sleep")
+    # No signal comes to a thread that is not the first one, so it has to look up by itself.
+    return code if max_inputs == 1 else code.replace("time.sleep(100)", LOOKS_UP)
+
+
+@IN_ALL_WAYS
+async def test_code_that_is_stopped_may_clean_up_and_its_container_goes_on(
+    is_async: bool, max_inputs: int
+) -> None:
+    async with containers(kill_grace_s=5.0 * TIMEOUT_FACTOR) as kit:
+        code = cleaning_up(is_async, max_inputs, 1.0)
+        container = await kit.start(code, is_async=is_async, max_inputs=max_inputs, timeout=0.3)
+        container.give(lease_of([("too long",), ("pid",)]))
+        await kit.outputs(2)
+        assert kit.events.failure(0) == "timeout"
+        assert kit.events.text() == "begun\nsaved\n"
+        assert kit.events.value(1) == container.pid
+        container.give(lease_of([("pid",)], lease_id=2, start=2))
+        await kit.outputs(3)
+        assert kit.events.value(2) == container.pid
+        assert not kit.events.exits
+
+
+@IN_ALL_WAYS
+async def test_code_that_cleans_up_for_longer_than_its_grace_is_killed(
+    is_async: bool, max_inputs: int
+) -> None:
+    async with containers(kill_grace_s=0.3) as kit:
+        code = cleaning_up(is_async, max_inputs, 100)
+        container = await kit.start(code, is_async=is_async, max_inputs=max_inputs, timeout=0.3)
+        container.give(lease_of([("too long",)]))
+        await kit.until(lambda: kit.events.exits, "the container was killed")
+        assert kit.events.exits[1][:2] == ("timeout", [])
+        assert kit.events.failure(0) == "timeout"
+        assert kit.events.text() == "begun\n"
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["threads", "tasks"])
+async def test_a_neighbour_runs_on_while_a_cancelled_input_cleans_up(is_async: bool) -> None:
+    async with containers(kill_grace_s=5.0 * TIMEOUT_FACTOR) as kit:
+        code = cleaning_up(is_async, 2, 0.5)
+        container = await kit.start(code, is_async=is_async, max_inputs=2)
+        path = kit.folder / "go"
+        container.give(lease_of([("too long",)], lease_id=1))
+        container.give(lease_of([(str(path),)], lease_id=2, start=1))
+        await kit.until(lambda: kit.events.text() == "begun\n" * 2, "both run")
+        container.lower_limit(1, 0, True)
+        await kit.outputs(1)
+        assert kit.events.failure(0) == "cancelled"
+        assert kit.events.text().endswith("saved\n")
+        path.touch()
+        await kit.outputs(2)
+        assert kit.events.value(1) == container.pid
+        assert not kit.events.exits
+
+
+# --- a sync container is a plain process ----------------------------------------------------------
+
+
+async def test_a_sync_container_has_one_thread_and_no_event_loop() -> None:
+    async with containers() as kit:
+        code = """
+def f(size):
+    print("some text")
+    files = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    found = (
+        len(os.listdir("/proc/self/task")),
+        threading.current_thread() is threading.main_thread(),
+        asyncio._get_running_loop(),
+        any("eventpoll" in name for name in files),
+    )
+    return found, bytearray(size)
+"""
+        container = await kit.start(HEAD + code)
+        # Of all sizes, as an output that is large takes another way.
+        sizes = [0, 300_000, 900_000, 900_000, 0]
+        container.give(lease_of([(size,) for size in sizes]))
+        await kit.outputs(len(sizes))
+        container.give(lease_of([(0,)], lease_id=2, start=len(sizes)))
+        await kit.outputs(len(sizes) + 1)
+        found = [kit.events.value(index)[0] for index in range(len(sizes) + 1)]
+        assert set(found) == {(1, True, None, False)}
+
+
+async def test_a_sync_function_may_run_an_event_loop_of_its_own() -> None:
+    async with containers() as kit:
+        code = """
+async def work(seconds):
+    await asyncio.sleep(seconds)
+    return await asyncio.to_thread(threading.get_ident) != threading.get_ident()
+
+def f(seconds): return asyncio.run(work(seconds))
+"""
+        container = await kit.start(HEAD + code, timeout=0.5)
+        container.give(lease_of([(0,), (0.01,), (100,), (0,)]))
+        await kit.outputs(4)
+        assert [kit.events.value(index) for index in (0, 1, 3)] == [True] * 3
+        assert kit.events.failure(2) == "timeout", "a loop that is not ours is stopped, too"
+        assert not kit.events.exits
+
+
+async def test_a_sync_function_may_set_a_signal_handler_and_a_timer() -> None:
+    async with containers() as kit:
+        code = """
+def on_alarm(number, frame): raise TimeoutError(signal.Signals(number).name)
+
+def f(is_set):
+    if is_set:
+        signal.signal(signal.SIGALRM, on_alarm)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        time.sleep(100)
+    except TimeoutError as error:
+        return str(error)
+"""
+        container = await kit.start(HEAD + code, timeout=0.5)
+        container.give(lease_of([(True,), (True,), (False,), (True,)]))
+        await kit.outputs(4)
+        assert [kit.events.value(index) for index in (0, 1, 3)] == ["SIGALRM"] * 3
+        assert kit.events.failure(2) == "timeout", "the signal that stops it is ours still"
+        assert not kit.events.exits
