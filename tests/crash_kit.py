@@ -360,6 +360,21 @@ def hang_at_first(x: int, bad: int, folder: str) -> int:
     return x
 
 
+@app.function(max_containers=1)
+def clean_up(seconds: float, folder: str) -> int:
+    """Takes so long to stop that it says it has; with no time to take, it says where it runs."""
+    if seconds:
+        try:
+            time.sleep(FOREVER_S)
+        finally:
+            # Not in one sleep, as work is not.
+            end_s = time.monotonic() + seconds
+            while time.monotonic() < end_s:
+                time.sleep(0.01)
+            Path(folder, "saved").touch()
+    return os.getpid()
+
+
 @app.function()
 def start_children_and_wait(folder: str) -> None:
     start_children(folder)

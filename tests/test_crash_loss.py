@@ -22,7 +22,14 @@ from fanout.config import WORKER_DEADLINE_S
 from fanout_worker import leftovers
 from tests import crash_kit as kit
 from tests.behaviour_kit import descendants_of
-from tests.conftest import TIMEOUT_FACTOR, Cluster, HandStarted, is_alive, poll_until
+from tests.conftest import (
+    TIMEOUT_FACTOR,
+    Cluster,
+    HandStarted,
+    environment,
+    is_alive,
+    poll_until,
+)
 from tests.engine_fixture import engine as engine
 from tests.engine_fixture import wait_until_no_call_is_open
 from tests.hosts_kit import require_namespaces
@@ -165,6 +172,33 @@ def container_log(cluster: HandStarted, name: str) -> str:
     return "\n".join(line for line in cluster.log(name).splitlines() if " ERROR " in line)
 
 
+# --- code that is asked to stop -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_without_a_setting_code_has_ten_seconds_to_stop(
+    scheduler_and_workers: Start, tmp_path: Path
+) -> None:
+    assert "FANOUT_KILL_GRACE" not in environment()
+    scheduler_and_workers(1, cpu=2)
+    grace_s, folder = 10.0, str(tmp_path)
+    with kit.app.run():
+        clean_up = kit.clean_up.with_options(timeout=kit.TIMEOUT_S)
+        run = kit.run.with_options(timeout=kit.TIMEOUT_S)
+        pid = clean_up.remote(0, folder)
+        assert run.remote("nothing") == "nothing"
+        begin_s = time.monotonic()
+        cleans_up = clean_up.spawn(0.8 * grace_s, folder)
+        with pytest.raises(exceptions.FunctionTimeoutError):
+            run.remote("c-loop", "c-loop", folder)
+        taken_s = time.monotonic() - begin_s - kit.TIMEOUT_S
+        assert grace_s <= taken_s < grace_s + SLACK_S * TIMEOUT_FACTOR
+        with pytest.raises(exceptions.FunctionTimeoutError):
+            cleans_up.get()
+        assert (tmp_path / "saved").exists()
+        assert clean_up.remote(0, folder) == pid, "its container goes on"
+
+
 # --- what a worker leaves behind ------------------------------------------------------------------
 
 
@@ -205,6 +239,46 @@ async def test_what_a_dead_container_started_dies_and_what_its_neighbour_started
                 container.give(lease_of(inputs, lease_id=number, start=number))
                 await daemon.until(lambda: daemon.events.outputs, "the neighbour has children")
             await daemon.until(lambda: daemon.events.exits, "the other container died")
+            poll_until(lambda: alive_of(folders[1]) <= {kit.STRANGER}, "its children end")
+            assert alive_of(folders[0]) == kit.CHILDREN
+        may_live = set() if has_groups() else {kit.STRANGER}
+        poll_until(lambda: set().union(*map(alive_of, folders)) <= may_live, "all end")
+    finally:
+        for pid in filter(is_alive, {**kit.noted(folders[0]), **kit.noted(folders[1])}):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("max_inputs", [1, 2])
+@pytest.mark.parametrize("reason", ["timeout", "cancelled"])
+async def test_nothing_of_the_tree_of_a_container_that_had_to_be_killed_is_left(
+    tmp_path: Path, reason: str, max_inputs: int
+) -> None:
+    folders = [tmp_path / "neighbour", tmp_path / "killed"]
+    timeout_s = 1.5 * TIMEOUT_FACTOR if reason == "timeout" else None
+    try:
+        async with containers(kill_grace_s=0.2) as daemon:
+            for number, deeds in enumerate((["children"], ["children", "c-loop"])):
+                folders[number].mkdir()
+                container = await daemon.start(
+                    "from tests import crash_kit\n"
+                    "def f(folder, deeds):\n"
+                    "  for deed in deeds:\n"
+                    "    print(deed)\n"
+                    "    crash_kit.do(deed, folder)\n",
+                    container_id=number,
+                    timeout=timeout_s,
+                    max_inputs=max_inputs,
+                )
+                inputs = [(str(folders[number]), deeds)]
+                container.give(lease_of(inputs, container_id=number, lease_id=number, start=number))
+                await daemon.until(lambda: daemon.events.outputs, "the neighbour has children")
+            await daemon.until(lambda: "c-loop" in daemon.events.text(), "it has children, too")
+            assert alive_of(folders[1]) == kit.CHILDREN
+            if reason == "cancelled":
+                container.lower_limit(1, 0, True)
+            await daemon.until(lambda: daemon.events.exits, "the container was killed")
+            assert daemon.events.exits[1][:2] == (reason, [])
+            assert daemon.events.failure(1) == reason
             poll_until(lambda: alive_of(folders[1]) <= {kit.STRANGER}, "its children end")
             assert alive_of(folders[0]) == kit.CHILDREN
         may_live = set() if has_groups() else {kit.STRANGER}
