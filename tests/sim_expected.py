@@ -7,6 +7,7 @@ from tests.sim_storm import FAULTS_PER_S
 
 OTHER_FAULTS = [
     "attached call",
+    "blob refused by a full disk",
     "call terminated",
     "client back within its grace",
     "client: duplicate output or item",
@@ -14,13 +15,16 @@ OTHER_FAULTS = [
     "container crashed",
     "container crashed with several inputs",
     "container that could not start",
+    "dropped blob named again",
     "durable call",
+    "frame that waited for its blobs",
     "generator out of credit",
     "generator run again behind its first items",
     "idle container died",
     "input run to its end twice",
     "item through a queue",
     "item whose taker died",
+    "large result",
     "link cut between commit and acknowledgement",
     "nested call",
     "report that a nested call may overtake",
@@ -89,8 +93,7 @@ ODD_ON_THE_WIRE = [
     "report under a void lease",
 ]
 
-#: What must come up in a full run. Not here is what only a worker sends that lies or has a bug, and
-#: what is about blobs, which the simulation does not have.
+#: What must come up in a full run. Not here is what only a worker sends that lies or has a bug.
 EXPECTED = [
     *FAULTS_PER_S,
     *OTHER_FAULTS,
