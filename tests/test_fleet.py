@@ -11,6 +11,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,12 +34,17 @@ IS_FULL = os.environ.get("FANOUT_TEST_FULL") == "1"
 WORKER_COUNT = 1000 if IS_FULL else 100
 CALL_COUNT = 10_000 if IS_FULL else 1000
 SPAWNED_COUNT = 1_000_000 if IS_FULL else 100_000
+MAPPED_COUNT = 1_000_000 if IS_FULL else 200_000
 #: How long an input of a made-up container takes: all have one when some of them vanish.
 INPUT_S = 0.5
 #: What a waiting input may cost the scheduler beyond its payload, and what its memory may differ by
 #: from one moment to another for no such reason.
 INPUT_BYTES_MAX = 20
 NOISE_BYTES_MAX = 2 << 20
+#: What the processes of each kind may grow by while a long map is under way. Usual is nothing, or
+#: 2 MiB of a library that the scheduler loads a second after its start. Whoever kept 60 bytes of
+#: each input would hold 8 MiB more at the ninth tenth than at the second.
+MAP_GROWTH_BYTES_MAX = 5 << 20
 TIMEOUT_S = 300.0 if IS_FULL else 60.0
 
 
@@ -249,6 +255,90 @@ def test_many_spawned_inputs_wait_at_the_cost_of_their_payload_and_are_drained(
         # Its outputs are kept, its inputs are not.
         kept = scheduler_bytes(cluster) - before
         assert kept < 2 * payload + INPUT_BYTES_MAX * SPAWNED_COUNT + 2 * NOISE_BYTES_MAX
+
+
+def written_bytes(pids: list[int]) -> int:
+    """The memory that is no other process's and has been written to. Libraries that are loaded late
+    are left out by that, as the file of each holds nearly all of it."""
+    total = 0
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Private_Dirty:"):
+                total += int(line.split()[1]) << 10
+    return total
+
+
+class MapMemory:
+    """What all processes hold while the results of a long map come: is it the same all the time?
+
+    The later looks are compared with the larger of two early ones, because to look is a pause, and
+    only a pause of the reader fills the buffers. Not all of the later ones come at the end, which
+    may set free what was held for each input.
+    """
+
+    def __init__(self, cluster: HandStarted) -> None:
+        self._cluster = cluster
+        self._early = {MAPPED_COUNT * tenths // 10 for tenths in (1, 2)}
+        self._late = {MAPPED_COUNT // 2, MAPPED_COUNT * 9 // 10, MAPPED_COUNT}
+        self._pids: dict[str, list[int]] = {}
+        self._before: Counter[str] = Counter()
+        self._count = 0
+        self._total = 0
+        self.grown: Counter[str] = Counter()
+
+    def take(self, value: int) -> None:
+        """The next result."""
+        self._count += 1
+        self._total += value
+        if self._count in self._early:
+            self._pids = self._pids_now()
+            self._before |= self._held()
+        elif self._count in self._late:
+            self.grown |= self._held() - self._before
+
+    def require_constant(self) -> None:
+        assert self._count == MAPPED_COUNT
+        assert self._total == sum(range(MAPPED_COUNT))
+        assert max(self.grown.values(), default=0) < MAP_GROWTH_BYTES_MAX, self.grown
+
+    def _held(self) -> Counter[str]:
+        return Counter({name: written_bytes(pids) for name, pids in self._pids.items()})
+
+    def _pids_now(self) -> dict[str, list[int]]:
+        assert self._cluster.scheduler is not None
+        worker = self._cluster.workers["w1"].pid
+        return {
+            "client": [os.getpid()],
+            "scheduler": [self._cluster.scheduler.pid],
+            "worker": [worker],
+            "containers": sorted(kit.descendants_of(worker)),
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_ordered", [True, False], ids=["ordered", "unordered"])
+def test_a_map_of_very_many_inputs_takes_constant_memory_in_every_process(
+    scheduler_and_workers: Start, is_ordered: bool
+) -> None:
+    cluster = scheduler_and_workers(1, cpu=2)
+    with kit.app.run():
+        memory = MapMemory(cluster)
+        inputs = (number for number in range(MAPPED_COUNT))
+        for value in kit.same.map(inputs, order_outputs=is_ordered):
+            memory.take(value)
+    memory.require_constant()
+
+
+@pytest.mark.slow
+async def test_an_async_map_of_very_many_inputs_takes_constant_memory_in_every_process(
+    scheduler_and_workers: Start,
+) -> None:
+    cluster = scheduler_and_workers(1, cpu=2)
+    async with kit.app.run():
+        memory = MapMemory(cluster)
+        async for value in kit.same.map.aio(number for number in range(MAPPED_COUNT)):
+            memory.take(value)
+    memory.require_constant()
 
 
 @pytest.fixture
