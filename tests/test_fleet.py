@@ -27,6 +27,7 @@ from fanout.serialization import encode_args
 from tests import behaviour_kit as kit
 from tests.conftest import ROOT, HandStarted, environment, poll_until
 from tests.server_kit import Daemon, Wire, define, dial, submit
+from tests.soak_kit import memory_bytes
 
 Start = Callable[..., HandStarted]
 
@@ -257,17 +258,6 @@ def test_many_spawned_inputs_wait_at_the_cost_of_their_payload_and_are_drained(
         assert kept < 2 * payload + INPUT_BYTES_MAX * SPAWNED_COUNT + 2 * NOISE_BYTES_MAX
 
 
-def written_bytes(pids: list[int]) -> int:
-    """The memory that is no other process's and has been written to. Libraries that are loaded late
-    are left out by that, as the file of each holds nearly all of it."""
-    total = 0
-    for pid in pids:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Private_Dirty:"):
-                total += int(line.split()[1]) << 10
-    return total
-
-
 class MapMemory:
     """What all processes hold while the results of a long map come: is it the same all the time?
 
@@ -302,7 +292,7 @@ class MapMemory:
         assert max(self.grown.values(), default=0) < MAP_GROWTH_BYTES_MAX, self.grown
 
     def _held(self) -> Counter[str]:
-        return Counter({name: written_bytes(pids) for name, pids in self._pids.items()})
+        return Counter({name: sum(map(memory_bytes, pids)) for name, pids in self._pids.items()})
 
     def _pids_now(self) -> dict[str, list[int]]:
         assert self._cluster.scheduler is not None
