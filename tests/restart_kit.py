@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import random
 import subprocess
@@ -88,6 +89,35 @@ def random_bytes(size: int, runs: str) -> bytes:
     with Path(runs).open("a") as file:
         file.write("run\n")
     return os.urandom(size)
+
+
+@app.function()
+def sealed(x: int, size: int) -> bytes:
+    return seal(x, size)
+
+
+@app.function()
+def sealed_items(n: int, size: int) -> Iterator[bytes]:
+    for number in range(n):
+        yield seal(number, size)
+
+
+def seal(x: int, size: int) -> bytes:
+    """A number and random bytes behind their digest: other ones in each run, whatever the number,
+    so that pieces of two runs do not make a whole."""
+    content = x.to_bytes(4, "big") + os.urandom(size - 36)
+    return hashlib.sha256(content).digest() + content
+
+
+def unseal(data: bytes, size: int) -> int:
+    """The number in what `seal` made.
+
+    Raises:
+        AssertionError: it is not as it was made.
+    """
+    assert len(data) == size
+    assert hashlib.sha256(data[32:]).digest() == data[:32]
+    return int.from_bytes(data[32:36], "big")
 
 
 @app.function()
