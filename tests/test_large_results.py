@@ -6,12 +6,12 @@ Each run of an input gives other bytes, so a result that is made of two runs wou
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests import restart_kit as kit
-from tests.conftest import HandStarted, poll_until
+from tests.conftest import TIMEOUT_FACTOR, HandStarted, poll_until
 
 Start = Callable[..., HandStarted]
 
@@ -20,6 +20,7 @@ COUNT = 40
 #: Results that the user has when somebody is killed.
 TAKEN_COUNT = 5
 LOOK_INTERVAL_S = 0.001
+END_TIMEOUT_S = 20.0
 
 
 def blobs(cluster: HandStarted, name: str) -> Path:
@@ -67,20 +68,27 @@ def outlive(
         their numbers.
     """
     got: list[int] = []
+    errors: list[BaseException] = []
 
     def take() -> None:
-        for data in results:
-            number = kit.unseal(data, SIZE_BYTES)
-            got.append(number)
+        try:
+            for data in results:
+                number = kit.unseal(data, SIZE_BYTES)
+                got.append(number)
+        except BaseException as error:
+            errors.append(error)
 
     # The results are taken all the while, because a generator makes none that nobody waits for.
-    with ThreadPoolExecutor(1) as pool:
-        taking = pool.submit(take)
-        poll_until(lambda: len(got) >= TAKEN_COUNT or taking.done(), "the first results come")
-        kill_in_mid_transfer(cluster, victim)
-        assert len(got) < COUNT, "it was killed in mid-work"
-        go_on()
-        taking.result()
+    taking = threading.Thread(target=take, daemon=True)
+    taking.start()
+    poll_until(lambda: len(got) >= TAKEN_COUNT or errors, "the first results come")
+    assert not errors, errors
+    kill_in_mid_transfer(cluster, victim)
+    assert len(got) < COUNT, "it was killed in mid-work"
+    go_on()
+    taking.join(END_TIMEOUT_S * TIMEOUT_FACTOR)
+    assert not errors, errors
+    assert not taking.is_alive(), f"no more come after {got}"
     return got
 
 
