@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 from tests import restart_kit as kit
 from tests.conftest import TIMEOUT_FACTOR, HandStarted, poll_until
 
@@ -104,6 +106,7 @@ def require_nothing_is_left(cluster: HandStarted, workers: list[str]) -> None:
     poll_until(lambda: not left(), lambda: f"no blob is left: {left()}")
 
 
+@pytest.mark.slow
 def test_large_results_come_once_and_whole_when_the_scheduler_is_killed(
     scheduler_and_workers: Start,
 ) -> None:
@@ -114,6 +117,7 @@ def test_large_results_come_once_and_whole_when_the_scheduler_is_killed(
         require_nothing_is_left(cluster, ["w1", "w2"])
 
 
+@pytest.mark.slow
 def test_large_results_come_once_and_whole_when_a_worker_is_killed(
     scheduler_and_workers: Start,
 ) -> None:
@@ -124,6 +128,7 @@ def test_large_results_come_once_and_whole_when_a_worker_is_killed(
         require_nothing_is_left(cluster, ["w2"])
 
 
+@pytest.mark.slow
 def test_large_items_come_once_and_whole_when_the_scheduler_is_killed(
     scheduler_and_workers: Start,
 ) -> None:
@@ -134,6 +139,7 @@ def test_large_items_come_once_and_whole_when_the_scheduler_is_killed(
         require_nothing_is_left(cluster, ["w1"])
 
 
+@pytest.mark.slow
 def test_large_items_come_once_and_whole_when_their_worker_is_killed(
     scheduler_and_workers: Start,
 ) -> None:
