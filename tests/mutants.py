@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("fanout", "scheduler", "worker", "tests")
 CORE = "scheduler/fanout_scheduler/core/"
 CLIENT = "fanout/client/"
+WORKER = "worker/fanout_worker/"
 #: Seeds that the simulation is given to see a mutant, and seconds: one may hang it.
 SEEDS = 120
 SEED_LIMIT_S = 600.0
@@ -162,6 +163,48 @@ MUTANTS = [
         "    container.function.containers.pop(container.container_id, None)",
         '    if container.state != "starting":\n'
         "        container.function.containers.pop(container.container_id, None)",
+    ),
+    Mutant(
+        "large value: not asked for again after its connection was lost",
+        CORE + "calls.py",
+        "        if call.parked:\n            present =",
+        "        if False:\n            present =",
+    ),
+    Mutant(
+        "large value: what waits for it is given back",
+        WORKER + "worker_state.py",
+        "self._send(m.Reclaimed(lease_id, self._end_of_held_back(lease_id)))",
+        "self._send(m.Reclaimed(lease_id, 0))",
+    ),
+    Mutant(
+        "large value: a report that names it is sent ahead of it",
+        WORKER + "worker_state.py",
+        "if report.blobs and any(blob_id not in self._delivered for blob_id in report.blobs):",
+        "if False:",
+    ),
+    Mutant(
+        "large value: kept from an earlier connection",
+        WORKER + "worker_state.py",
+        "        forgotten, self._sent_here = self._sent_here, set()\n",
+        "        forgotten: set[bytes] = set()\n",
+    ),
+    Mutant(
+        "large value: dropped while it is on its way",
+        "fanout/protocol/blobs.py",
+        "if blob_id in self._withdrawn and not is_under_way and",
+        "if blob_id in self._withdrawn and",
+    ),
+    Mutant(
+        "large value: kept though nobody has named it",
+        CORE + "blobs.py",
+        "    if blob_id not in state.blob_references:\n        # A report",
+        "    if False:\n        # A report",
+    ),
+    Mutant(
+        "large value: kept by a client whose spawn failed",
+        CLIENT + "call_state.py",
+        "        if self.is_durable:\n            self._drop_inputs()\n            return\n",
+        "        if self.is_durable:\n            return\n",
     ),
 ]
 

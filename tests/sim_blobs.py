@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fanout.client.call_state import CallState
 from fanout.client.chunk import BlobRef
@@ -19,7 +19,7 @@ from fanout.protocol.blobs import BlobExchange, BlobWriter, Buffer, MemoryBlobSt
 from tests.sim_story import Broken
 
 if TYPE_CHECKING:
-    from tests.sim_world import Disk, World
+    from tests.sim_world import World
 
 #: Most are one part; of the others the largest is more than a sender may have under way.
 SIZES = [40, 40, 40, 40, 150_000, 400_000]
@@ -29,19 +29,21 @@ SHARED_COUNT = 3
 Send = Callable[[m.Message], None]
 
 
-class ListedStore(MemoryBlobStore):
-    """A store that can be looked through."""
+class HasDisk(Protocol):
+    """Whose disk may be full."""
+
+    is_full: bool
+
+
+class DiskStore(MemoryBlobStore):
+    """Blob files. Those of the scheduler outlive its lives; what is written in part does not."""
+
+    def __init__(self, disk: HasDisk) -> None:
+        super().__init__()
+        self._disk = disk
 
     def ids(self) -> list[bytes]:
         return list(self._buffers)
-
-
-class DiskStore(ListedStore):
-    """The scheduler's blob files: they outlive its lives, what is written in part does not."""
-
-    def __init__(self, disk: Disk) -> None:
-        super().__init__()
-        self._disk = disk
 
     def remove_drafts(self) -> None:
         """There are none: writers keep them to themselves."""
@@ -51,7 +53,7 @@ class DiskStore(ListedStore):
 
 
 class _DiskWriter:
-    def __init__(self, writer: BlobWriter, disk: Disk) -> None:
+    def __init__(self, writer: BlobWriter, disk: HasDisk) -> None:
         self._writer = writer
         self._disk = disk
         self.abort = writer.abort
@@ -125,9 +127,12 @@ def references_of(call_id: bytes, start: int, count: int) -> list[BlobRef]:
 class ClientBlobs:
     """The blobs of a client over its connections, and the frames that wait for theirs."""
 
+    is_full = False
+
     def __init__(self, world: World) -> None:
         self.world = world
-        self.store = ListedStore()
+        #: For results; there is room in a client's memory.
+        self.store = DiskStore(self)
         self.pins: Counter[bytes] = Counter()
         self.exchange: BlobExchange | None = None
         #: By call: frames that wait for blobs, and those behind them.

@@ -8,6 +8,7 @@ from tests.sim_storm import FAULTS_PER_S
 OTHER_FAULTS = [
     "attached call",
     "blob refused by a full disk",
+    "blob refused by a worker's full disk",
     "call terminated",
     "client back within its grace",
     "client: duplicate output or item",

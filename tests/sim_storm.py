@@ -32,6 +32,7 @@ FAULTS_PER_S = {
     "worker killed": 0.06,
     "worker stopped": 0.05,
     "disk full": 0.02,
+    "worker disk full": 0.05,
     "consumer paused": 0.1,
     "client died": 0.01,
     "queue user died": 0.01,
@@ -211,6 +212,10 @@ class Storm(World):
         self.after(self.random.random() * 5, self.free_disk)
         return True
 
+    def do_worker_disk_full(self) -> bool:
+        self.random.choice(self.workers).fill_disk(self.random.random() * 10)
+        return True
+
     def free_disk(self) -> None:
         self.disk.is_full = False
 
@@ -278,6 +283,8 @@ class Storm(World):
         for owner in owners:
             if owner.link is not None:
                 owner.link.stalled_until = self.now
+        for worker in self.workers:
+            worker.free_disk()
         for client in self.clients:
             client.resume()
             if client.is_gone:

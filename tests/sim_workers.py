@@ -12,6 +12,7 @@ import msgpack
 
 from fanout.client.call_state import CallState
 from fanout.config import WORKER_DEADLINE_S
+from fanout.exceptions import StorageError
 from fanout.protocol import messages as m
 from fanout.protocol.blobs import BlobExchange, blob_id_of
 from fanout_worker import worker_state as w
@@ -50,7 +51,8 @@ class SimWorker:
             world.random.randbytes(16), f"w{self.number}", self.cpu, 1 << 14, False
         )
         self.containers: dict[int, SimContainer] = {}
-        self.store = sim_blobs.ListedStore()
+        self.is_full = False
+        self.store = sim_blobs.DiskStore(self)
         self.exchange: BlobExchange | None = None
         #: Leases that it was told to stop.
         self.fenced: set[int] = set()
@@ -59,6 +61,14 @@ class SimWorker:
         self.held: deque[m.Message] = deque()
         self.connect()
         self._beat(self.life)
+
+    def fill_disk(self, seconds: float) -> None:
+        """There is no room for blobs for a while."""
+        self.is_full = True
+        self.world.after(seconds, self.free_disk)
+
+    def free_disk(self) -> None:
+        self.is_full = False
 
     def harvest(self) -> None:
         """What this process counted as late or odd."""
@@ -162,12 +172,16 @@ class SimWorker:
         def later(delay_s: float, what: Callable[[], None]) -> None:
             self.world.after(delay_s, self._in_this_life(lambda: self.do(what)))
 
+        def failed(blob_id: bytes, error: StorageError) -> None:
+            self.world.counts["blob refused by a worker's full disk"] += 1
+
         return BlobExchange(
             self.store,
             link.up,
             sim_blobs.bulk_sender(self.world, link.up),
             completed,
             later,
+            failed=failed,
             delivered=delivered,
             trusts_peer=True,
         )

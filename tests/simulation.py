@@ -14,7 +14,7 @@ calls, frames that are said again and frames about what is another's. Then fault
 bound of virtual time every call must finish, each input must have ended exactly once with its own
 value, items in order and none missing, two calls must share a container fairly, and everybody must
 be back at the baseline: no lease, every core and permit free, all credit back, no call but the
-finished spawned ones.
+finished spawned ones, no large value but those of their results.
 
 What is checked all along is in `sim_promises.py` and `sim_peers.py`. A full run fails too if one of
 the faults, or one of the late, duplicate and unknown messages that the cores put up with, never
