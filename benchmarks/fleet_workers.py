@@ -14,7 +14,8 @@ import uvloop
 
 from fanout.config import HEARTBEAT_INTERVAL_S
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import BlobExchange, MemoryBlobStore
+from fanout.protocol.blob_store import MemoryBlobStore
+from fanout.protocol.blobs import BlobExchange
 from fanout.protocol.join import JoinString
 from fanout.protocol.transport import Transport, connect
 from fanout_worker import worker_state as ws

@@ -196,9 +196,9 @@ MUTANTS = [
     ),
     Mutant(
         "large value: kept though nobody has named it",
-        CORE + "blobs.py",
-        "    if blob_id not in state.blob_references:\n        # A report",
-        "    if False:\n        # A report",
+        CORE + "core.py",
+        "        blobs.end_claims(state, worker, ids)\n",
+        "",
     ),
     Mutant(
         "large value: kept by a client whose spawn failed",

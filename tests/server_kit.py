@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import BlobExchange, MemoryBlobStore
+from fanout.protocol.blob_store import MemoryBlobStore
+from fanout.protocol.blobs import BlobExchange
 from fanout.protocol.join import JoinString
 from fanout.protocol.transport import Transport, connect
 from tests.conftest import TIMEOUT_FACTOR, environment, poll_until, read_state

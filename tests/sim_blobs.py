@@ -15,7 +15,8 @@ from fanout.client.call_state import CallState
 from fanout.client.chunk import BlobRef
 from fanout.exceptions import StorageError
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import BlobExchange, BlobWriter, Buffer, MemoryBlobStore, blob_id_of
+from fanout.protocol.blob_store import BlobWriter, Buffer, MemoryBlobStore, blob_id_of
+from fanout.protocol.blobs import BlobExchange
 from tests.sim_story import Broken
 
 if TYPE_CHECKING:

@@ -100,7 +100,7 @@ class Promises:
     def on_decided(self, state: State) -> None:
         """After a turn every call that stands still has a reason, and has had a look."""
         for call in state.calls.values():
-            reason = reason_of(state, call)
+            reason = reason_of(call)
             first = call.function.ready[0][3] if call.function.ready else None
             if reason == TURN and first in (None, call):
                 raise Broken(f"{call.call_id.hex()} waits for its turn, and it is its turn")

@@ -14,7 +14,8 @@ from fanout.client.call_state import CallState
 from fanout.config import WORKER_DEADLINE_S
 from fanout.exceptions import StorageError
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import BlobExchange, blob_id_of
+from fanout.protocol.blob_store import blob_id_of
+from fanout.protocol.blobs import BlobExchange
 from fanout_worker import worker_state as w
 from tests import sim_blobs
 from tests.sim_peers import CALL_STATE_KINDS, Plan, SimCall

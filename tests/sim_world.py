@@ -481,7 +481,8 @@ class SimScheduler:
         world, store = self.world, self.world.disk.blobs
 
         def completed(blob_id: bytes) -> None:
-            self.events.append(BlobCompleted(blob_id, store.size(blob_id)))
+            self.keeper.keep(blob_id)
+            self.events.append(BlobCompleted(blob_id, store.size(blob_id), link.peer_id))
 
         def failed(blob_id: bytes, error: StorageError) -> None:
             world.counts["blob refused by a full disk"] += 1
@@ -508,6 +509,12 @@ class SimScheduler:
         if isinstance(event.message, m.BlobOffer):
             self.keeper.keep_offered(event.message.blob_id, now)
         link.exchange.handle(event.message)
+        if isinstance(event.message, m.BlobOffer) and link.name.startswith("worker"):
+            blob_id = event.message.blob_id
+            if self.keeper.store.has(blob_id):
+                self.keeper.keep(blob_id)
+                size = self.keeper.store.size(blob_id)
+                self.events.append(BlobCompleted(blob_id, size, link.peer_id))
 
     def _revived(self) -> list[BlobCompleted]:
         """The news of dropped blobs that the frames of this turn name; they are kept again."""

@@ -16,7 +16,7 @@ import pytest
 from fanout.definition import Target
 from fanout.exceptions import ContainerStartError, DeserializationError, InvalidError
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import FileBlobStore, blob_id_of
+from fanout.protocol.blob_store import FileBlobStore, blob_id_of
 from fanout.remote_errors import decode_error
 from fanout.serialization import decode_value, encode_args
 from tests.conftest import environment, is_alive, poll_until

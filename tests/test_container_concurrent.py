@@ -15,7 +15,7 @@ import pytest
 
 from fanout.exceptions import DeserializationError, ExecutionError, InputCancellation
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import FileBlobStore, blob_id_of
+from fanout.protocol.blob_store import FileBlobStore, blob_id_of
 from fanout.serialization import decode_value, encode_args
 from fanout_worker.runtime.threads import StopGate
 from tests.conftest import poll_until

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fanout.protocol.blobs import FileBlobStore, blob_id_of
+from fanout.protocol.blob_store import FileBlobStore, blob_id_of
 from fanout.serialization import decode_value
 from fanout_worker import shared
 from tests.conftest import TIMEOUT_FACTOR, poll_until

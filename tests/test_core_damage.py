@@ -168,7 +168,30 @@ def test_calls_of_a_function_whose_code_changed_on_disk_fail_until_it_is_brought
     assert bench.blobs_sent() == [(worker, BLOB)]
 
 
-def test_a_blob_that_is_let_go_of_meanwhile_is_nobodys_loss() -> None:
+def test_the_second_who_finds_out_is_told_too() -> None:
+    """Both were sent the blob before the first one found that it has changed."""
     bench = Bench()
-    client = bench.client(f={})
-    assert lose_blob(bench, BLOB, client) == []
+    bench.blob(BLOB)
+    first, second = bench.client(f={}), bench.client()
+    assert lose_blob(bench, BLOB, first) == [first]
+    assert lose_blob(bench, BLOB, second) == [second]
+
+
+def test_code_that_changed_is_sent_to_all_workers_again_and_its_clients_bring_it() -> None:
+    bench = Bench()
+    bench.blob(BLOB)
+    workers = [bench.worker(cpu=1, number=number) for number in (1, 2)]
+    client = bench.client()
+    definition = m.DefineFunction(b"f" * 16, APP, "f", {}, [BLOB], b"code")
+    bench.frame(client, definition)
+    bench.open(client, count=200)
+    assert {peer for peer, _ in bench.blobs_sent()} == set(workers)
+    assert lose_blob(bench, BLOB, workers[0]) == [client]
+    for worker in workers:
+        assert bench.blobs_withdrawn(worker) == [BLOB] or worker != workers[0]
+        for stop in bench.take_all(m.StopContainer, worker):
+            bench.frame(worker, exited(stop.container_id, "stopped"))
+    bench.forget(m.StartContainer)
+    bench.open(client, call=2, count=200)
+    bench.blob(BLOB)
+    assert {peer for peer, _ in bench.blobs_sent()} == set(workers)

@@ -9,6 +9,7 @@ import pytest
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core import durable
+from fanout_scheduler.core.events import BlobCompleted, Disconnect, PeerId
 from fanout_scheduler.core.state import Call, Method
 from tests.core_kit import Bench, ack, inputs, table
 
@@ -130,12 +131,35 @@ def test_failures_under_a_void_lease_mean_nothing_and_its_values_do() -> None:
     assert [i for i in range(9) if i in call_of(bench).finished] == [0, 2, 4]
 
 
-def test_a_report_without_its_blobs_is_run_again() -> None:
+@pytest.mark.parametrize("is_item", [False, True], ids=["output", "item"])
+def test_a_worker_whose_report_names_what_is_not_here_has_to_come_again(is_item: bool) -> None:
+    """It believes that the blob is here, and would never offer it again."""
     bench, worker, client, lease = running()
-    bench.frame(worker, report(lease, [0], [(0, [BLOB])]))
+    lengths = (1).to_bytes(4, "little")
+    item = m.LeaseItems(1, lease.lease_id, lease.call_id, 0, 0, lengths, [(0, [BLOB])], b"i")
+    bench.frame(worker, item if is_item else report(lease, [0], [(0, [BLOB])]))
     assert shown(bench, client) == []
     assert bench.core.state.counts == {"report without its blobs": 1}
-    assert bench.take(m.Lease).start == 0
+    assert [order.code for order in bench.take_commands(Disconnect)] == ["blobs"]
+    bench.frame(worker, report(lease, [1]))
+    bench.later(1)
+    assert not bench.take_all(m.OutputsAck), "nothing behind it is acknowledged either"
+    again = bench.worker(cpu=1)
+    assert [lease.start for lease in bench.start_all(again)] == [0]
+
+
+def test_what_a_worker_has_brought_waits_for_its_report_however_long_that_takes() -> None:
+    bench, worker, client, lease = running()
+    bench.tell(BlobCompleted(BLOB, 8, PeerId(worker)), BlobCompleted(OTHER_BLOB, 8, PeerId(worker)))
+    for _ in range(50):
+        bench.later(9)
+        bench.frame(worker, m.Heartbeat(1))
+    assert bench.core.state.present_blobs.keys() == {BLOB, OTHER_BLOB}
+    bench.frame(worker, report(lease, [0], [(0, [BLOB])]))
+    assert [start for start, *_ in shown(bench, client)] == [0]
+    assert bench.blobs_dropped() == []
+    bench.lose(worker)
+    assert bench.blobs_dropped() == [OTHER_BLOB]
 
 
 def test_a_report_of_another_calls_input_does_not_fit() -> None:
@@ -217,25 +241,28 @@ def test_inputs_that_lack_a_blob_are_asked_for_again_when_their_client_is_back()
     assert bench.core.state.calls[call_id].queued.first == 0
 
 
-def test_the_blob_of_a_result_that_nobody_wants_any_more_goes_after_a_while() -> None:
+def test_the_blob_of_a_result_that_nobody_wants_any_more_goes_with_its_report() -> None:
     bench = Bench()
     worker = bench.worker(cpu=1)
     client = bench.client(f={})
     call_id = bench.open(client, count=1)
     lease = bench.started_lease(worker)
-    bench.blob(BLOB)
-    bench.blob(OTHER_BLOB)
+    bench.tell(BlobCompleted(BLOB, 8, PeerId(worker)))
     bench.frame(client, m.CancelCall(call_id))
+    assert bench.blobs_dropped() == []
     bench.finish(worker, lease, blobs=[(0, [BLOB])])
-    other_id = bench.open(client, call=2, count=1)
-    bench.finish(worker, bench.take(m.Lease, worker), blobs=[(0, [OTHER_BLOB])])
-    assert bench.core.state.calls[other_id].outputs
-    for _ in range(7):
-        assert bench.blobs_dropped() == []
-        bench.frame(worker, m.Heartbeat(1))
-        bench.later(9)
     assert bench.blobs_dropped() == [BLOB]
-    assert bench.core.state.present_blobs.keys() == {OTHER_BLOB}
+
+
+def test_a_blob_that_its_client_has_not_named_goes_after_a_while() -> None:
+    bench = Bench()
+    client = bench.client(f={})
+    bench.tell(BlobCompleted(BLOB, 8, PeerId(client)))
+    bench.later(59)
+    assert bench.blobs_dropped() == []
+    bench.later(2)
+    assert bench.blobs_dropped() == [BLOB]
+    assert not bench.core.state.present_blobs
 
 
 @pytest.mark.parametrize("is_durable", [False, True])

@@ -24,7 +24,8 @@ from fanout.exceptions import (
 )
 from fanout.protocol import frames
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import BlobExchange, MemoryBlobStore
+from fanout.protocol.blob_store import MemoryBlobStore
+from fanout.protocol.blobs import BlobExchange
 from fanout.protocol.connection import Connection, State
 from fanout.protocol.join import Token
 from tests.hostile_kit import (

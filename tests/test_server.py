@@ -18,7 +18,7 @@ import pytest
 
 from fanout.exceptions import AuthError, ProtocolError
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import FileBlobStore
+from fanout.protocol.blob_store import FileBlobStore
 from fanout.protocol.join import JoinString
 from fanout_scheduler.blobs import DROP_GRACE_S, BlobKeeper
 from fanout_scheduler.core.core import Scheduler

@@ -23,7 +23,8 @@ import pytest
 from fanout.definition import Definition, Environment, Target, pack_definition
 from fanout.options import Options
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import BlobExchange, MemoryBlobStore, blob_id_of
+from fanout.protocol.blob_store import MemoryBlobStore, blob_id_of
+from fanout.protocol.blobs import BlobExchange
 from fanout.protocol.join import JoinString, Token
 from fanout.protocol.transport import Server, Transport, connect_unix, serve
 from fanout.serialization import decode_value, encode_args

@@ -20,7 +20,7 @@ from typing import Any
 
 from fanout.client.chunk import CHUNK_BYTES, CHUNK_COUNT_MAX, BlobRef
 from fanout.exceptions import InvalidError, SerializationError
-from fanout.protocol.blobs import blob_id_of
+from fanout.protocol.blob_store import blob_id_of
 from fanout.serialization import (
     CommonKwargs,
     encode_args,

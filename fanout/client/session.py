@@ -43,7 +43,8 @@ from fanout.exceptions import (
 )
 from fanout.protocol import messages as m
 from fanout.protocol import transport as wire
-from fanout.protocol.blobs import BlobExchange, MemoryBlobStore
+from fanout.protocol.blob_store import MemoryBlobStore
+from fanout.protocol.blobs import BlobExchange
 from fanout.protocol.join import JoinString
 
 logger = logging.getLogger("fanout.client")

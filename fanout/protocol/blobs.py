@@ -16,276 +16,30 @@ gets another content than the id promises says so in the same way, because it is
 scheduler that has changed it; a scheduler that gets one breaks the connection off.
 
 `BlobExchange` does this for one connection, in both directions; it is sans-IO but for the store
-that it writes to. `MemoryBlobStore` and `FileBlobStore` hold the content.
+that it writes to (`blob_store.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import mmap
-import os
-import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Protocol
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 
 from fanout.exceptions import ProtocolError, StorageError
-from fanout.filesystem import sync_folder
 from fanout.protocol import messages as m
+from fanout.protocol.blob_store import BlobStore, BlobWriter
 
 #: Blobs that one connection receives at the same time. A receiver wants no more before one of
 #: these is whole, which bounds its open files whatever the sender offers.
 INCOMING_COUNT_MAX = 4
-#: After so many seconds a sender offers again what the receiver had no room for.
+#: After so many seconds a sender offers again what the receiver had no room for; then after twice
+#: as long each time, at most the longest.
 REFUSED_RETRY_S = 1.0
+REFUSED_RETRY_S_MAX = 8.0
 #: What a refusal says at most.
 _REASON_SIZE_MAX = 1000
 #: Offers that wait for their turn. A call's credit keeps honest senders far below.
 WAITING_COUNT_MAX = 64 << 10
-
-Buffer = bytes | bytearray | memoryview
-
-
-def blob_id_of(data: Buffer) -> bytes:
-    """The id of a blob with this content: 32 bytes."""
-    return hashlib.sha256(data).digest()
-
-
-class BlobWriter(Protocol):
-    """A blob on its way into a store. Invisible there until `finish`."""
-
-    def write(self, data: Buffer) -> None:
-        """Append `data`."""
-
-    def finish(self) -> None:
-        """All is written and verified: the blob is there now."""
-
-    def abort(self) -> None:
-        """Forget what was written. Harmless to repeat."""
-
-
-class BlobStore(Protocol):
-    """Where blobs are kept."""
-
-    def has(self, blob_id: bytes) -> bool:
-        """Whether the blob is here, whole."""
-        ...
-
-    def size(self, blob_id: bytes) -> int:
-        """Its bytes. Raises KeyError if it is not here."""
-        ...
-
-    def put(self, blob_id: bytes, data: Buffer) -> None:
-        """Keep `data`, whose id the caller has computed. Does nothing if it is here."""
-
-    def buffer(self, blob_id: bytes) -> memoryview:
-        """Its content, read only; stays valid after `drop`. Raises KeyError if it is not here."""
-        ...
-
-    def drop(self, blob_id: bytes) -> None:
-        """Forget it. Harmless if it is not here."""
-
-    def open_writer(self, blob_id: bytes) -> BlobWriter:
-        """Begin to write a blob that arrives in parts."""
-        ...
-
-
-class KeptBlobStore(BlobStore, Protocol):
-    """A store that outlives the process."""
-
-    def ids(self) -> list[bytes]:
-        """All blobs that are here."""
-        ...
-
-    def remove_drafts(self) -> None:
-        """Delete what writers of an earlier life left."""
-
-
-class MemoryBlobStore:
-    """Blobs in this process's memory. `put` keeps the caller's buffer itself, without a copy, so
-    nobody may change it afterwards."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[bytes, memoryview] = {}
-
-    def has(self, blob_id: bytes) -> bool:
-        return blob_id in self._buffers
-
-    def size(self, blob_id: bytes) -> int:
-        return self._buffers[blob_id].nbytes
-
-    def put(self, blob_id: bytes, data: Buffer) -> None:
-        self._buffers.setdefault(blob_id, memoryview(data).cast("B").toreadonly())
-
-    def buffer(self, blob_id: bytes) -> memoryview:
-        return self._buffers[blob_id]
-
-    def drop(self, blob_id: bytes) -> None:
-        self._buffers.pop(blob_id, None)
-
-    def open_writer(self, blob_id: bytes) -> BlobWriter:
-        return _MemoryWriter(self, blob_id)
-
-
-class _MemoryWriter:
-    def __init__(self, store: MemoryBlobStore, blob_id: bytes) -> None:
-        self._store = store
-        self._blob_id = blob_id
-        # Grows with what arrives: an announced size must not make us allocate it.
-        self._data = bytearray()
-
-    def write(self, data: Buffer) -> None:
-        self._data += data
-
-    def finish(self) -> None:
-        self._store.put(self._blob_id, self._data)
-
-    def abort(self) -> None:
-        self._data = bytearray()
-
-
-_BLOB_NAME = re.compile("[0-9a-f]{64}")
-
-
-class FileBlobStore:
-    """Blobs as files named by the hex of their id, in a folder that processes may share.
-
-    A file appears under its name only when it is whole. Content is read through a mapping, so
-    processes that use the same blob share its pages, and a dropped file lives as long as its
-    mappings.
-    """
-
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-    def path(self, blob_id: bytes) -> Path:
-        """Where the blob is, if it is here."""
-        return self.folder / blob_id.hex()
-
-    def has(self, blob_id: bytes) -> bool:
-        return self.path(blob_id).exists()
-
-    def size(self, blob_id: bytes) -> int:
-        try:
-            return self.path(blob_id).stat().st_size
-        except FileNotFoundError:
-            raise KeyError(blob_id) from None
-
-    def put(self, blob_id: bytes, data: Buffer) -> None:
-        """Raises StorageError if the disk does not take it."""
-        if self.has(blob_id):
-            return
-        writer = self.open_writer(blob_id)
-        try:
-            writer.write(data)
-            writer.finish()
-        finally:
-            writer.abort()
-
-    def buffer(self, blob_id: bytes) -> memoryview:
-        return self._map(blob_id, mmap.ACCESS_READ).toreadonly()
-
-    def private_buffer(self, blob_id: bytes) -> memoryview:
-        """Like `buffer`, but writable: what is written there is seen by nobody else."""
-        return self._map(blob_id, mmap.ACCESS_COPY)
-
-    def drop(self, blob_id: bytes) -> None:
-        self.path(blob_id).unlink(missing_ok=True)
-
-    def open_writer(self, blob_id: bytes) -> BlobWriter:
-        return _FileWriter(self.path(blob_id))
-
-    def ids(self) -> list[bytes]:
-        """All blobs that are here."""
-        names = (entry.name for entry in os.scandir(self.folder))
-        return [bytes.fromhex(name) for name in names if _BLOB_NAME.fullmatch(name)]
-
-    def remove_drafts(self) -> None:
-        """Delete what writers of an earlier life left. Only for the owner of the folder, and only
-        while nobody writes."""
-        for path in self.folder.glob("*.part"):
-            path.unlink(missing_ok=True)
-
-    def is_sound(self, blob_id: bytes) -> bool:
-        """Whether the file of a blob holds what its name says. Reads all of it; for a thread."""
-        try:
-            with self.path(blob_id).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").digest() == blob_id
-        except OSError:
-            return False
-
-    def sync(self, blob_ids: Iterable[bytes]) -> None:
-        """Have these blobs on disk, as far as they are here. For a thread.
-
-        Raises:
-            OSError: the disk refuses.
-        """
-        for blob_id in blob_ids:
-            try:
-                descriptor = os.open(self.path(blob_id), os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_folder(self.folder)
-
-    def _map(self, blob_id: bytes, access: int) -> memoryview:
-        try:
-            with self.path(blob_id).open("rb") as file:
-                # A mapping cannot be empty.
-                if os.fstat(file.fileno()).st_size == 0:
-                    return memoryview(bytearray())
-                return memoryview(mmap.mmap(file.fileno(), 0, access=access))
-        except FileNotFoundError:
-            raise KeyError(blob_id) from None
-
-
-class _FileWriter:
-    """Several processes may write the same blob at once, so each draft has a name of its own."""
-
-    _counter = itertools.count()
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._draft = path.with_name(f"{path.name}.{os.getpid()}-{next(self._counter)}.part")
-        self._is_finished = False
-        try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._descriptor = os.open(self._draft, flags, 0o600)
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def write(self, data: Buffer) -> None:
-        rest = memoryview(data).cast("B")
-        try:
-            while len(rest):
-                rest = rest[os.write(self._descriptor, rest) :]
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def finish(self) -> None:
-        try:
-            os.close(self._descriptor)
-            self._descriptor = -1
-            os.rename(self._draft, self._path)
-            self._is_finished = True
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def abort(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-        if not self._is_finished:
-            self._draft.unlink(missing_ok=True)
-
-    def _failed(self, error: OSError) -> StorageError:
-        return StorageError(f"cannot write a blob to {self._path.parent}: {error}")
 
 
 class _Incoming:
@@ -323,12 +77,14 @@ class BlobExchange:
         store: where offered blobs are taken from and received ones go.
         send: sends a message.
         send_bulk: sends what an iterator gives, behind and between other messages.
-        completed: told the id of each blob that arrived whole over this connection.
+        completed: told the id of each blob that arrived whole over this connection, or in another
+            way while the peer's offer of it waited.
         later: calls a function after so many seconds, as `loop.call_later` does.
         is_needed: whether a blob that the peer could not keep is worth another offer; whether it
             is in the store, unless told otherwise.
         failed: told the id of each blob of the peer that the store could not take, and why. The
             peer is told too.
+        refused: told the id of each offered blob that the peer could not keep, and why.
         doubted: told the id of each blob that was sent and that the peer found to be broken.
         trusts_peer: what comes broken is told to the peer; otherwise it breaks a rule.
         delivered: told the id of each offered blob once the peer has it, whole.
@@ -344,6 +100,7 @@ class BlobExchange:
         *,
         is_needed: Callable[[bytes], bool] | None = None,
         failed: Callable[[bytes, StorageError], None] = lambda blob_id, error: None,
+        refused: Callable[[bytes, str], None] = lambda blob_id, text: None,
         delivered: Callable[[bytes], None] = lambda blob_id: None,
         doubted: Callable[[bytes], None] = lambda blob_id: None,
         trusts_peer: bool = False,
@@ -355,6 +112,7 @@ class BlobExchange:
         self._failed = failed
         self._later = later
         self._is_needed = is_needed or store.has
+        self._refused = refused
         self._delivered = delivered
         self._doubted = doubted
         self._trusts_peer = trusts_peer
@@ -366,12 +124,15 @@ class BlobExchange:
         self._sent: set[bytes] = set()
         #: The peer is to forget these as soon as nothing of them is on its way.
         self._withdrawn: set[bytes] = set()
+        #: Blobs that the peer had no room for, and how often; those that are to be offered again.
+        self._refusals: Counter[bytes] = Counter()
+        self._offered_later: set[bytes] = set()
         self._incoming: dict[bytes, _Incoming] = {}
         #: Offers of the peer that wait for one of `_incoming` to end: id to size.
         self._waiting: deque[tuple[bytes, int]] = deque()
         self._waiting_ids: set[bytes] = set()
-        #: Blobs that we refused, of which parts may still come.
-        self._unkept: set[bytes] = set()
+        #: Blobs that we refused, of which parts may still come; the oldest go first.
+        self._unkept: dict[bytes, None] = {}
         self._is_closed = False
 
     def offer(self, blob_id: bytes) -> None:
@@ -394,6 +155,7 @@ class BlobExchange:
         """Have the peer, a worker, forget a blob that it was offered. One that is on its way there
         is not held up, and forgotten when it has arrived; another offer until then undoes that."""
         self._withdrawn.add(blob_id)
+        self._offered_later.discard(blob_id)
         self._drop_if_withdrawn(blob_id)
 
     def handle(self, message: m.Message) -> bool:
@@ -433,6 +195,8 @@ class BlobExchange:
         self._streaming.clear()
         self._sent.clear()
         self._withdrawn.clear()
+        self._refusals.clear()
+        self._offered_later.clear()
 
     # --- sending ---
 
@@ -452,6 +216,7 @@ class BlobExchange:
             self._sent.discard(blob_id)
         else:
             self._take_offered(blob_id, "BlobHeld")
+        self._refusals.pop(blob_id, None)
         self._delivered(blob_id)
         self._drop_if_withdrawn(blob_id)
 
@@ -461,10 +226,14 @@ class BlobExchange:
             if blob_id not in self._sent:
                 raise ProtocolError(f"BlobRefused for {_shown(blob_id)}, which was not sent")
             self._sent.discard(blob_id)
+        is_withdrawn = blob_id in self._withdrawn
         self._drop_if_withdrawn(blob_id)
-        if refused.is_broken:
+        if is_withdrawn:
+            self._refusals.pop(blob_id, None)
+        elif refused.is_broken:
             self._doubted(blob_id)
         else:
+            self._refused(blob_id, refused.text)
             self.offer_later(blob_id)
 
     def _drop_if_withdrawn(self, blob_id: bytes) -> None:
@@ -474,13 +243,20 @@ class BlobExchange:
             self._send(m.BlobDrop(blob_id))
 
     def offer_later(self, blob_id: bytes) -> None:
-        """Offer a blob after a while, if it is needed then."""
+        """Offer a blob after a while, if it is needed then; each time later."""
 
         def offer() -> None:
-            if not self._is_closed and self._is_needed(blob_id):
-                self.offer(blob_id)
+            if blob_id in self._offered_later:
+                self._offered_later.discard(blob_id)
+                if self._is_needed(blob_id):
+                    self.offer(blob_id)
+                else:
+                    self._refusals.pop(blob_id, None)
 
-        self._later(REFUSED_RETRY_S, offer)
+        self._offered_later.add(blob_id)
+        delay_s = min(REFUSED_RETRY_S * 2 ** self._refusals[blob_id], REFUSED_RETRY_S_MAX)
+        self._refusals[blob_id] += 1
+        self._later(delay_s, offer)
 
     def _on_credit(self, credit: m.BlobCredit) -> None:
         outgoing = self._streaming.get(credit.blob_id)
@@ -521,7 +297,7 @@ class BlobExchange:
         blob_id = offer.blob_id
         if self._is_closed or blob_id in self._incoming or blob_id in self._waiting_ids:
             return
-        self._unkept.discard(blob_id)
+        self._unkept.pop(blob_id, None)
         if self._store.has(blob_id):
             self._send(m.BlobHeld(blob_id))
         elif len(self._incoming) < INCOMING_COUNT_MAX:
@@ -596,9 +372,10 @@ class BlobExchange:
         del self._incoming[blob_id]
         if incoming.writer is not None:
             incoming.writer.abort()
-        if len(self._unkept) >= WAITING_COUNT_MAX:
-            raise ProtocolError(f"more than {WAITING_COUNT_MAX} blobs refused")
-        self._unkept.add(blob_id)
+        if incoming.offset < incoming.size:
+            self._unkept[blob_id] = None
+            if len(self._unkept) > WAITING_COUNT_MAX:
+                del self._unkept[next(iter(self._unkept))]
         self._send(m.BlobRefused(blob_id, is_broken, str(error)[:_REASON_SIZE_MAX]))
         self._want_waiting()
         self._failed(blob_id, error)
@@ -610,6 +387,7 @@ class BlobExchange:
             self._waiting_ids.discard(blob_id)
             if self._store.has(blob_id):
                 self._send(m.BlobHeld(blob_id))
+                self._completed(blob_id)
             else:
                 self._want(blob_id, size)
 

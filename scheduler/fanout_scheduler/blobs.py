@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import KeptBlobStore
+from fanout.protocol.blob_store import KeptBlobStore
 
 #: How long a dropped blob stays; offer and frame of a client are at most a slow network apart.
 DROP_GRACE_S = 60.0
@@ -60,7 +60,11 @@ class BlobKeeper:
         revived = list({blob_id for blob_id in named_by(message) if blob_id in self._dropped})
         for blob_id in revived:
             del self._dropped[blob_id]
-        return revived
+        return [blob_id for blob_id in revived if self.store.has(blob_id)]
+
+    def keep(self, blob_id: bytes) -> None:
+        """The core is told that it is here, or that it is gone: it is not deleted later."""
+        self._dropped.pop(blob_id, None)
 
     def expire(self, now: float) -> None:
         """Delete what was dropped long enough ago."""

@@ -33,6 +33,7 @@ class Peer:
 
     __slots__ = (
         "_server",
+        "doubted",
         "exchange",
         "is_gone",
         "peer_id",
@@ -67,7 +68,8 @@ class Peer:
             server.later,
             is_needed=server.core.has_blob,
             failed=self._blob_failed,
-            doubted=lambda blob_id: server.verify_blob(blob_id, self),
+            refused=self._blob_refused,
+            doubted=lambda blob_id: server.verifier.ask(blob_id, self),
         )
         #: Of a worker: its nested clients by session id.
         self.sessions: dict[bytes, Peer] = {}
@@ -75,6 +77,8 @@ class Peer:
         self.worker: Peer | None = None
         self.is_gone = False
         self.reason = ""
+        #: Blobs that it found to be broken, and that were sound here.
+        self.doubted: set[bytes] = set()
         #: As last seen; see `Transport`.
         self.unfinished_count = 0
 
@@ -123,6 +127,13 @@ class Peer:
             if isinstance(message, m.BlobOffer):
                 self._server.blobs.keep_offered(message.blob_id, self._server.clock.now())
             self.exchange.handle(message)
+            if isinstance(message, m.BlobOffer) and self.role == "worker":
+                self._claim_if_here(message.blob_id)
+
+    def _claim_if_here(self, blob_id: bytes) -> None:
+        """A worker that is told that a blob is here will name it, be it much later."""
+        if self._server.blobs.store.has(blob_id):
+            self._blob_completed(blob_id)
 
     def _relay(self, relay: m.Relay) -> None:
         session = self.sessions.get(relay.session_id)
@@ -142,7 +153,7 @@ class Peer:
             self._server.disconnect(session, "protocol", str(error))
 
     def _blob_completed(self, blob_id: bytes) -> None:
-        self._server.events.append(self._server.completed(blob_id))
+        self._server.events.append(self._server.completed(blob_id, self.peer_id))
         self._server.schedule_turn()
 
     def _blob_failed(self, blob_id: bytes, error: StorageError) -> None:
@@ -151,3 +162,6 @@ class Peer:
         log.error("= peer %d: %s", self.peer_id, error)
         self._server.events.append(BlobRefused(blob_id, str(error)))
         self._server.schedule_turn()
+
+    def _blob_refused(self, blob_id: bytes, text: str) -> None:
+        log.warning("= peer %d has no room for blob %s: %s", self.peer_id, blob_id.hex(), text)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from fanout.config import SPAWNED_SIZE_BYTES_MAX
 from fanout.exceptions import ConnectionError, InternalError, ProtocolError
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import FileBlobStore
+from fanout.protocol.blob_store import FileBlobStore, Finding
 from fanout.protocol.join import JoinString, Token
 from fanout.protocol.transport import Server, Transport, serve
 from fanout_scheduler.blobs import BlobKeeper
@@ -59,6 +59,7 @@ from fanout_scheduler.peer import AnyTransport, Peer
 from fanout_scheduler.relay import VirtualTransport
 from fanout_scheduler.store import StoreThread, load_key
 from fanout_scheduler.tokens import REVOKED, Tokens
+from fanout_scheduler.verifier import Verifier
 
 if TYPE_CHECKING:
     from fanout.protocol.tls import TlsIdentity
@@ -130,6 +131,7 @@ class SchedulerServer:
         self.clock = Clock()
         self.core = Scheduler(self.epoch, options.spawned_bytes_max)
         self.blobs = BlobKeeper(self._files)
+        self.verifier = Verifier(self._files, self._on_verified)
         now, present = self.clock.now(), self.blobs.sizes()
         self.core.restore(self.store.load(), now, time.time(), present)
         self.blobs.clean(self.core.state.present_blobs)
@@ -435,27 +437,36 @@ class SchedulerServer:
         for blob_id in self._revived(events):
             self.core.handle(self.completed(blob_id), now)
 
-    def verify_blob(self, blob_id: bytes, peer: Peer) -> None:
-        """A peer got another content than the id promises: see whether it is the disk's fault."""
-
-        def tell(verification: asyncio.Future[bool]) -> None:
-            if not verification.result():
-                log.error("= blob %s has changed on disk and is removed", blob_id.hex())
-                self.blobs.store.drop(blob_id)
+    def _on_verified(self, blob_id: bytes, finding: Finding, askers: list[Peer]) -> None:
+        """Peers got another content than the id promises: was it the fault of our disk?"""
+        if finding == "changed":
+            log.error("= blob %s has changed on disk and is removed", blob_id.hex())
+        for peer in askers:
+            if finding in ("changed", "gone"):
+                self.blobs.keep(blob_id)
                 self.events.append(BlobLost(blob_id, peer.peer_id))
                 self.schedule_turn()
-            else:
-                peer.exchange.offer_later(blob_id)
+            elif not peer.is_gone:
+                self._on_false_doubt(peer, blob_id, finding)
 
-        self._loop.run_in_executor(None, self._files.is_sound, blob_id).add_done_callback(tell)
+    def _on_false_doubt(self, peer: Peer, blob_id: bytes, finding: Finding) -> None:
+        """It may have been the network, once."""
+        log.warning("= peer %d: blob %s, broken there, is %s", peer.peer_id, blob_id.hex(), finding)
+        if blob_id in peer.doubted and finding == "sound":
+            text = "a large value arrived broken twice, and is whole here; is that memory sound?"
+            self.disconnect(peer, "protocol", text)
+        else:
+            peer.doubted.add(blob_id)
+            peer.exchange.offer_later(blob_id)
 
     def later(self, delay_s: float, callback: Callable[[], None]) -> None:
         """Call a function in so many seconds."""
         self._loop.call_later(delay_s, callback)
 
-    def completed(self, blob_id: bytes) -> BlobCompleted:
+    def completed(self, blob_id: bytes, peer_id: PeerId | None = None) -> BlobCompleted:
         """The news that a blob is whole."""
-        return BlobCompleted(blob_id, self.blobs.store.size(blob_id))
+        self.blobs.keep(blob_id)
+        return BlobCompleted(blob_id, self.blobs.store.size(blob_id), peer_id)
 
     def _revived(self, events: list[Event]) -> Iterator[bytes]:
         """The dropped blobs that these frames name. They are kept again."""

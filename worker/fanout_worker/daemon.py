@@ -33,7 +33,8 @@ from fanout.exceptions import (
 )
 from fanout.filesystem import write_private
 from fanout.protocol import messages as m
-from fanout.protocol.blobs import BlobExchange, FileBlobStore
+from fanout.protocol.blob_store import FileBlobStore
+from fanout.protocol.blobs import BlobExchange
 from fanout.protocol.join import JoinString
 from fanout.protocol.tls import CertificateError
 from fanout.protocol.transport import Transport, connect

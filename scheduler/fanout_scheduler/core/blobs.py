@@ -6,15 +6,15 @@ the last one is gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fanout.protocol import messages as m
 from fanout_scheduler.core.chunk import BlobRef, Chunk
 from fanout_scheduler.core.events import DropBlob, WithdrawBlob
 from fanout_scheduler.core.leasing import wake_call
-from fanout_scheduler.core.state import BlobWait, Call, Function, State
+from fanout_scheduler.core.state import BlobWait, Call, Function, Peer, State, Worker
 
-#: A blob that arrives before the frame that names it waits so long for it.
+#: A blob of a client, or one that was let go of, waits so long to be named again.
 NAMED_WITHIN_S = 60.0
 #: The ids of frames that name no blob, as most do; nobody changes it.
 _NONE: list[bytes] = []
@@ -73,17 +73,33 @@ def size_bytes(state: State, blobs: list[BlobRef]) -> int:
     return sum(state.present_blobs.get(blob_id, 0) for blob_id in ids(blobs)) if blobs else 0
 
 
-def on_completed(state: State, blob_id: bytes, size_bytes: int) -> None:
-    """A blob is whole: what waited for no other one goes on."""
+def on_completed(state: State, blob_id: bytes, size_bytes: int, peer: Peer | None) -> None:
+    """A blob is whole: what waited for no other one goes on. A worker names in a report what it has
+    brought, be it much later; a client has named it before, unless nobody wants it any more."""
     state.present_blobs[blob_id] = size_bytes
-    if blob_id not in state.blob_references:
-        # A report that names it comes behind it, and is of no use if its call has ended.
+    if peer is not None and peer.worker is not None:
+        _claim(state, peer.worker, blob_id)
+    elif blob_id not in state.blob_references:
         state.at(state.now + NAMED_WITHIN_S, "unnamed", blob_id)
     for wait in state.blob_waiters.pop(blob_id, []):
         wait.missing.discard(blob_id)
         if not wait.missing:
             _end(wait)
             wait.then()
+
+
+def _claim(state: State, worker: Worker, blob_id: bytes) -> None:
+    if blob_id not in worker.claims:
+        worker.claims.add(blob_id)
+        keep(state, [blob_id])
+
+
+def end_claims(state: State, worker: Worker, blob_ids: Iterable[bytes]) -> None:
+    """A report of the worker has named these, and whoever uses it keeps them now; or it is gone."""
+    for blob_id in list(blob_ids):
+        if blob_id in worker.claims:
+            worker.claims.discard(blob_id)
+            release(state, [blob_id])
 
 
 def on_unnamed_deadline(state: State, blob_id: bytes) -> None:

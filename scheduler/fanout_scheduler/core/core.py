@@ -160,7 +160,8 @@ class Scheduler:
         elif isinstance(event, BlobRefused):
             blobs.on_refused(state, event.blob_id, event.text)
         elif isinstance(event, BlobCompleted):
-            blobs.on_completed(state, event.blob_id, event.size_bytes)
+            peer = None if event.peer_id is None else state.peers.get(event.peer_id)
+            blobs.on_completed(state, event.blob_id, event.size_bytes, peer)
         elif isinstance(event, BlobLost):
             damage.on_blob_lost(state, event.blob_id, event.peer_id)
 
@@ -247,11 +248,31 @@ class Scheduler:
             elif kind is not m.WorkerReady:
                 return
         if (about_lease := LEASE_MESSAGES.get(kind)) is not None:
-            about_lease(state, event.peer_id, message)
+            if isinstance(message, m.LeaseOutputs | m.LeaseItems) and message.blobs:
+                self._take_large_report(peer, message)
+            else:
+                about_lease(state, event.peer_id, message)
         elif (of_peer := PEER_MESSAGES.get(kind)) is not None:
             of_peer(state, peer, message)
         else:
             self._handle_call_frame(peer, message)
+
+    def _take_large_report(self, peer: Peer, message: m.LeaseOutputs | m.LeaseItems) -> None:
+        """A report that names blobs. Its worker has seen to it that they are here."""
+        state, worker = self.state, peer.worker
+        if worker is None:
+            return
+        ids = blobs.ids(message.blobs)
+        if not all(blob_id in state.present_blobs for blob_id in ids):
+            # It thinks that they are, and would do so for ever. It comes again, offers them again,
+            # and repeats all that was not acknowledged, this report included.
+            state.note("report without its blobs")
+            text = "a report names large values that are not here"
+            state.commands.append(Disconnect(peer.peer_id, "blobs", text))
+            self._on_peer_lost(PeerLost(peer.peer_id, text))
+            return
+        LEASE_MESSAGES[type(message)](state, peer.peer_id, message)
+        blobs.end_claims(state, worker, ids)
 
     def _handle_call_frame(self, peer: Peer, message: Any) -> None:
         state = self.state

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from fanout.protocol import messages as m
 from fanout_scheduler.core import blobs, spawned
 from fanout_scheduler.core.calls import fail_for
-from fanout_scheduler.core.events import Disconnect, PeerId
+from fanout_scheduler.core.events import Disconnect, PeerId, WithdrawBlob
 from fanout_scheduler.core.leasing import stop_container
-from fanout_scheduler.core.state import Call, Function, State
+from fanout_scheduler.core.state import Call, Function, Session, State
 
 #: Records that name blobs are written when those are on disk, so what is not here was lost there.
 GONE = "its file is gone from the folder blobs of the scheduler's home; spawn the call again"
@@ -26,24 +26,39 @@ CHANGED = (
 
 
 def on_blob_lost(state: State, blob_id: bytes, peer_id: PeerId) -> None:
-    """The file of a blob has changed, as `peer_id` found out, and is gone now."""
-    if state.present_blobs.pop(blob_id, None) is None:
-        return
+    """The file of a blob has changed, as `peer_id` found out, and is gone now. It may be the second
+    one to find out."""
+    if state.present_blobs.pop(blob_id, None) is not None:
+        _fail_what_needs(state, blob_id)
+    peer = state.peers.get(peer_id)
+    if peer is not None and peer.session is not None:
+        # It waits for the blob. Coming again, it is sent what now stands in the place of it.
+        _have_come_again(state, peer.session)
+
+
+def _fail_what_needs(state: State, blob_id: bytes) -> None:
+    for worker in state.workers.values():
+        if blob_id in worker.blobs:
+            # Whoever brings the blob again has it sent there again.
+            worker.blobs.discard(blob_id)
+            state.commands.append(WithdrawBlob(worker.peer_id, blob_id))
     for function in list(state.functions.values()):
         if blob_id in function.definition.blobs:
             _stop_starting(state, function)
             blobs.fail_definition(state, function, CHANGED)
+            for session in function.app.openers.values():
+                # Coming again, they bring the code again.
+                _have_come_again(state, session)
     for call in list(state.calls.values()):
         if _is_needed_by(call, blob_id):
             fail_for(state, call, "store", blobs.not_kept(CHANGED))
         _replace_outputs(state, call, blob_id)
-    peer = state.peers.get(peer_id)
-    if peer is not None and peer.worker is not None:
-        # Whoever brings the blob again has it sent there again.
-        peer.worker.blobs.discard(blob_id)
-    elif peer is not None and peer.session is not None:
-        # It waits for the blob. Coming again, it is sent what now stands in the place of it.
-        state.commands.append(Disconnect(peer_id, "store", blobs.not_kept(CHANGED)))
+
+
+def _have_come_again(state: State, session: Session) -> None:
+    if session.peer_id is not None:
+        text = blobs.not_kept(CHANGED)
+        state.commands.append(Disconnect(session.peer_id, "store", text))
 
 
 def _stop_starting(state: State, function: Function) -> None:

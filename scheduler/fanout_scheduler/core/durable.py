@@ -58,6 +58,8 @@ def _store(
     first = state.store_sequence if first_sequence is None else first_sequence
     state.pending_stores[state.store_sequence] = PendingStore(records, call, first, stored)
     state.unsafe_stores.add(first)
+    if call is not None:
+        call.pending_count += 1
     state.commands.append(Store(state.store_sequence, records))
     return first
 
@@ -214,6 +216,8 @@ def on_stored(state: State, sequence: int) -> None:
     # looked up at once: to ask a dictionary for its first key passes over what was removed there.
     for first in list(takewhile(lambda number: number <= sequence, pending_stores)):
         pending: PendingStore = pending_stores.pop(first)
+        if pending.call is not None:
+            pending.call.pending_count -= 1
         state.unsafe_stores.discard(pending.first_sequence)
         if pending.stored is not None:
             pending.stored()
@@ -264,6 +268,8 @@ def on_store_failed(state: State, sequence: int, text: str) -> None:
     pending: PendingStore | None = state.pending_stores.pop(sequence, None)
     if pending is None:
         return
+    if pending.call is not None:
+        pending.call.pending_count -= 1
     state.note("write that failed")
     if pending.failed is not None:
         state.unsafe_stores.discard(pending.first_sequence)

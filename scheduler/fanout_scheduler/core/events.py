@@ -73,10 +73,12 @@ class StoreFailed:
 
 @dataclass(slots=True)
 class BlobCompleted:
-    """A blob is whole and verified; frames may refer to it."""
+    """A blob is whole and verified; frames may refer to it. `peer_id` has brought it, or offered it
+    and found it here; None if it was let go of, and a frame that comes next names it again."""
 
     blob_id: bytes
     size_bytes: int = 0
+    peer_id: PeerId | None = None
 
 
 @dataclass(slots=True)

@@ -18,7 +18,6 @@ from fanout_scheduler.core import blobs, durable, graph, spawned
 from fanout_scheduler.core.events import PeerId, Send, SendBlob
 from fanout_scheduler.core.leasing import (
     close_inputs,
-    requeue,
     wake_call,
 )
 from fanout_scheduler.core.state import Call, GeneratorState, Lease, State, Worker
@@ -82,13 +81,6 @@ def _accept(state: State, worker: Worker, message: m.LeaseOutputs) -> list[int]:
         state.note("output of an ended call")
         if lease is not None:
             close_inputs(state, lease, start, stop)
-        return []
-    if message.blobs and any(i not in state.present_blobs for i in blobs.ids(message.blobs)):
-        # A worker sends the blobs first, so this one broke the order: run the inputs again.
-        state.note("report without its blobs")
-        if lease is not None:
-            close_inputs(state, lease, start, stop)
-            requeue(state, call, start, stop)
         return []
     waits: list[int] = []
     outputs = _as_outputs(message)

@@ -97,13 +97,13 @@ def _send_calls(state: State, watch: Watch, app: App) -> None:
 
 
 def _tell_call(state: State, watch: Watch, call: Call) -> None:
-    seen = _call_seen(state, call)
+    seen = _call_seen(call)
     if watch.calls.get(call.call_id) != seen:
         watch.calls[call.call_id] = seen
         state.send(watch.peer.peer_id, seen)
 
 
-def _call_seen(state: State, call: Call) -> m.CallProgress:
+def _call_seen(call: Call) -> m.CallProgress:
     running = 0
     starting: set[int] = set()
     for lease in call.leases.values():
@@ -127,7 +127,7 @@ def _call_seen(state: State, call: Call) -> m.CallProgress:
         finished_count=call.finished.count,
         running=running,
         starting=len(starting),
-        waits_for=reason_of(state, call)[:WAITS_FOR_MAX],
+        waits_for=reason_of(call)[:WAITS_FOR_MAX],
     )
 
 

@@ -54,7 +54,7 @@ def snapshot(state: State) -> dict[str, Any]:
             for of in list(state.objects.by_id.values())[:ROWS_MAX]
         ],
         "object_bytes": state.objects.size_bytes,
-        "calls": [_call(state, call) for call in list(state.calls.values())[:ROWS_MAX]],
+        "calls": [_call(call) for call in list(state.calls.values())[:ROWS_MAX]],
         "worker_count": len(state.workers),
         "container_count": len(state.containers),
         "call_count": len(state.calls),
@@ -104,7 +104,7 @@ def _wait_of(state: State, container: Container) -> str:
     return "its consumer" if container.waiting_peer is None else "its own calls"
 
 
-def _call(state: State, call: Call) -> dict[str, Any]:
+def _call(call: Call) -> dict[str, Any]:
     return {
         "id": f"fc-{call.call_id.hex()}",
         "function": call.function.definition.name,
@@ -114,7 +114,7 @@ def _call(state: State, call: Call) -> dict[str, Any]:
         "running": call.leased_count,
         "done": call.finished.count,
         "durable": call.is_durable,
-        "waiting_for": reason_of(state, call),
+        "waiting_for": reason_of(call),
     }
 
 

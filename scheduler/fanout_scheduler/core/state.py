@@ -216,6 +216,8 @@ class Call:
     failure: m.CallFailed | None = None
     #: Of a durable call: its failure may be told, as it is on disk, or the call was never promised.
     is_failure_kept: bool = False
+    #: Writes of it that are under way.
+    pending_count: int = 0
     #: What is done for it once blobs are here.
     blob_waits: set[BlobWait] = field(default_factory=set)
     is_over: bool = False
@@ -429,7 +431,9 @@ class Worker:
     #: Function ids by container id, of containers from before the scheduler's restart whose
     #: client has not come back yet.
     unclaimed: dict[int, bytes] = field(default_factory=dict)
+    #: Blobs that were sent there, and those that it has brought for reports which are to come.
     blobs: set[bytes] = field(default_factory=set)
+    claims: set[bytes] = field(default_factory=set)
     #: Reports not yet acknowledged, as (sequence, store sequence it waits for or 0).
     unsafe: deque[tuple[int, int]] = field(default_factory=deque)
     acknowledged: int = 0

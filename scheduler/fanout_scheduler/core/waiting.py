@@ -6,7 +6,7 @@ All other reasons follow from where its inputs are.
 
 from __future__ import annotations
 
-from fanout_scheduler.core.state import Call, State
+from fanout_scheduler.core.state import Call
 
 TURN = "its turn, after other calls of the function"
 BLOBS = "blobs that are still on their way"
@@ -16,7 +16,7 @@ INPUTS = "more inputs from its client"
 CLIENT = "its client, which has yet to say that it has all results"
 
 
-def reason_of(state: State, call: Call) -> str:
+def reason_of(call: Call) -> str:
     """Why the call does not get on; "" when it is over or a container has inputs of it."""
     if call.is_over:
         return ""
@@ -31,6 +31,6 @@ def reason_of(state: State, call: Call) -> str:
         return BLOBS
     if call.backing_off:
         return RETRY
-    if call.storing or any(pending.call is call for pending in state.pending_stores.values()):
+    if call.storing or call.pending_count:
         return DISK
     return INPUTS if call.sealed_count != call.received.count else CLIENT

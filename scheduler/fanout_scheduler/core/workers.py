@@ -6,7 +6,7 @@ from typing import Any
 
 from fanout.config import CLIENT_GRACE_S, WORKER_DEADLINE_S
 from fanout.protocol import messages as m
-from fanout_scheduler.core import calls, durable, objects, outputs, reservation, scaling
+from fanout_scheduler.core import blobs, calls, durable, objects, outputs, reservation, scaling
 from fanout_scheduler.core.capacity import file_container
 from fanout_scheduler.core.definitions import CORES_MAX
 from fanout_scheduler.core.events import Disconnect, PeerId
@@ -169,6 +169,7 @@ def lose_worker(state: State, worker: Worker) -> None:
     del state.workers[worker.worker_id]
     state.free_cores.lost(worker)
     _forget_reports(state, worker)
+    blobs.end_claims(state, worker, worker.claims)
     reservation.worker_lost(state, worker)
     _remember_containers(state, worker)
     for container in list(worker.containers.values()):

@@ -17,7 +17,7 @@ from typing import Any
 from fanout import context
 from fanout.exceptions import InputCancellation, InvalidError, SerializationError
 from fanout.protocol import frames
-from fanout.protocol.blobs import FileBlobStore, blob_id_of
+from fanout.protocol.blob_store import FileBlobStore, blob_id_of
 from fanout.protocol.messages import Status
 from fanout.remote_errors import encode_error
 from fanout.tracebacks import is_own_file
