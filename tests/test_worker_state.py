@@ -377,6 +377,17 @@ def test_an_output_that_is_also_an_input_blob_stays_for_the_next_lease() -> None
     assert len(kit.commands(ws.GiveLease)) == 1
 
 
+def test_the_code_of_a_container_that_starts_is_kept_over_a_lost_connection() -> None:
+    kit = Kit(blobs=[BLOB])
+    kit.state.blob_completed(BLOB)
+    assert len(kit.commands(ws.Start)) == 1
+    kit.state.disconnected()
+    kit.state.connected()
+    assert kit.commands(ws.RemoveBlob) == []
+    kit.state.container_started(7, 1, 0.1)
+    assert kit.commands(ws.RemoveBlob) == [ws.RemoveBlob(BLOB)]
+
+
 def test_what_came_over_an_earlier_connection_is_not_kept_for_the_scheduler() -> None:
     kit = Kit()
     kit.state.blob_completed(BLOB)

@@ -90,6 +90,8 @@ class Container:
     #: All blobs of its function.
     blobs: tuple[bytes, ...] = ()
     leases: dict[int, Lease] = field(default_factory=dict)
+    #: Its code is loaded; until then the blobs of that are needed.
+    is_started: bool = False
     is_stopping: bool = False
 
 
@@ -253,6 +255,11 @@ class WorkerState:
 
     def container_started(self, container_id: int, pid: int, start_time_s: float) -> None:
         """The user's code is loaded."""
+        container = self.containers.get(container_id)
+        if container is not None:
+            container.is_started = True
+            for blob_id in container.blobs:
+                self._remove_if_unused(blob_id)
         self._send(m.ContainerStarted(container_id, pid, start_time_s))
 
     def container_exited(
@@ -276,6 +283,8 @@ class WorkerState:
             is_numbered=False,
         )
         self._remove_unused_sources(container.blobs)
+        for blob_id in container.blobs:
+            self._remove_if_unused(blob_id)
 
     def refuse(self, message: m.Lease | m.StartContainer) -> None:
         """Give back at once what the scheduler ordered of a worker that is leaving."""
@@ -605,6 +614,8 @@ class WorkerState:
         if blob_id in self._sent_here or blob_id not in self._held:
             return
         if any(blob_id in lease.blobs for lease in self.leases.values()):
+            return
+        if any(blob_id in c.blobs and not c.is_started for c in self.containers.values()):
             return
         if any(blob_id in r.blobs for r in (*self._unacknowledged, *self._held_back)):
             return
