@@ -49,8 +49,8 @@ class DiskStore(MemoryBlobStore):
     def remove_drafts(self) -> None:
         """There are none: writers keep them to themselves."""
 
-    def open_writer(self, blob_id: bytes) -> BlobWriter:
-        return _DiskWriter(super().open_writer(blob_id), self._disk)
+    def open_writer(self, blob_id: bytes, size_bytes: int = 0) -> BlobWriter:
+        return _DiskWriter(super().open_writer(blob_id, size_bytes), self._disk)
 
 
 class _DiskWriter:

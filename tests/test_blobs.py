@@ -320,8 +320,8 @@ class FullStore(MemoryBlobStore):
         super().__init__()
         self.room = room
 
-    def open_writer(self, blob_id: bytes) -> BlobWriter:
-        return _FullWriter(super().open_writer(blob_id), self)
+    def open_writer(self, blob_id: bytes, size_bytes: int = 0) -> BlobWriter:
+        return _FullWriter(super().open_writer(blob_id, size_bytes), self)
 
 
 class _FullWriter:
@@ -445,6 +445,13 @@ def test_what_arrives_broken_is_told_to_one_who_is_trusted_and_may_come_again(si
     sender.exchange.offer(blob_id)
     run(sender, receiver)
     assert receiver.completed == sender.delivered == [blob_id]
+
+
+def test_a_blob_for_which_there_is_no_room_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    store = FileBlobStore(tmp_path)
+    with pytest.raises(StorageError, match="No space left"):
+        store.open_writer(bytes(32), 1 << 60)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_found_to_be_sound_changed_or_gone(tmp_path: Path) -> None:

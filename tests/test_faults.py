@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,42 @@ def inputs_of(results: Iterator[Any], pids: set[int], count: int) -> list[int]:
 
 
 # --- containers and workers -----------------------------------------------------------------------
+
+
+@dataclass
+class DeadClient:
+    """A client that was killed, what it had running, and the folder of that."""
+
+    cluster: HandStarted
+    folder: Path
+    input_pid: int
+
+
+@pytest.fixture(scope="module")
+def dead_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeadClient]:
+    """Its grace passes while the other tests of this file run."""
+    folder = tmp_path_factory.mktemp("dead-client")
+    cluster = HandStarted(folder)
+    try:
+        cluster.start_scheduler()
+        cluster.start_worker("w1", cpu=1)
+        variables = environment(
+            FANOUT_URL=cluster.client_join, FANOUT_HOME=str(cluster.folder / "none")
+        )
+        with subprocess.Popen(
+            [sys.executable, SCRIPTS / "endless.py", str(folder)], env=variables, cwd=ROOT
+        ) as client:
+            begun = folder / "begun-5"
+            poll_until(begun.exists, "the input that never ends begins")
+            kill(client)
+        yield DeadClient(cluster, folder, int(begun.read_text()))
+    finally:
+        cluster.stop()
+
+
+def test_what_a_client_that_was_killed_had_running_goes_on_for_now(dead_client: DeadClient) -> None:
+    assert is_alive(dead_client.input_pid)
+    assert dead_client.cluster.open_call_count() == 1
 
 
 @pytest.mark.parametrize("is_ordered", [True, False], ids=["ordered", "unordered"])
@@ -127,32 +164,6 @@ def test_the_embedded_worker_is_replaced_when_it_is_killed(cluster: Cluster) -> 
 
 
 # --- clients --------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_nothing_runs_on_for_a_client_that_was_killed(
-    scheduler_and_workers: Start, tmp_path: Path
-) -> None:
-    cluster = scheduler_and_workers(1, cpu=1)
-    variables = environment(
-        FANOUT_URL=cluster.client_join, FANOUT_HOME=str(cluster.folder / "none")
-    )
-    with subprocess.Popen(
-        [sys.executable, SCRIPTS / "endless.py", str(tmp_path)], env=variables, cwd=ROOT
-    ) as client:
-        begun = tmp_path / "begun-5"
-        poll_until(begun.exists, "the input that never ends begins")
-        kill(client)
-    pid = int(begun.read_text())
-    assert is_alive(pid)
-    timeout_s = CLIENT_GRACE_S + 15
-    # The code sleeps, so it can be stopped without the process; it runs until it is.
-    poll_until(
-        lambda: cluster.open_call_count() == 0, "the call of the dead client ends", timeout_s
-    )
-    with kit.app.run():
-        assert kit.same.remote(1) == 1, "the core is free"
-    assert not (tmp_path / "ended-5").exists()
 
 
 # --- the scheduler --------------------------------------------------------------------------------
@@ -295,3 +306,19 @@ def test_embedded_daemons_that_were_killed_are_started_anew(
         os.kill(pids[victim], signal.SIGKILL)
     with kit.app.run():
         assert kit.same.remote(2) == 2
+
+
+@pytest.mark.slow
+def test_nothing_runs_on_for_a_client_that_was_killed(
+    dead_client: DeadClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = dead_client.cluster
+    timeout_s = CLIENT_GRACE_S + 15
+    # The code sleeps, so it can be stopped without the process; it runs until it is.
+    poll_until(
+        lambda: cluster.open_call_count() == 0, "the call of the dead client ends", timeout_s
+    )
+    monkeypatch.setenv("FANOUT_URL", cluster.client_join)
+    with kit.app.run():
+        assert kit.same.remote(1) == 1, "the core is free"
+    assert not (dead_client.folder / "ended-5").exists()

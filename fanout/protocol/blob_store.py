@@ -7,6 +7,7 @@ get from one store to another is in `blobs.py`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import mmap
@@ -63,8 +64,9 @@ class BlobStore(Protocol):
     def drop(self, blob_id: bytes) -> None:
         """Forget it. Harmless if it is not here."""
 
-    def open_writer(self, blob_id: bytes) -> BlobWriter:
-        """Begin to write a blob that arrives in parts."""
+    def open_writer(self, blob_id: bytes, size_bytes: int = 0) -> BlobWriter:
+        """Begin to write a blob that arrives in parts. StorageError if there is no room for so many
+        bytes: a disk that is filled in vain is full for others meanwhile."""
         ...
 
 
@@ -101,7 +103,7 @@ class MemoryBlobStore:
     def drop(self, blob_id: bytes) -> None:
         self._buffers.pop(blob_id, None)
 
-    def open_writer(self, blob_id: bytes) -> BlobWriter:
+    def open_writer(self, blob_id: bytes, size_bytes: int = 0) -> BlobWriter:
         return _MemoryWriter(self, blob_id)
 
 
@@ -171,8 +173,8 @@ class FileBlobStore:
     def drop(self, blob_id: bytes) -> None:
         self.path(blob_id).unlink(missing_ok=True)
 
-    def open_writer(self, blob_id: bytes) -> BlobWriter:
-        return _FileWriter(self.path(blob_id))
+    def open_writer(self, blob_id: bytes, size_bytes: int = 0) -> BlobWriter:
+        return _FileWriter(self.path(blob_id), size_bytes)
 
     def ids(self) -> list[bytes]:
         """All blobs that are here."""
@@ -235,11 +237,14 @@ class _FileWriter:
 
     _counter = itertools.count()
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size_bytes: int) -> None:
         self._path = path
+        self._descriptor = -1
         self._draft = path.with_name(f"{path.name}.{os.getpid()}-{next(self._counter)}.part")
         self._is_finished = False
         try:
+            if size_bytes > _free_bytes(path.parent):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._descriptor = os.open(self._draft, flags, 0o600)
         except OSError as error:
@@ -273,3 +278,9 @@ class _FileWriter:
 
     def _failed(self, error: OSError) -> StorageError:
         return StorageError(f"cannot write a blob to {self._path.parent}: {error}")
+
+
+def _free_bytes(folder: Path) -> int:
+    """What this user may still write there, quotas left aside."""
+    found = os.statvfs(folder)
+    return found.f_frsize * (found.f_bfree if os.geteuid() == 0 else found.f_bavail)

@@ -338,7 +338,7 @@ class BlobExchange:
         try:
             if incoming.writer is None:
                 # Not before its first byte: an offer alone must not make a file.
-                incoming.writer = self._store.open_writer(blob_id)
+                incoming.writer = self._store.open_writer(blob_id, incoming.size)
             incoming.writer.write(part.payload)
             incoming.digest.update(part.payload)
             incoming.offset = stop
