@@ -171,12 +171,6 @@ MUTANTS = [
         "        if False:\n            present =",
     ),
     Mutant(
-        "large value: what waits for it is given back",
-        WORKER + "worker_state.py",
-        "self._send(m.Reclaimed(lease_id, self._end_of_held_back(lease_id)))",
-        "self._send(m.Reclaimed(lease_id, 0))",
-    ),
-    Mutant(
         "large value: a report that names it is sent ahead of it",
         WORKER + "worker_state.py",
         "if report.blobs and any(blob_id not in self._delivered for blob_id in report.blobs):",
@@ -187,12 +181,6 @@ MUTANTS = [
         WORKER + "worker_state.py",
         "        forgotten, self._sent_here = self._sent_here, set()\n",
         "        forgotten: set[bytes] = set()\n",
-    ),
-    Mutant(
-        "large value: dropped while it is on its way",
-        "fanout/protocol/blobs.py",
-        "if blob_id in self._withdrawn and not is_under_way and",
-        "if blob_id in self._withdrawn and",
     ),
     Mutant(
         "large value: kept though nobody has named it",

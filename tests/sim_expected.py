@@ -3,6 +3,7 @@ duplicate and unknown messages that the cores put up with."""
 
 from __future__ import annotations
 
+from tests.sim_promises import LIES as LIES
 from tests.sim_storm import FAULTS_PER_S
 
 OTHER_FAULTS = [
@@ -94,7 +95,7 @@ ODD_ON_THE_WIRE = [
     "report under a void lease",
 ]
 
-#: What must come up in a full run. Not here is what only a worker sends that lies or has a bug.
+#: What must come up in a full run. Not here are the `LIES`, which must not.
 EXPECTED = [
     *FAULTS_PER_S,
     *OTHER_FAULTS,

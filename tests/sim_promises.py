@@ -34,6 +34,20 @@ if TYPE_CHECKING:
 EPSILON = 1e-6
 
 
+#: What the scheduler notes of peers that lie or have a bug, and there are none here.
+LIES = frozenset(
+    {
+        "acknowledgement for a spawned call",
+        "items beyond the credit",
+        "log text of an unknown container",
+        "report that does not fit its lease",
+        "report under somebody else's lease",
+        "report without its blobs",
+        "session id of somebody else",
+    }
+)
+
+
 class Promises:
     """Told of every event before the core is, and of every command before it is carried out."""
 
@@ -98,7 +112,10 @@ class Promises:
                 raise Broken(f"a worker was given up that had been heard {silent_s:g} s ago")
 
     def on_decided(self, state: State) -> None:
-        """After a turn every call that stands still has a reason, and has had a look."""
+        """After a turn every call that stands still has a reason, and has had a look; and nobody
+        was taken for a liar."""
+        if lies := LIES & state.counts.keys():
+            raise Broken(f"an honest peer was taken for a liar: {sorted(lies)}")
         for call in state.calls.values():
             reason = reason_of(call)
             first = call.function.ready[0][3] if call.function.ready else None
