@@ -78,9 +78,19 @@ class End:
         return message
 
 
-def run(*ends: End) -> None:
-    """Carry messages both ways until there are none."""
-    left, right = ends
+def carry(source: End, target: End) -> None:
+    """Carry one message, which is there."""
+    message = source.take()
+    assert message is not None
+    target.exchange.handle(message)
+
+
+def run(left: End, right: End, has_others: bool = False) -> None:
+    """Carry messages both ways until there are none.
+
+    Args:
+        has_others: some are not about transfers, but for somebody else.
+    """
     is_moving = True
     while is_moving:
         is_moving = False
@@ -88,18 +98,7 @@ def run(*ends: End) -> None:
             message = source.take()
             if message is not None:
                 is_moving = True
-                assert target.exchange.handle(message)
-
-
-def carry_all(sender: End, receiver: End) -> None:
-    """Carry messages both ways; those that are not about transfers are for somebody else."""
-    is_moving = True
-    while is_moving:
-        is_moving = False
-        for source, target in ((sender, receiver), (receiver, sender)):
-            if (message := source.take()) is not None:
-                is_moving = True
-                target.exchange.handle(message)
+                assert target.exchange.handle(message) or has_others
 
 
 def kinds(end: End) -> list[str]:
@@ -241,9 +240,7 @@ def test_offering_during_a_transfer_does_nothing_and_after_a_drop_sends_again() 
     receiver = End(MemoryBlobStore())
     sender.exchange.offer(blob_id)
     for source, target in ((sender, receiver), (receiver, sender), (sender, receiver)):
-        message = source.take()
-        assert message is not None
-        target.exchange.handle(message)
+        carry(source, target)
     sender.exchange.offer(blob_id)
     assert not sender.queue
     run(sender, receiver)
@@ -372,12 +369,10 @@ def test_a_blob_that_is_withdrawn_on_its_way_is_forgotten_when_it_has_arrived() 
     receiver = End(MemoryBlobStore())
     sender.exchange.offer(blob_id)
     for source, target in ((sender, receiver), (receiver, sender), (sender, receiver)):
-        message = source.take()
-        assert message is not None
-        target.exchange.handle(message)
+        carry(source, target)
     sender.exchange.withdraw(blob_id)
     assert not sender.queue
-    carry_all(sender, receiver)
+    run(sender, receiver, has_others=True)
     assert receiver.completed == [blob_id]
     assert sender.sent[-1] == m.BlobDrop(blob_id)
 
@@ -388,7 +383,7 @@ def test_a_blob_that_is_offered_again_is_not_withdrawn() -> None:
     sender.exchange.offer(blob_id)
     sender.exchange.withdraw(blob_id)
     sender.exchange.offer(blob_id)
-    carry_all(sender, receiver)
+    run(sender, receiver, has_others=True)
     assert "BlobDrop" not in kinds(sender)
     sender.exchange.withdraw(blob_id)
     assert sender.take() == m.BlobDrop(blob_id)
@@ -401,7 +396,7 @@ def test_a_refused_blob_that_is_withdrawn_is_not_offered_again_by_itself() -> No
     run(sender, receiver)
     assert sender.refused == ["the disk is full"]
     sender.exchange.withdraw(blob_id)
-    carry_all(sender, receiver)
+    run(sender, receiver, has_others=True)
     sender.later.pop()()
     assert not sender.queue
 
@@ -414,9 +409,7 @@ def test_an_answer_to_the_first_of_two_rounds_comes_before_that_to_the_second() 
     receiver = End(store)
     sender.exchange.offer(blob_id)
     for source, target in ((sender, receiver), (receiver, sender)):
-        message = source.take()
-        assert message is not None
-        target.exchange.handle(message)
+        carry(source, target)
     parts = [sender.take() for _ in range(3)]
     sender.exchange.offer(blob_id)
     for part in parts:
@@ -481,9 +474,7 @@ def test_closing_leaves_no_part_behind(tmp_path: Path) -> None:
     receiver = End(FileBlobStore(tmp_path))
     sender.exchange.offer(blob_id)
     for source, target in ((sender, receiver), (receiver, sender), (sender, receiver)):
-        message = source.take()
-        assert message is not None
-        target.exchange.handle(message)
+        carry(source, target)
     assert len(list(tmp_path.iterdir())) == 1
     receiver.exchange.close()
     sender.exchange.close()

@@ -211,13 +211,11 @@ def forget_app(state: State, app: App) -> None:
 
 def on_stored(state: State, sequence: int) -> None:
     """Everything up to `sequence` is on disk: keep the promises that waited for it."""
-    pending_stores = state.pending_stores
     # They were ordered with growing numbers, so those that are done stand first. All of these are
     # looked up at once: to ask a dictionary for its first key passes over what was removed there.
-    for first in list(takewhile(lambda number: number <= sequence, pending_stores)):
-        pending: PendingStore = pending_stores.pop(first)
-        if pending.call is not None:
-            pending.call.pending_count -= 1
+    for first in list(takewhile(lambda number: number <= sequence, state.pending_stores)):
+        pending = _end_write(state, first)
+        assert pending is not None
         state.unsafe_stores.discard(pending.first_sequence)
         if pending.stored is not None:
             pending.stored()
@@ -262,14 +260,20 @@ def _promise_kept(state: State, call: Call, record: Record) -> None:
         _tell_failure(state, call)
 
 
+def _end_write(state: State, sequence: int) -> PendingStore | None:
+    """A write is under way no longer; None if it was none."""
+    pending: PendingStore | None = state.pending_stores.pop(sequence, None)
+    if pending is not None and pending.call is not None:
+        pending.call.pending_count -= 1
+    return pending
+
+
 def on_store_failed(state: State, sequence: int, text: str) -> None:
     """The disk would not take it. What a client waits for fails and says so; outputs, which
     were made already, are offered again until there is room."""
-    pending: PendingStore | None = state.pending_stores.pop(sequence, None)
+    pending = _end_write(state, sequence)
     if pending is None:
         return
-    if pending.call is not None:
-        pending.call.pending_count -= 1
     state.note("write that failed")
     if pending.failed is not None:
         state.unsafe_stores.discard(pending.first_sequence)
