@@ -3,6 +3,7 @@ not run again, the rest is there in time, and nothing of theirs is left running.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -222,11 +223,24 @@ def without_groups(command: str = "mount -o remount,bind,ro") -> list[str]:
     return ["unshare", "--mount", shell, "-c", "; ".join([*commands, 'exec "$@"']), "sh"]
 
 
+@contextlib.contextmanager
+def two_families(tmp_path: Path) -> Iterator[list[Path]]:
+    """Where two containers, of which the second dies, tell of the processes that they start. With
+    the daemon, which has ended by the end of this, all of those end."""
+    folders = [tmp_path / "neighbour", tmp_path / "dead"]
+    try:
+        yield folders
+        may_live = set() if has_groups() else {kit.STRANGER}
+        poll_until(lambda: set().union(*map(alive_of, folders)) <= may_live, "all end")
+    finally:
+        for pid in filter(is_alive, {**kit.noted(folders[0]), **kit.noted(folders[1])}):
+            os.kill(pid, signal.SIGKILL)
+
+
 async def test_what_a_dead_container_started_dies_and_what_its_neighbour_started_lives(
     tmp_path: Path,
 ) -> None:
-    folders = [tmp_path / "neighbour", tmp_path / "dead"]
-    try:
+    with two_families(tmp_path) as folders:
         async with containers() as daemon:
             for number, deed in enumerate(("children", "children-and-death")):
                 folders[number].mkdir()
@@ -241,11 +255,6 @@ async def test_what_a_dead_container_started_dies_and_what_its_neighbour_started
             await daemon.until(lambda: daemon.events.exits, "the other container died")
             poll_until(lambda: alive_of(folders[1]) <= {kit.STRANGER}, "its children end")
             assert alive_of(folders[0]) == kit.CHILDREN
-        may_live = set() if has_groups() else {kit.STRANGER}
-        poll_until(lambda: set().union(*map(alive_of, folders)) <= may_live, "all end")
-    finally:
-        for pid in filter(is_alive, {**kit.noted(folders[0]), **kit.noted(folders[1])}):
-            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("max_inputs", [1, 2])
@@ -253,9 +262,8 @@ async def test_what_a_dead_container_started_dies_and_what_its_neighbour_started
 async def test_nothing_of_the_tree_of_a_container_that_had_to_be_killed_is_left(
     tmp_path: Path, reason: str, max_inputs: int
 ) -> None:
-    folders = [tmp_path / "neighbour", tmp_path / "killed"]
     timeout_s = 1.5 * TIMEOUT_FACTOR if reason == "timeout" else None
-    try:
+    with two_families(tmp_path) as folders:
         async with containers(kill_grace_s=0.2) as daemon:
             for number, deeds in enumerate((["children"], ["children", "c-loop"])):
                 folders[number].mkdir()
@@ -281,11 +289,6 @@ async def test_nothing_of_the_tree_of_a_container_that_had_to_be_killed_is_left(
             assert daemon.events.failure(1) == reason
             poll_until(lambda: alive_of(folders[1]) <= {kit.STRANGER}, "its children end")
             assert alive_of(folders[0]) == kit.CHILDREN
-        may_live = set() if has_groups() else {kit.STRANGER}
-        poll_until(lambda: set().union(*map(alive_of, folders)) <= may_live, "all end")
-    finally:
-        for pid in filter(is_alive, {**kit.noted(folders[0]), **kit.noted(folders[1])}):
-            os.kill(pid, signal.SIGKILL)
 
 
 def alive_of(folder: Path) -> set[str]:
