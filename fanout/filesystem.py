@@ -4,12 +4,15 @@ Locks, sockets and SQLite's write-ahead log need one kernel that sees all of it.
 system they seem to work until two hosts meet, so such a folder is refused before anything is
 written.
 
-Also how a file is replaced so that nobody sees half of it, and nobody else reads it.
+Also how a file is replaced so that nobody sees half of it, and nobody else reads it, and how a
+socket is reached whose path is long.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 #: Types, as the kernel names them, whose files several hosts see at once. A type that is not
@@ -24,6 +27,8 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )  # fmt: skip
 
 MOUNT_TABLE = "/proc/self/mountinfo"
+#: `sun_path` of Linux has 108 bytes, one of them for the end.
+SOCKET_PATH_SIZE_BYTES_MAX = 107
 
 
 def network_file_system_of(
@@ -77,6 +82,28 @@ def _unescaped(field: str) -> str:
     for escape, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         field = field.replace(escape, character)
     return field
+
+
+@contextlib.contextmanager
+def short_socket_path(path: str) -> Iterator[str]:
+    """Another path of the same unix socket, as the kernel takes only 107 bytes of one. It holds
+    while the context is open.
+
+    Args:
+        path: of a socket that is there or is to be made, in a folder that is there.
+
+    Raises:
+        OSError: the folder of a long path cannot be opened.
+    """
+    if len(os.fsencode(path)) <= SOCKET_PATH_SIZE_BYTES_MAX:
+        yield path
+        return
+    folder, name = os.path.split(path)
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{name}"
+    finally:
+        os.close(descriptor)
 
 
 def write_private(path: Path, data: bytes, must_last: bool = True) -> None:

@@ -207,7 +207,7 @@ class HandStarted:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The scheduler's state file: join strings, port, epoch."""
+        """The scheduler's state file: join strings, address, epoch."""
         state = read_state(self.scheduler_home / "scheduler.json")
         assert state is not None, "the scheduler has not been started"
         return state
@@ -242,7 +242,7 @@ class HandStarted:
 
         poll_until(is_ready, lambda: f"the scheduler listens; its log: {self.log('scheduler')}")
         self.scheduler = process
-        self.port = self.state["port"]
+        self.port = int(self.state["address"].rpartition(":")[2])
         return process
 
     def start_worker(

@@ -24,7 +24,7 @@ from fanout.protocol.blob_store import (
     blob_id_of,
 )
 from fanout.protocol.blobs import BlobExchange
-from fanout.protocol.join import JoinString, Token
+from fanout.protocol.join import Address, JoinString, Token
 from fanout.protocol.transport import Transport
 
 PART = m.BLOB_PART_SIZE_BYTES
@@ -579,14 +579,13 @@ async def test_blobs_cross_a_connection_into_files_both_ways(tmp_path: Path) -> 
         return ends[-1]
 
     server = await transport.serve(
-        "127.0.0.1",
-        0,
+        Address("127.0.0.1"),
         tokens={token.token_id: token}.get,
         welcome=lambda hello, role: m.Welcome(1, {}),
         handler=lambda own, hello, role: handler_of(own, stores[0]),
         tls=None,
     )
-    join = JoinString.of(token, "127.0.0.1", server.port, None)
+    join = JoinString.of(token, Address("127.0.0.1", server.port))
     await transport.connect(
         join,
         role="client",

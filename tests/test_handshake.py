@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import msgpack
 import pytest
@@ -30,7 +31,7 @@ from fanout.protocol.handshake import (
     ListenerHandshake,
     make_proof,
 )
-from fanout.protocol.join import JoinString, Token
+from fanout.protocol.join import Address, JoinString, Token
 from tests.strategies import frame_of
 
 CLIENT = Token("c1", "client", b"c" * 32)
@@ -425,8 +426,25 @@ def test_a_container_is_let_in_by_its_secret() -> None:
 def test_a_join_string_reads_back(
     host: str, port: int, role: str, secret: bytes, fingerprint: bytes | None
 ) -> None:
-    one = JoinString.of(Token("id-1_x", role, secret), host, port, fingerprint)
+    one = JoinString.of(Token("id-1_x", role, secret), Address(host, port), fingerprint)
     assert JoinString.parse(f" {one}\n") == one
+
+
+@given(st.binary(min_size=1, max_size=200).filter(lambda path: b"\0" not in path))
+def test_a_join_string_of_a_socket_reads_back_and_is_one_word(path: bytes) -> None:
+    one = JoinString.of(CLIENT, Address(path=os.fsdecode(b"/" + path)))
+    assert JoinString.parse(str(one)) == one
+    assert str(one).isprintable()
+    assert len(str(one).split()) == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "part"), [("/run/a%00b", "holds a NUL"), ("/run/a?fp=" + "66" * 32, "nothing can")]
+)
+def test_a_wrong_path_in_a_join_string_is_refused(where: str, part: str) -> None:
+    good = str(JoinString.of(CLIENT, Address("127.0.0.1", 8786)))
+    with pytest.raises(InvalidError, match=part):
+        JoinString.parse(good.replace("127.0.0.1:8786", where))
 
 
 @pytest.mark.parametrize(
@@ -453,7 +471,7 @@ def test_a_join_string_reads_back(
 def test_a_wrong_join_string_names_the_part_and_hides_the_secret(
     change: tuple[str, str], part: str
 ) -> None:
-    good = str(JoinString.of(CLIENT, "127.0.0.1", 8786, b"f" * 32))
+    good = str(JoinString.of(CLIENT, Address("127.0.0.1", 8786), b"f" * 32))
     bad = good.replace(*change, 1)
     assert bad != good
     with pytest.raises(InvalidError, match="not a join string") as caught:
@@ -463,6 +481,6 @@ def test_a_wrong_join_string_names_the_part_and_hides_the_secret(
 
 
 def test_secrets_are_not_in_the_repr() -> None:
-    one = JoinString.of(CLIENT, "127.0.0.1", 8786, None)
+    one = JoinString.of(CLIENT, Address("127.0.0.1", 8786))
     assert "cccc" not in repr(one) + repr(CLIENT)
     assert Token.new("client").secret != Token.new("client").secret

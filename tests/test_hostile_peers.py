@@ -20,6 +20,7 @@ from fanout.exceptions import ProtocolError
 from fanout.protocol import messages as m
 from fanout.protocol import transport, wire
 from fanout.protocol.frames import PREFIX
+from fanout.protocol.join import Address, JoinString
 from tests import behaviour_kit as kit
 from tests.conftest import TIMEOUT_FACTOR, HandStarted
 from tests.hostile_kit import (
@@ -138,7 +139,8 @@ async def answer_to(dial_raw: Dial, data: bytes) -> bytes:
 
 
 def _dialler(address: dict[str, Any]) -> Dial:
-    return lambda: asyncio.open_connection(address["host"], address["port"])
+    where = JoinString.parse(address["client_join"]).address
+    return lambda: asyncio.open_connection(where.host, where.port)
 
 
 def _is_refusal(answer: bytes, is_tls: bool) -> bool:
@@ -258,8 +260,7 @@ async def test_a_byte_now_and_then_does_not_prolong_the_handshake(
 ) -> None:
     monkeypatch.setattr(transport, "HANDSHAKE_TIMEOUT_S", 0.5)
     server = await transport.serve(
-        "127.0.0.1",
-        0,
+        Address("127.0.0.1"),
         tokens=lambda token_id: None,
         welcome=lambda hello, role: m.Welcome(1, {}),
         handler=lambda own, hello, role: pytest.fail("a stranger was let in"),

@@ -19,7 +19,7 @@ import pytest
 
 import fanout
 from fanout.exceptions import AuthError, ConnectionError, InvalidError
-from fanout.protocol.join import JoinString
+from fanout.protocol.join import Address, JoinString
 from tests.conftest import (
     ROOT,
     TIMEOUT_FACTOR,
@@ -236,7 +236,7 @@ def test_client_that_may_not_join_is_told_why(
     unknown = started.client_join.replace("client.", "client.0")
     with pytest.raises(AuthError, match="its token was withdrawn; get a new one from `fanout sche"):
         connect(monkeypatch, unknown)
-    other = JoinString(right.host, right.port, "client", right.token_id, b"?" * 32)
+    other = JoinString(right.address, "client", right.token_id, b"?" * 32)
     with pytest.raises(AuthError, match="cannot prove that it knows the secret") as caught:
         connect(monkeypatch, str(other))
     assert "Pz8_Pz8" not in str(caught.value), "the secret is in the text"
@@ -250,7 +250,7 @@ def test_scheduler_that_is_not_there_is_named_with_what_to_do(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         port = taken.getsockname()[1]
-        url = str(JoinString("127.0.0.1", port, "client", "t", b"?" * 32))
+        url = str(JoinString(Address("127.0.0.1", port), "client", "t", b"?" * 32))
         with pytest.raises(ConnectionError) as caught:
             connect(monkeypatch, url)
     assert f"127.0.0.1:{port}" in str(caught.value)

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -82,14 +81,6 @@ def pid_of(kind: str) -> int:
     daemon = find_daemon(home_folder(), kind)
     assert daemon is not None, f"no {kind} is alive"
     return daemon.pid
-
-
-def can_bind(sock: socket.socket, port: int) -> bool:
-    try:
-        sock.bind(("127.0.0.1", port))
-    except OSError:
-        return False
-    return True
 
 
 def is_gone(pid: int) -> bool:
@@ -196,8 +187,6 @@ def write_record(home: Path, **changes: Any) -> None:
     record = {
         "pid": os.getpid(),
         "boot_id": home_module.boot_id(),
-        "host": "127.0.0.1",
-        "port": 9,
         "client_join": "",
         "worker_join": "",
     }
@@ -220,10 +209,10 @@ def stand_in(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 def test_record_of_a_live_daemon_is_believed(
     tmp_path: Path, stand_in: subprocess.Popen[bytes]
 ) -> None:
-    write_record(tmp_path, pid=stand_in.pid, port=4711)
+    write_record(tmp_path, pid=stand_in.pid, tokens="abc")
     found = find_daemon(str(tmp_path), "scheduler")
     assert found is not None
-    assert (found.pid, found.port) == (stand_in.pid, 4711)
+    assert (found.pid, found.tokens) == (stand_in.pid, "abc")
 
 
 def test_record_of_an_earlier_boot_is_ignored(
@@ -439,22 +428,6 @@ def test_scheduler_that_dies_while_its_worker_starts_has_a_successor(fanout_home
             os.kill(scheduler_pid, signal.SIGKILL)
         found.result()
     assert pid_of("scheduler") != scheduler_pid
-    wait_until(lambda: len((cluster_status() or {})["workers"]) == 1, soon())
-
-
-def test_taken_port_does_not_keep_a_successor_from_starting(fanout_home: Path) -> None:
-    old = ensure_cluster()
-    scheduler_pid, worker_pid = pid_of("scheduler"), pid_of("worker")
-    os.kill(worker_pid, signal.SIGSTOP)
-    os.kill(scheduler_pid, signal.SIGKILL)
-    wait_until(lambda: is_gone(scheduler_pid), soon())
-    with socket.socket() as squatter:
-        squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        wait_until(lambda: can_bind(squatter, old.port), soon())
-        squatter.listen()
-        os.kill(worker_pid, signal.SIGCONT)
-        assert ensure_cluster().port != old.port
-    assert pid_of("worker") == worker_pid, "it keeps its containers and what they finished"
     wait_until(lambda: len((cluster_status() or {})["workers"]) == 1, soon())
 
 

@@ -19,7 +19,7 @@ import pytest
 from fanout.exceptions import AuthError, ProtocolError
 from fanout.protocol import messages as m
 from fanout.protocol.blob_store import FileBlobStore
-from fanout.protocol.join import JoinString
+from fanout.protocol.join import Address, JoinString
 from fanout_scheduler.blobs import DROP_GRACE_S, BlobKeeper
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import Command, Event, FrameReceived
@@ -52,13 +52,15 @@ def test_it_says_where_it_is_to_its_owner_alone(daemon: Daemon) -> None:
     daemon.start()
     file = daemon.home / "scheduler.json"
     assert file.stat().st_mode & 0o777 == 0o600
-    expected = "pid boot_id started host port epoch client_join worker_join tokens version python"
+    expected = "pid boot_id started address epoch client_join worker_join tokens version python"
     assert set(daemon.address) == set(expected.split())
     assert daemon.address["boot_id"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     assert abs(daemon.address["started"] - time.time()) < 60
     for role in ("client", "worker"):
         join = JoinString.parse(daemon.address[f"{role}_join"])
-        assert (join.host, join.port, join.role) == ("127.0.0.1", daemon.address["port"], role)
+        assert (join.address.host, join.role) == ("127.0.0.1", role)
+        assert str(join.address) == daemon.address["address"]
+    assert tcp_sockets_of(daemon.address["pid"])
     modes = {path.stat().st_mode & 0o077 for path in daemon.home.rglob("*")}
     assert modes == {0}, "something in the home is open to others"
 
@@ -85,7 +87,8 @@ def test_after_a_kill_it_comes_back_with_the_same_tokens_and_a_higher_epoch(
 ) -> None:
     first = daemon.start().address
     assert daemon.end(signal.SIGKILL) == -signal.SIGKILL
-    second = daemon.start("--port", str(first["port"])).address
+    port = JoinString.parse(first["client_join"]).address.port
+    second = daemon.start("--port", str(port)).address
     assert second["epoch"] == first["epoch"] + 1
     assert second["client_join"] == first["client_join"]
 
@@ -119,7 +122,40 @@ def test_embedded_serves_this_machine_alone(daemon: Daemon) -> None:
     process = daemon.spawn("--embedded", "--host", "0.0.0.0")
     _, text = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert "cannot listen on 0.0.0.0" in text
+    assert "Leave out --host and --port" in text
+
+
+def tcp_sockets_of(pid: int) -> set[str]:
+    """The inodes of the TCP sockets that a process has."""
+    links = (os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir())
+    own = {link.removeprefix("socket:[").rstrip("]") for link in links}
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    return own & {line.split()[9] for table in tables for line in table.splitlines()[1:]}
+
+
+async def test_embedded_listens_at_a_socket_of_its_owner(daemon: Daemon) -> None:
+    """In a home whose path is longer than that of a socket may be."""
+    daemon.home = daemon.home / ("deep " * 25).strip() / "home?"
+    address = daemon.start("--embedded", "--idle-timeout", "60").address
+    socket_file = daemon.home / "scheduler.sock"
+    assert JoinString.parse(address["client_join"]).address == Address(path=str(socket_file))
+    assert address["address"] == str(socket_file)
+    assert socket_file.stat().st_mode & 0o777 == 0o600
+    assert tcp_sockets_of(address["pid"]) == set(), "it can be reached from elsewhere"
+    client = await dial(address)
+    assert f"process {address['pid']}" in repr(client.transport)
+    daemon.end(signal.SIGTERM)
+    await client.until_lost()
+    assert not socket_file.exists()
+
+
+async def test_a_socket_that_a_killed_scheduler_left_behind_is_replaced(daemon: Daemon) -> None:
+    daemon.start("--embedded", "--idle-timeout", "60")
+    daemon.end(signal.SIGKILL)
+    assert (daemon.home / "scheduler.sock").exists()
+    client = await dial(daemon.start("--embedded", "--idle-timeout", "60").address)
+    assert (await client.ask_status())["epoch"] == 2
+    await client.close()
 
 
 async def test_a_peer_is_told_why_the_scheduler_leaves(daemon: Daemon) -> None:
@@ -138,7 +174,7 @@ async def test_a_peer_is_told_why_the_scheduler_leaves(daemon: Daemon) -> None:
 async def test_a_peer_that_reads_nothing_does_not_hold_it_up(daemon: Daemon) -> None:
     address = daemon.start().address
     join = JoinString.parse(address["client_join"])
-    _, writer = await asyncio.open_connection(join.host, join.port)
+    _, writer = await asyncio.open_connection(join.address.host, join.address.port)
     try:
         assert daemon.end() == 0
     finally:
@@ -166,7 +202,7 @@ async def test_a_worker_token_cannot_submit_calls(daemon: Daemon) -> None:
 async def test_an_unknown_token_is_refused(daemon: Daemon) -> None:
     address = daemon.start().address
     join = JoinString.parse(address["client_join"])
-    wrong = JoinString(join.host, join.port, join.role, join.token_id, b"\1" * 32, None)
+    wrong = JoinString(join.address, join.role, join.token_id, b"\1" * 32)
     with pytest.raises(AuthError):
         await dial({"client_join": str(wrong)})
 
@@ -175,12 +211,11 @@ async def test_off_loopback_it_speaks_tls_only(daemon: Daemon) -> None:
     address = daemon.start("--host", "0.0.0.0").address
     join = JoinString.parse(address["client_join"])
     assert join.fingerprint is not None
-    local = JoinString("127.0.0.1", join.port, "client", join.token_id, join.secret, None)
+    loopback = Address("127.0.0.1", join.address.port)
+    local = JoinString(loopback, "client", join.token_id, join.secret)
     with pytest.raises(ConnectionError):
         await dial({"client_join": str(local)})
-    pinned = JoinString(
-        "127.0.0.1", join.port, "client", join.token_id, join.secret, join.fingerprint
-    )
+    pinned = JoinString(loopback, "client", join.token_id, join.secret, join.fingerprint)
     client = await dial({"client_join": str(pinned)})
     assert (await client.ask_status())["epoch"] == 1
     await client.close()
@@ -449,7 +484,7 @@ class FaultyCore(Scheduler):
 @pytest.fixture
 async def faulty(tmp_path: Path) -> AsyncIterator[tuple[SchedulerServer, asyncio.Task[int]]]:
     home = Home(tmp_path / "home")
-    server = SchedulerServer(home, Options("127.0.0.1", "127.0.0.1", 0, None))
+    server = SchedulerServer(home, Options(Address("127.0.0.1"), None, "127.0.0.1"))
     server.core = FaultyCore(server.epoch)
     server.core.restore([], server.clock.now())
     ready = asyncio.Event()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from fanout.protocol.join import Address
 from fanout_scheduler.clock import GAP_S, TICK_INTERVAL_S, Clock
 from fanout_scheduler.core.core import Scheduler
 from fanout_scheduler.core.events import Command
@@ -90,7 +91,7 @@ def test_waiting_for_a_deadline_takes_no_turns(tmp_path: Path) -> None:
 
     async def main() -> int:
         server = SchedulerServer(
-            Home(tmp_path / "home"), Options("127.0.0.1", "127.0.0.1", 0, None)
+            Home(tmp_path / "home"), Options(Address("127.0.0.1"), None, "127.0.0.1")
         )
         server.core = core = CountingCore(server.epoch)
         core.restore([], server.clock.now())

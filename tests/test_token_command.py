@@ -20,7 +20,7 @@ import typer
 from fanout.cli import token as command
 from fanout.client.local import ask_status
 from fanout.exceptions import AuthError, InvalidError, StorageError
-from fanout.protocol.join import JoinString
+from fanout.protocol.join import Address, JoinString
 from fanout.protocol.tokens import NAME_SIZE_MAX, Entry, TokenFile
 from fanout_scheduler.home import Home
 from fanout_scheduler.server import Options, SchedulerServer
@@ -393,7 +393,7 @@ async def test_what_it_cannot_say_at_once_of_a_change_it_says_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     home = Home(tmp_path / "home")
-    server = SchedulerServer(home, Options("127.0.0.1", "127.0.0.1", 0, None))
+    server = SchedulerServer(home, Options(Address("127.0.0.1"), None, "127.0.0.1"))
     ready = asyncio.Event()
     task = asyncio.create_task(server.run(lambda address: ready.set()))
     await ready.wait()

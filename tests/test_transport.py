@@ -24,7 +24,7 @@ from fanout.exceptions import (
 )
 from fanout.protocol import messages as m
 from fanout.protocol import tls, transport, wire
-from fanout.protocol.join import JoinString, Token
+from fanout.protocol.join import Address, JoinString, Token
 from fanout.protocol.tls import CertificateError, TlsIdentity
 from fanout.protocol.wire import Transport
 from tests.conftest import poll_until
@@ -370,7 +370,7 @@ async def test_a_bulk_source_that_fails_closes_its_connection(
 
 
 async def test_an_unknown_token_is_refused(site: Site) -> None:
-    join = JoinString.of(Token.new("client"), "127.0.0.1", site.server.port, None)
+    join = JoinString.of(Token.new("client"), Address("127.0.0.1", site.server.port))
     with pytest.raises(AuthError, match="fanout scheduler"):
         await site.dial("client", join)
     assert site.accepted == []
@@ -416,7 +416,7 @@ async def test_a_dialler_raises_the_version_error_of_the_listener() -> None:
     port = server.sockets[0].getsockname()[1]
     site = Site()
     with pytest.raises(VersionError, match="I speak 99"):
-        await site.dial("client", JoinString.of(site.tokens["client"], "127.0.0.1", port, None))
+        await site.dial("client", JoinString.of(site.tokens["client"], Address("127.0.0.1", port)))
     await is_over.wait()
     server.close()
     await server.wait_closed()
@@ -426,7 +426,7 @@ async def test_nobody_listening_is_an_error_that_says_where_and_what_to_start() 
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-        join = JoinString.of(Token.new("client"), "127.0.0.1", port, None)
+        join = JoinString.of(Token.new("client"), Address("127.0.0.1", port))
         with pytest.raises(ConnectionError, match=f"127.0.0.1:{port}.*`fanout scheduler` starts"):
             await Site().dial("client", join)
 
@@ -435,7 +435,7 @@ async def test_a_listener_that_never_answers_is_given_up() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        join = JoinString.of(Token.new("client"), "127.0.0.1", silent.getsockname()[1], None)
+        join = JoinString.of(Token.new("client"), Address("127.0.0.1", silent.getsockname()[1]))
         with pytest.raises(ConnectionError, match=r"did not answer within 0\.05 s"):
             await transport.connect(
                 join,
@@ -474,8 +474,7 @@ async def test_plain_connections_are_for_loopback_only() -> None:
     for host in ("0.0.0.0", "::", ""):
         with pytest.raises(InvalidError, match="needs TLS"):
             await transport.serve(
-                host,
-                0,
+                Address(host),
                 tokens=lambda _: None,
                 welcome=lambda hello, role: m.Welcome(1, {}),
                 handler=lambda own, hello, role: Recorder(own, ignore),
@@ -601,10 +600,10 @@ async def test_a_container_reaches_its_daemon_with_its_secret_only(tmp_path: Pat
             return made[0]
 
         both = m.TO_CLIENT | {m.Heartbeat}
-        await transport.connect_unix(path, hello=hello, allowed=both, handler=keep)
+        await transport.connect_container(path, hello=hello, allowed=both, handler=keep)
         return made[0]
 
-    server = await transport.serve_unix(
+    server = await transport.serve_containers(
         path, accept=accept, allowed=m.FROM_NESTED_CLIENT, handler=handler
     )
     assert os.stat(path).st_mode & 0o777 == 0o600
@@ -620,16 +619,6 @@ async def test_a_container_reaches_its_daemon_with_its_secret_only(tmp_path: Pat
     assert os.listdir(tmp_path) == []
     with pytest.raises(ConnectionError, match="worker daemon"):
         await dial(b"s" * 32)
-
-
-async def test_a_socket_path_that_linux_does_not_take_is_refused_with_the_limit() -> None:
-    with pytest.raises(InvalidError, match="Linux takes 107.*FANOUT_HOME"):
-        await transport.serve_unix(
-            "/tmp/" + "x" * 120,
-            accept=lambda hello: None,
-            allowed=m.FROM_NESTED_CLIENT,
-            handler=lambda own: Recorder(own, ignore),
-        )
 
 
 async def test_of_strangers_that_were_turned_away_nothing_is_kept(site: Site) -> None:

@@ -25,8 +25,8 @@ from fanout.options import Options
 from fanout.protocol import messages as m
 from fanout.protocol.blob_store import MemoryBlobStore, blob_id_of
 from fanout.protocol.blobs import BlobExchange
-from fanout.protocol.join import JoinString, Token
-from fanout.protocol.transport import Server, Transport, connect_unix, serve
+from fanout.protocol.join import Address, JoinString, Token
+from fanout.protocol.transport import Server, Transport, connect_container, serve
 from fanout.serialization import decode_value, encode_args
 from fanout_worker import resources
 from tests.conftest import TIMEOUT_FACTOR, children_of, environment, is_alive, poll_until
@@ -54,8 +54,7 @@ class Scheduler:
 
     async def listen(self, port: int = 0) -> None:
         self.server = await serve(
-            "127.0.0.1",
-            port,
+            Address("127.0.0.1", port),
             tokens=self._find,
             welcome=lambda hello, role: m.Welcome(self.epoch, {}),
             handler=self._open,
@@ -71,7 +70,7 @@ class Scheduler:
     def join(self) -> str:
         assert self.server is not None
         return str(
-            JoinString("127.0.0.1", self.server.port, "worker", "t1", self.token.secret, None)
+            JoinString(Address("127.0.0.1", self.server.port), "worker", "t1", self.token.secret)
         )
 
     def _open(self, transport: Transport, hello: m.Hello, role: str) -> Scheduler:
@@ -361,7 +360,7 @@ async def test_a_nested_client_speaks_through_the_daemon(tmp_path: Path) -> None
             def writable_changed(self, is_writable: bool) -> None: ...
 
         hello = m.Hello(m.PROTOCOL_VERSION, "container", str(container_id), b"s" * 16, secret, {})
-        transport = await connect_unix(
+        transport = await connect_container(
             path, hello=hello, allowed=m.TO_CLIENT, handler=lambda _: Client()
         )
         opened = await scheduler.hears(m.SessionOpened)
@@ -389,7 +388,7 @@ async def test_a_stranger_at_the_socket_is_turned_away(tmp_path: Path) -> None:
         for number in ("1", "1" * 21, "\u0661", "-1", ""):
             hello.token_id = number
             with pytest.raises(ConnectionError):
-                await connect_unix(
+                await connect_container(
                     path, hello=hello, allowed=m.TO_CLIENT, handler=lambda _: scheduler
                 )
         assert not scheduler.all(m.SessionOpened)

@@ -16,7 +16,7 @@ from fanout.protocol import messages as m
 from fanout.protocol import transport
 from fanout.protocol.connection import Connection, State
 from fanout.protocol.handshake import DiallerHandshake
-from fanout.protocol.join import JoinString, Token
+from fanout.protocol.join import Address, JoinString, Token
 from fanout.protocol.tls import TlsIdentity
 from fanout.protocol.wire import Transport
 from tests.conftest import TIMEOUT_FACTOR
@@ -100,8 +100,7 @@ class Site:
         self.fingerprint = None if identity is None else identity.fingerprint
         by_id = {token.token_id: token for token in self.tokens.values()}
         self.server = await transport.serve(
-            "127.0.0.1",
-            0,
+            Address("127.0.0.1"),
             tokens=by_id.get,
             welcome=self._welcome,
             handler=self._accept,
@@ -134,7 +133,9 @@ class Site:
                 await self._came.wait()
 
     def join_of(self, role: str) -> JoinString:
-        return JoinString.of(self.tokens[role], "127.0.0.1", self.server.port, self.fingerprint)
+        return JoinString.of(
+            self.tokens[role], Address("127.0.0.1", self.server.port), self.fingerprint
+        )
 
     async def dial(self, role: str = "worker", join: JoinString | None = None) -> Recorder:
         made: list[Recorder] = []

@@ -26,7 +26,7 @@ def status(
     url = os.environ.get("FANOUT_URL")
     if url:
         join = JoinString.parse(url)
-        found: dict[str, Any] | None = ask_status(join) | {"address": f"{join.host}:{join.port}"}
+        found: dict[str, Any] | None = ask_status(join) | {"address": str(join.address)}
     else:
         found = cluster_status()
     if found is None:

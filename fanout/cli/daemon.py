@@ -69,7 +69,7 @@ def worker(
         )
     if not home:
         # Two workers on one host, for two schedulers or under two names, must not share files.
-        key = f"{parsed.host} {parsed.port} {name}".encode()
+        key = f"{parsed.address} {name}".encode()
         home = os.path.join(state_folder(), f"worker-{hashlib.sha256(key).hexdigest()[:8]}")
     arguments = ["--home", make_folder(os.path.abspath(home))]
     if name:

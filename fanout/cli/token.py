@@ -92,7 +92,7 @@ def create(
         entry = Entry(Token.new(role.value), name, time.time())
         file.write((*entries, entry))
     # Nothing shows it again, so it is shown whatever comes now, Ctrl-C included.
-    typer.echo(str(JoinString.of(entry.token, known.host, known.port, known.fingerprint)))
+    typer.echo(str(JoinString.of(entry.token, known.address, known.fingerprint)))
     _follow(folder, file)
 
 

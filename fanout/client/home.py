@@ -5,6 +5,7 @@
     <FANOUT_HOME>/<machine>/v<protocol>-<schema>/
         start.lock                      held by whoever starts or stops a daemon
         scheduler.json  worker.json     where each is; written when it is ready
+        scheduler.sock                  what the scheduler listens at
         scheduler.starting  ...         the pid of one that was started and is not ready yet
         scheduler.output  ...           what it wrote to stdout and stderr: why it did not start
 
@@ -29,7 +30,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fanout.exceptions import ConnectionError, InvalidError
-from fanout.filesystem import MOUNT_TABLE, network_file_system_of, write_private
+from fanout.filesystem import (
+    MOUNT_TABLE,
+    network_file_system_of,
+    short_socket_path,
+    write_private,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -47,14 +53,12 @@ MODULES = {"scheduler": "fanout_scheduler", "worker": "fanout_worker"}
 class Daemon:
     """One process of the embedded default, as its file describes it.
 
-    All but `kind` and `pid` are empty for a worker. `tokens` says which tokens are in force: the
+    The others are empty for a worker. `tokens` says which tokens are in force: the
     `digest` of `fanout.protocol.tokens.Content`.
     """
 
     kind: str
     pid: int
-    host: str = ""
-    port: int = 0
     client_join: str = ""
     worker_join: str = ""
     tokens: str = ""
@@ -203,8 +207,6 @@ def _read(home: str, kind: str, name: str) -> Daemon | None:
         return Daemon(
             kind=kind,
             pid=data["pid"],
-            host=str(data.get("host", "")),
-            port=int(data.get("port", 0)),
             client_join=str(data.get("client_join", "")),
             worker_join=str(data.get("worker_join", "")),
             tokens=str(data.get("tokens", "")),
@@ -239,12 +241,26 @@ def is_alive(pid: Any, kind: str) -> bool:
 
 
 def answers(daemon: Daemon) -> bool:
-    """Whether somebody accepts connections at the daemon's address."""
+    """Whether somebody accepts connections at the scheduler's address."""
+    from fanout.protocol.join import JoinString
+
     try:
-        with socket.create_connection((daemon.host, daemon.port), PROBE_TIMEOUT_S):
+        address = JoinString.parse(daemon.client_join).address
+        if address.path:
+            return _accepts(address.path)
+        # One that an earlier version of fanout has started.
+        with socket.create_connection((address.host, address.port), PROBE_TIMEOUT_S):
             return True
-    except OSError:
+    except (InvalidError, OSError):
         return False
+
+
+def _accepts(path: str) -> bool:
+    """Raises OSError if nobody listens at the socket."""
+    with socket.socket(socket.AF_UNIX) as probe, short_socket_path(path) as short:
+        probe.settimeout(PROBE_TIMEOUT_S)
+        probe.connect(short)
+    return True
 
 
 # --- the lock -------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The embedded default: a scheduler and a worker of one's own, on this machine, found or started.
 
-With no `FANOUT_URL` a client uses daemons that belong to the user and the machine. They listen on
-loopback, outlive the client and leave by themselves when idle. All they share with clients is the
-folder that `home.py` describes.
+With no `FANOUT_URL` a client uses daemons that belong to the user and the machine. They listen at a
+unix socket in the folder that `home.py` describes, which is all they share with clients; they
+outlive the client and leave by themselves when idle.
 
 Finding is free of locks. Starting is done under `start.lock`, and a daemon that leaves because it
 is idle takes that lock first, so either the client sees the daemon or the daemon the client.
@@ -10,11 +10,8 @@ is idle takes that lock first, so either the client sees the daemon or the daemo
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -46,9 +43,7 @@ START_TIMEOUT_S = 15.0
 #: A person waits for `fanout stop`; the daemons' own grace for user code comes first.
 LEAVE_TIMEOUT_S = config.KILL_GRACE_S + 5.0
 ANSWER_TIMEOUT_S = 10.0
-PORT_TIMEOUT_S = 0.2
 OUTPUT_TAIL_SIZE_BYTES = 4096
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +132,7 @@ def _start_what_is_missing(home: str, deadline: float) -> Daemon | None:
             # The scheduler took its leave, so the worker is leaving too and would not take work.
             end_daemon(worker)
             worker = None
-        scheduler = _start_scheduler(home, _port_of_dead(home), deadline)
+        scheduler = _start_scheduler(home, deadline)
     if worker is None and _start_worker(home, scheduler, deadline) is None:
         return None
     return scheduler
@@ -165,36 +160,9 @@ def _has_died(home: str) -> bool:
     return os.path.exists(os.path.join(home, "scheduler.json"))
 
 
-def _port_of_dead(home: str) -> int:
-    """The port of a scheduler that died without leaving word, if it is free; else 0.
-
-    At its old address the successor is found again by clients that outlived it.
-    """
-    try:
-        with open(os.path.join(home, "scheduler.json"), "rb") as file:
-            port = int(json.loads(file.read())["port"])
-        # A killed process is dead a moment before its last thread has let go of the socket.
-        wait_until(lambda: _is_free(port), time.monotonic() + PORT_TIMEOUT_S)
-    except (OSError, OverflowError, ValueError, KeyError, TypeError):
-        return 0
-    return port
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((LOOPBACK, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            return False
-    return True
-
-
-def _start_scheduler(home: str, port: int, deadline: float) -> Daemon:
+def _start_scheduler(home: str, deadline: float) -> Daemon:
     idle_timeout_s = config.number_from_env("FANOUT_IDLE_TIMEOUT", config.IDLE_TIMEOUT_S)
-    arguments = ["--host", LOOPBACK, "--port", str(port), "--idle-timeout", str(idle_timeout_s)]
+    arguments = ["--idle-timeout", str(idle_timeout_s)]
     found = _start(home, "scheduler", arguments, {}, deadline)
     assert found is not None, "it waits for no other"
     return found
@@ -300,13 +268,14 @@ def cluster_status() -> dict[str, Any] | None:
     scheduler = find_daemon(home, "scheduler")
     if scheduler is None:
         return None
-    status = ask_status(JoinString.parse(scheduler.client_join))
+    join = JoinString.parse(scheduler.client_join)
+    status = ask_status(join)
     worker = find_daemon(home, "worker")
     return status | {
         "home": home,
         "scheduler_pid": scheduler.pid,
         "worker_pid": worker.pid if worker else None,
-        "address": f"{scheduler.host}:{scheduler.port}",
+        "address": str(join.address),
     }
 
 
@@ -432,7 +401,7 @@ def _ask(join: JoinString, request: m.Message, answer_kind: type[Any]) -> Any:
                 return await answer.received
         except TimeoutError as error:
             raise ConnectionError(
-                f"the scheduler at {join.host}:{join.port} accepted the connection but gave no "
+                f"the scheduler at {join.address} accepted the connection but gave no "
                 f"answer in {ANSWER_TIMEOUT_S:g} s"
             ) from error
         finally:

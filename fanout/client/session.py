@@ -273,7 +273,7 @@ class Session:
                 container.secret,
                 info,
             )
-            return await wire.connect_unix(
+            return await wire.connect_container(
                 container.socket_path,
                 hello=hello,
                 allowed=m.TO_CLIENT,

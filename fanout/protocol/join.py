@@ -3,19 +3,23 @@
 A join string is one line that a person can copy::
 
     fanout://<role>.<token id>:<secret>@<host>:<port>[?fp=<certificate fingerprint>]
+    fanout://<role>.<token id>:<secret>@/<path of a unix socket>
 
 The token id is public and travels in the open; the secret never travels, it only keys the proofs
 of the handshake. With a fingerprint the connection is TLS to exactly that certificate; without
-one it is plain, which a scheduler accepts on loopback only.
+one it is plain, which a scheduler accepts on loopback and on its socket only. The path is percent
+encoded.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
 import secrets
 from dataclasses import dataclass, field
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from fanout.exceptions import InvalidError
 
@@ -44,26 +48,40 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Address:
+    """Where a scheduler listens: at a port of a host, or at a unix socket, which has a path and is
+    for its own machine. `str()` is for people."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return self.path or f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
 class JoinString:
     """A join string in parts. `str()` gives the line, secret and all; `repr()` hides the secret."""
 
-    host: str
-    port: int
+    address: Address
     role: str
     token_id: str
     secret: bytes = field(repr=False)
     fingerprint: bytes | None = None
 
     @classmethod
-    def of(cls, token: Token, host: str, port: int, fingerprint: bytes | None) -> JoinString:
-        """What to tell somebody who shall join with `token` the scheduler at `host`:`port`."""
-        return cls(host, port, token.role, token.token_id, token.secret, fingerprint)
+    def of(cls, token: Token, address: Address, fingerprint: bytes | None = None) -> JoinString:
+        """What to tell somebody who shall join with `token` the scheduler at `address`."""
+        return cls(address, token.role, token.token_id, token.secret, fingerprint)
 
     def __str__(self) -> str:
         secret = base64.urlsafe_b64encode(self.secret).decode().rstrip("=")
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        path = self.address.path
+        address = quote_from_bytes(os.fsencode(path)) if path else str(self.address)
         query = f"?fp={self.fingerprint.hex()}" if self.fingerprint else ""
-        return f"{SCHEME}{self.role}.{self.token_id}:{secret}@{host}:{self.port}{query}"
+        return f"{SCHEME}{self.role}.{self.token_id}:{secret}@{address}{query}"
 
     @classmethod
     def parse(cls, text: str) -> JoinString:
@@ -76,7 +94,7 @@ class JoinString:
         if not text.startswith(SCHEME):
             raise _wrong(f"it does not begin with {SCHEME}")
         rest, mark, query = text.removeprefix(SCHEME).partition("?")
-        credentials, at, address = rest.rpartition("@")
+        credentials, at, where = rest.rpartition("@")
         if not at:
             raise _wrong("there is no @ between the token and the address")
         name, colon, secret = credentials.partition(":")
@@ -87,9 +105,12 @@ class JoinString:
             raise _wrong(f"the role {role!r} is not one of {', '.join(ROLES)}")
         if not _TOKEN_ID.fullmatch(token_id):
             raise _wrong(f"the token id {token_id!r} is not 1 to 64 letters, digits, - or _")
-        host, port = _parse_address(address.removesuffix("/"))
+        is_path = where.startswith("/")
+        address = _parse_path(where) if is_path else _parse_address(where.removesuffix("/"))
+        if is_path and mark:
+            raise _wrong("nothing can follow the path of a socket, as ?fp= does")
         fingerprint = _parse_query(query) if mark else None
-        return cls(host, port, role, token_id, _parse_secret(secret), fingerprint)
+        return cls(address, role, token_id, _parse_secret(secret), fingerprint)
 
 
 def _wrong(what: str) -> InvalidError:
@@ -109,7 +130,14 @@ def _parse_secret(text: str) -> bytes:
     return secret
 
 
-def _parse_address(address: str) -> tuple[str, int]:
+def _parse_path(where: str) -> Address:
+    path = unquote_to_bytes(where)
+    if b"\0" in path:
+        raise _wrong("the path of the socket holds a NUL")
+    return Address(path=os.fsdecode(path))
+
+
+def _parse_address(address: str) -> Address:
     host, colon, port_text = address.rpartition(":")
     if not colon:
         raise _wrong(f"the address {address!r} has no port")
@@ -122,7 +150,7 @@ def _parse_address(address: str) -> tuple[str, int]:
     # isdigit() would let digits of other scripts through, and a thousand of them.
     if not re.fullmatch(r"[0-9]{1,5}", port_text) or not 1 <= int(port_text) <= 65535:
         raise _wrong(f"the port {port_text!r} is not a number from 1 to 65535")
-    return host, int(port_text)
+    return Address(host, int(port_text))
 
 
 def _parse_query(query: str) -> bytes:

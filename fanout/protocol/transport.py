@@ -1,4 +1,5 @@
-"""Connections between processes: dial with `connect`, listen with `serve`, or over a unix socket.
+"""Connections between processes: dial with `connect`, listen with `serve`. Containers and their
+daemon have `connect_container` and `serve_containers`.
 
 Either way a handler is made for each connection whose handshake is done, and gets a `Transport`
 to send by. What a transport promises is in `wire.py`. These two are the only modules with sockets.
@@ -12,11 +13,12 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from fanout.config import CONNECT_TIMEOUT_S
 from fanout.exceptions import ConnectionError, InvalidError
+from fanout.filesystem import short_socket_path
 from fanout.protocol import messages as m
 from fanout.protocol.connection import Connection
 from fanout.protocol.handshake import (
@@ -27,7 +29,7 @@ from fanout.protocol.handshake import (
     Handshake,
     ListenerHandshake,
 )
-from fanout.protocol.join import JoinString, Token
+from fanout.protocol.join import Address, JoinString, Token
 from fanout.protocol.tls import CertificateError, TlsIdentity, client_context, peer_fingerprint
 from fanout.protocol.wire import PeerHandler, Transport
 
@@ -39,9 +41,9 @@ __all__ = [
     "Token",
     "Transport",
     "connect",
-    "connect_unix",
+    "connect_container",
     "serve",
-    "serve_unix",
+    "serve_containers",
 ]
 
 logger = logging.getLogger("fanout.protocol")
@@ -54,9 +56,6 @@ UNPROVED_COUNT_MAX = 256
 BACKLOG = 1024
 #: Without descriptors, a listener tries again after this long.
 ACCEPT_RETRY_S = 0.2
-#: `sun_path` of Linux has 108 bytes, one of them for the end.
-UNIX_PATH_SIZE_BYTES_MAX = 107
-
 
 # --- dialling -------------------------------------------------------------------------------------
 
@@ -93,7 +92,7 @@ async def connect(
             f"`fanout scheduler` prints for a {role}"
         )
     hello = m.Hello(m.PROTOCOL_VERSION, role, join.token_id, session_id, os.urandom(32), info)
-    pinned = join.fingerprint
+    pinned, address = join.fingerprint, join.address
 
     def make_connection(sink: asyncio.Transport) -> Connection:
         seen = b"" if pinned is None else peer_fingerprint(sink)
@@ -103,7 +102,7 @@ async def connect(
             connection.data_to_send()
             connection.fail(
                 CertificateError(
-                    f"the scheduler at {join.host}:{join.port} has another certificate than the "
+                    f"the scheduler at {address} has another certificate than the "
                     f"one of the join string; get a new join string from `fanout scheduler`"
                 )
             )
@@ -112,18 +111,19 @@ async def connect(
     loop = asyncio.get_running_loop()
     transport = Transport(make_connection, handler)
     context = None if pinned is None else client_context()
-    where = f"the scheduler at {join.host}:{join.port}"
-    await _dial(
-        lambda: loop.create_connection(lambda: transport, join.host, join.port, ssl=context),
-        transport,
-        timeout_s,
-        where,
-        "is it running? `fanout scheduler` starts one",
-    )
+
+    async def create() -> None:
+        if address.path:
+            await _create_unix(transport, address.path)
+        else:
+            await loop.create_connection(lambda: transport, address.host, address.port, ssl=context)
+
+    where, advice = f"the scheduler at {address}", "is it running? `fanout scheduler` starts one"
+    await _dial(create, transport, timeout_s, where, advice)
     return transport
 
 
-async def connect_unix(
+async def connect_container(
     path: str,
     *,
     hello: m.Hello,
@@ -143,10 +143,9 @@ async def connect_unix(
         AuthError: the daemon does not know the container.
         ConnectionError: the daemon is not there.
     """
-    loop = asyncio.get_running_loop()
     transport = Transport(lambda _: Connection(ContainerDialler(hello, allowed)), handler)
     await _dial(
-        lambda: loop.create_unix_connection(lambda: transport, path),
+        lambda: _create_unix(transport, path),
         transport,
         timeout_s,
         f"the worker daemon at {path}",
@@ -155,8 +154,17 @@ async def connect_unix(
     return transport
 
 
+async def _create_unix(transport: Transport, path: str) -> None:
+    with short_socket_path(path) as short:
+        await asyncio.get_running_loop().create_unix_connection(lambda: transport, short)
+
+
 async def _dial(
-    create: Callable[[], Any], transport: Transport, timeout_s: float, where: str, advice: str
+    create: Callable[[], Awaitable[None]],
+    transport: Transport,
+    timeout_s: float,
+    where: str,
+    advice: str,
 ) -> None:
     try:
         async with asyncio.timeout(timeout_s):
@@ -387,8 +395,7 @@ class _TlsListener:
 
 
 async def serve(
-    host: str,
-    port: int,
+    address: Address,
     *,
     tokens: Callable[[str], Token | None],
     welcome: Callable[[m.Hello, str], m.Welcome],
@@ -398,22 +405,23 @@ async def serve(
     """Listen for clients and workers.
 
     Args:
-        host: an address of this machine.
-        port: 0 for any; see `Server.port`.
+        address: of this machine; port 0 is any, see `Server.port`. A socket is made in a folder
+            that only this user may enter; one that nobody listens at any more is replaced.
         tokens: the token of an id, None if there is none.
         welcome: the answer to a peer that has proved its role (second argument). May raise
             AuthError to refuse it for good, or ConnectionError to have it try again.
         handler: makes the handler of an open connection from it, its Hello and its role.
-        tls: this scheduler's certificate; None for plain connections, on loopback only.
+        tls: this scheduler's certificate; None for plain connections, on loopback and at a socket
+            only.
 
     Raises:
-        InvalidError: no TLS and `host` is not loopback.
+        InvalidError: no TLS, and other machines can reach the host.
         OSError: the address cannot be bound.
     """
     loop = asyncio.get_running_loop()
-    if tls is None and not await _is_loopback(host):
+    if tls is None and not address.path and not await _is_loopback(address.host):
         raise InvalidError(
-            f"{host!r} can be reached from other machines, which needs TLS; "
+            f"{address.host!r} can be reached from other machines, which needs TLS; "
             f"bind 127.0.0.1, or give the scheduler a certificate"
         )
     decoy = os.urandom(32)
@@ -430,7 +438,10 @@ async def serve(
         return handler(transport, hello, hello.role)
 
     server = Server(make_connection, make_handler)
-    if tls is None:
+    host, port = address.host, address.port
+    if address.path:
+        await _listen_unix(server, address.path)
+    elif tls is None:
         server.attach(await loop.create_server(server.make_transport, host, port, backlog=BACKLOG))
     else:
         listener = _TlsListener(server, tls.server_context())
@@ -439,7 +450,7 @@ async def serve(
     return server
 
 
-async def serve_unix(
+async def serve_containers(
     path: str,
     *,
     accept: Callable[[m.Hello], m.Welcome | None],
@@ -456,21 +467,19 @@ async def serve_unix(
         handler: makes the handler of an open connection; its Hello is `Transport.peer`.
 
     Raises:
-        InvalidError: the path is too long for a unix socket.
         OSError: it cannot be bound.
     """
-    size = len(os.fsencode(path))
-    if size > UNIX_PATH_SIZE_BYTES_MAX:
-        raise InvalidError(
-            f"the socket path {path!r} has {size} bytes, Linux takes {UNIX_PATH_SIZE_BYTES_MAX}; "
-            f"set FANOUT_HOME to a shorter path"
-        )
-    loop = asyncio.get_running_loop()
     server = Server(lambda _: Connection(ContainerListener(accept, allowed)), handler)
-    listener = await loop.create_unix_server(server.make_transport, path, backlog=BACKLOG)
+    await _listen_unix(server, path)
+    return server
+
+
+async def _listen_unix(server: Server, path: str) -> None:
+    loop = asyncio.get_running_loop()
+    with short_socket_path(path) as short:
+        listener = await loop.create_unix_server(server.make_transport, short, backlog=BACKLOG)
     os.chmod(path, 0o600)
     server.attach(listener, path)
-    return server
 
 
 async def _is_loopback(host: str) -> bool:

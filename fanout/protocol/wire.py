@@ -67,6 +67,8 @@ UNANSWERED_COUNT_MIN = 2
 #: unacknowledged bytes were sent again, probes without an answer, and as the last one the
 #: milliseconds since any acknowledgement came.
 TCP_INFO = struct.Struct("=xxBB4x48xI")
+#: Linux' `struct ucred`: pid, uid, gid.
+PEER_CREDENTIALS = struct.Struct("iII")
 
 
 #: Warnings about strangers in an interval, so that nobody without a token fills a log.
@@ -136,7 +138,7 @@ class Transport(asyncio.Protocol):
         self._is_writable_told = True
         self._closing_timer: asyncio.TimerHandle | None = None
         #: Kept, as the socket does not know it any more when it is gone.
-        self._address = "a unix socket"
+        self._address = "a process of this machine"
         self._silence_timer: asyncio.TimerHandle | None = None
         self._is_silent = False
         #: Open, or lost before it was: what `connect` waits for.
@@ -255,9 +257,7 @@ class Transport(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._socket = cast(asyncio.Transport, transport)
-        name = self._socket.get_extra_info("peername")
-        if isinstance(name, tuple):
-            self._address = f"{name[0]}:{name[1]}"
+        self._address = _address_of(self._socket) or self._address
         if _set_options(self._socket):
             self._look_for_silence()
         self._socket.set_write_buffer_limits(high=BULK_SIZE_BYTES_HIGH, low=BULK_SIZE_BYTES_LOW)
@@ -480,6 +480,21 @@ def join_small(buffers: list[m.Payload]) -> list[m.Payload]:
     if small:
         parts.append(b"".join(small))
     return parts
+
+
+def _address_of(sink: asyncio.Transport) -> str:
+    """The peer's address, or which process it is; "" where neither can be told."""
+    name = sink.get_extra_info("peername")
+    if isinstance(name, tuple):
+        return f"{name[0]}:{name[1]}"
+    sock = sink.get_extra_info("socket")
+    if sock is None or sock.family != socket.AF_UNIX or sys.platform != "linux":
+        return ""
+    pid, _, _ = PEER_CREDENTIALS.unpack(
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
+    )
+    # 0 for a process that this one cannot see, in another pid namespace.
+    return f"process {pid}" if pid else ""
 
 
 def _set_options(sink: asyncio.Transport) -> bool:

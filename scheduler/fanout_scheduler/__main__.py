@@ -29,6 +29,7 @@ from fanout.config import (
     number_from_env,
 )
 from fanout.exceptions import Error, InvalidError, StorageError
+from fanout.protocol.join import Address
 from fanout.protocol.transport import UNPROVED_COUNT_MAX
 from fanout_scheduler.home import Home
 from fanout_scheduler.server import Options, SchedulerServer
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fanout.scheduler")
 
 LOG_SIZE_BYTES_MAX = 5 << 20
+LOOPBACK = "127.0.0.1"
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 #: Open files that are no connection of a peer: the store's, blobs that are being received or sent,
 #: and strangers in their handshake.
@@ -53,13 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.host == "localhost":
         # The name stands for two addresses, which would get two different free ports.
-        options.host = "127.0.0.1"
+        options.host = LOOPBACK
     os.umask(0o077)
     try:
-        if options.embedded and not is_loopback(options.host):
+        if options.embedded and (options.host is not None or options.port is not None):
             raise InvalidError(
-                f"--embedded serves this machine alone and cannot listen on {options.host}. "
-                f"Leave out --host, or leave out --embedded."
+                "--embedded serves this machine alone, at a socket in its home. "
+                "Leave out --host and --port, or leave out --embedded."
             )
         home = Home(options.home)
         _set_up_log(home, options.embedded)
@@ -80,14 +82,16 @@ def _serve(home: Home, options: argparse.Namespace) -> int:
     idle_timeout_s: float | None = options.idle_timeout
     if idle_timeout_s is None and options.embedded:
         idle_timeout_s = number_from_env("FANOUT_IDLE_TIMEOUT", IDLE_TIMEOUT_S)
+    address = Address(options.host or LOOPBACK, options.port or 0)
+    if options.embedded:
+        address = Address(path=str(home.socket))
     server = SchedulerServer(
         home,
         Options(
-            host=options.host,
-            public_host=_public_host(options.host),
-            port=options.port,
+            address=address,
+            public_host=_public_host(address.host),
             idle_timeout_s=idle_timeout_s,
-            tls=None if is_loopback(options.host) else _identity(home),
+            tls=None if address.path or is_loopback(address.host) else _identity(home),
             spawned_bytes_max=_spawned_bytes_max(),
             connection_count_max=_connection_count_max(),
         ),
@@ -101,13 +105,13 @@ async def _run(server: SchedulerServer, is_quiet: bool) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.leave, f"signal {number.name}")
 
-    def ready(address: dict[str, Any]) -> None:
+    def ready(record: dict[str, Any]) -> None:
         # What lives now lives for ever; the collector need never look at it again.
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
         if not is_quiet:
-            _tell_how_to_join(address)
+            _tell_how_to_join(record)
 
     return await server.run(ready)
 
@@ -164,8 +168,8 @@ def _public_host(host: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fanout_scheduler", description="fanout's scheduler")
     parser.add_argument("--home", type=Path, required=True, help="folder of its state")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--host", help=f"address to listen on; {LOOPBACK} by default")
+    parser.add_argument("--port", type=int, help="port to listen on; 0, the default, is a free one")
     parser.add_argument(
         "--embedded", action="store_true", help="serve this machine alone, and leave when idle"
     )
@@ -221,13 +225,13 @@ def _set_up_log(home: Home, is_embedded: bool) -> None:
     root.setLevel(level)
 
 
-def _tell_how_to_join(address: dict[str, Any]) -> None:
+def _tell_how_to_join(record: dict[str, Any]) -> None:
     sys.stdout.write(
-        f"fanout scheduler {address['version']} listens on {address['host']}:{address['port']}\n"
+        f"fanout scheduler {record['version']} listens on {record['address']}\n"
         f"\nOn each machine that shall run functions:\n"
-        f"  fanout worker '{address['worker_join']}'\n"
+        f"  fanout worker '{record['worker_join']}'\n"
         f"\nWhere programs start:\n"
-        f"  export FANOUT_URL='{address['client_join']}'\n"
+        f"  export FANOUT_URL='{record['client_join']}'\n"
         f"\nBoth lines hold a secret. Anybody who has the second one can run code on the workers.\n"
     )
     sys.stdout.flush()

@@ -4,6 +4,7 @@
 |---|---|
 | `scheduler.lock` | locked by the running scheduler for its whole life; holds its pid |
 | `scheduler.json` | where it listens and the join strings; there while it can be reached |
+| `scheduler.sock` | what an embedded one listens at |
 | `start.lock` | held by whoever starts a scheduler, and by an idle scheduler that leaves |
 | `tokens.lock` | held while the tokens are changed |
 | `scheduler.db`, `store.key`, `tokens.json`, `blobs/` | what outlives the process |
@@ -94,6 +95,10 @@ class Home:
     @property
     def address(self) -> Path:
         return self.path / "scheduler.json"
+
+    @property
+    def socket(self) -> Path:
+        return self.path / "scheduler.sock"
 
     # --- locks -----------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from fanout.config import SPAWNED_SIZE_BYTES_MAX
 from fanout.exceptions import ConnectionError, InternalError, ProtocolError
 from fanout.protocol import messages as m
 from fanout.protocol.blob_store import FileBlobStore, Finding
-from fanout.protocol.join import JoinString, Token
+from fanout.protocol.join import Address, JoinString, Token
 from fanout.protocol.transport import Server, Transport, serve
 from fanout_scheduler.blobs import BlobKeeper
 from fanout_scheduler.clock import TICK_INTERVAL_S, Clock
@@ -93,13 +93,12 @@ _NAMING_TYPES: frozenset[type[m.Message]] = frozenset(
 class Options:
     """How a scheduler is run."""
 
-    #: Address to listen on, and the one that join strings name.
-    host: str
-    public_host: str
-    #: 0 for any.
-    port: int
+    #: Where to listen; port 0 is any.
+    address: Address
     #: Seconds without clients and open calls after which it leaves; None for never.
     idle_timeout_s: float | None
+    #: The host that join strings name; needed for a port.
+    public_host: str = ""
     tls: TlsIdentity | None = None
     #: How much memory spawned calls may take.
     spawned_bytes_max: int = SPAWNED_SIZE_BYTES_MAX
@@ -121,6 +120,8 @@ class SchedulerServer:
     def __init__(self, home: Home, options: Options) -> None:
         self.home = home
         self.options = options
+        #: What join strings name.
+        self._address = options.address
         self.tokens = Tokens(home.tokens)
         key = load_key(home.key, home.database)
         self._files = FileBlobStore(home.blobs)
@@ -170,21 +171,21 @@ class SchedulerServer:
         self.store.start(loop)
         options = self.options
         listener = await serve(
-            options.host,
-            options.port,
+            options.address,
             tokens=self.tokens.lookup,
             welcome=self._welcome,
             handler=self._connected,
             tls=options.tls,
         )
-        self._port = listener.port
-        address = self._address(listener.port)
-        self.home.publish(address)
+        if not options.address.path:
+            self._address = Address(options.public_host, listener.port)
+        record = self._record()
+        self.home.publish(record)
         self._tick()
         self.schedule_turn()
         loop.call_later(_WARM_DELAY_S, self.store.warm)
-        ready(address)
-        log.info("epoch %d, listening on %s:%d", self.epoch, options.host, listener.port)
+        ready(record)
+        log.info("epoch %d, listening on %s", self.epoch, self._address)
         try:
             code = await self._exit_code
         finally:
@@ -217,20 +218,21 @@ class SchedulerServer:
             for transport in transports:
                 transport.abort()
 
-    def _address(self, port: int) -> dict[str, Any]:
+    def _record(self) -> dict[str, Any]:
+        """The content of `scheduler.json`."""
         tls = self.options.tls
         fingerprint = None if tls is None else tls.fingerprint
-        host = self.options.public_host
         joins = {
-            f"{role}_join": str(JoinString.of(self.tokens.of_role(role), host, port, fingerprint))
+            f"{role}_join": str(
+                JoinString.of(self.tokens.of_role(role), self._address, fingerprint)
+            )
             for role in ("client", "worker")
         }
         return {
             "pid": os.getpid(),
             "boot_id": boot_id(),
             "started": time.time(),
-            "host": host,
-            "port": port,
+            "address": str(self._address),
             "epoch": self.epoch,
             **joins,
             "tokens": self.tokens.digest,
@@ -297,7 +299,7 @@ class SchedulerServer:
     def _publish_again(self) -> None:
         """Say that a change of the tokens is in force, and which ones new clients shall use."""
         try:
-            self.home.publish(self._address(self._port))
+            self.home.publish(self._record())
         except OSError as error:
             if not self._is_address_old:
                 log.error("%s cannot be written: %s", self.home.address, error)

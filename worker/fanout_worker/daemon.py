@@ -211,7 +211,7 @@ class Daemon:
         self._leave.set()
 
     def _join(self) -> JoinString:
-        """Where the scheduler is. An embedded one that was started anew has another port."""
+        """Where the scheduler is. An embedded one may have new tokens by now."""
         record = self._scheduler_record() if self._options.is_embedded else None
         if record is not None:
             try:
@@ -291,10 +291,9 @@ class Daemon:
         is_news = self._was_accepted and self._lost_at is None and not self._leave.is_set()
         self._tell(
             is_news,
-            "= lost the scheduler at %s:%d: %s; containers go on, and it tries to reach the "
+            "= lost the scheduler at %s: %s; containers go on, and it tries to reach the "
             "scheduler until it is back",
-            self._options.join.host,
-            self._options.join.port,
+            self._options.join.address,
             error or self._goodbye or "closed in order",
         )
         if self._was_accepted and self._lost_at is None:
@@ -521,8 +520,8 @@ class Daemon:
         if lost_at is not None:
             rest = f"again after {self._loop.time() - lost_at:.0f} s"
         sys.stdout.write(
-            f"fanout worker {options.name} has joined the scheduler at {options.join.host}:"
-            f"{options.join.port} {rest}\n"
+            f"fanout worker {options.name} has joined the scheduler at {options.join.address} "
+            f"{rest}\n"
         )
         sys.stdout.flush()
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from fanout.exceptions import ProtocolError
 from fanout.protocol import messages as m
-from fanout.protocol.transport import Server, Transport, serve_unix
+from fanout.protocol.transport import Server, Transport, serve_containers
 
 logger = logging.getLogger("fanout.worker")
 
@@ -80,7 +80,7 @@ class NestedServer:
         self.path = os.path.join(self._folder, "daemon")
 
     async def start(self) -> None:
-        self._server = await serve_unix(
+        self._server = await serve_containers(
             self.path, accept=self._accept, allowed=m.FROM_NESTED_CLIENT, handler=self._open
         )
 
