@@ -25,8 +25,17 @@ class IntervalSet:
         self._stops = _NONE
         #: How many integers are in the set.
         self.count = 0
-        for start, stop in ranges:
-            self.add(start, stop)
+        if ranges:
+            for start, stop in ranges:
+                self.add(start, stop)
+
+    @classmethod
+    def of(cls, start: int, stop: int) -> IntervalSet:
+        """The set that is one range, which must not be empty."""
+        made = cls()
+        made._starts, made._stops = [start], [stop]
+        made.count = stop - start
+        return made
 
     def __bool__(self) -> bool:
         return bool(self._starts)

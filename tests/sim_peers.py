@@ -76,8 +76,10 @@ class SimCall:
             count = min(room, self.count - self.added, self.world.random.randint(1, most))
             start = self.added
             blobs = self._name_blobs(start, count) if self.plan.is_bulky else None
-            self.call.add([b"%d" % i for i in range(start, start + count)], blobs)
+            inputs = [b"%d" % i for i in range(start, start + count)]
             self.added += count
+            # Whoever gives inputs may learn only later that they were the last.
+            self.call.add(inputs, blobs, is_last=self.added == self.count and self.count % 2 == 0)
         self.call.seal()
 
     def _name_blobs(self, start: int, count: int) -> list[BlobRef]:

@@ -44,6 +44,8 @@ def values_of(check: m.Check) -> st.SearchStrategy[Any]:
         return st.integers(check.low, check.high)
     if isinstance(check, m.Sized):
         return _sized(check)
+    if isinstance(check, m.Usually):
+        check = check.check
     by_name: dict[str, st.SearchStrategy[Any]] = {
         "_is_number": _NUMBERS,
         "_is_pairs": st.lists(_PAIR, max_size=5),

@@ -73,8 +73,7 @@ def delivered(call: CallState) -> list[tuple[int, bytes]]:
 
 def test_a_single_call_goes_out_in_one_go() -> None:
     call = make()
-    call.add([b"input"])
-    call.seal()
+    call.add([b"input"], is_last=True)
     kinds = [type(message) for message in taken(call)]
     assert kinds == [m.SubmitCall]
     call.handle(m.CallOpened(CALL, WINDOW_COUNT_MIN, WINDOW_BYTES, []))

@@ -44,8 +44,7 @@ class AsyncStream:
         session = await connected()
         self.call = self.plan.open(session, self)
         if encoded is not None:
-            add_to(self.call, encoded)
-            self.call.state.seal()
+            add_to(self.call, encoded, is_last=True)
             self.call.flush()
         else:
             self._pump = self.loop.create_task(self._feed(), name="fanout map inputs")

@@ -94,8 +94,7 @@ class CallState:
         #: Outputs and items that came again and were dropped.
         self.duplicate_count = 0
 
-        self.window_count = WINDOW_COUNT_MIN
-        self.window_bytes = WINDOW_BYTES
+        self._set_window(WINDOW_COUNT_MIN, WINDOW_BYTES)
         self.is_cancelled = False
         #: The scheduler has all of a durable call on disk.
         self.is_stored = False
@@ -175,7 +174,11 @@ class CallState:
         return (count, size) if count > 0 and size > 0 else (0, 0)
 
     def add(
-        self, inputs: Sequence[bytes], blobs: list[BlobRef] | None = None, blob_size: int = 0
+        self,
+        inputs: Sequence[bytes],
+        blobs: list[BlobRef] | None = None,
+        blob_size: int = 0,
+        is_last: bool = False,
     ) -> None:
         """Add inputs behind those that are there.
 
@@ -183,6 +186,7 @@ class CallState:
             inputs: the bytes of each; at most `CHUNK_COUNT_MAX`.
             blobs: which of them name blobs, counted from the first of `inputs`.
             blob_size: bytes of the blobs that count against the window.
+            is_last: no input follows, as `seal` says. If these are all, one frame holds the call.
         """
         assert not self.is_sealed, "no input follows a seal"
         count = len(inputs)
@@ -193,6 +197,7 @@ class CallState:
             self._added_count, count, length_table(inputs), payload, blobs or [], size, count
         )
         self._added_count += count
+        self.is_sealed = is_last
         if self._failure is not None:
             self._release_blobs(chunk)
             self._fail_range(chunk.start, chunk.stop)
@@ -205,7 +210,6 @@ class CallState:
         if not self.is_sealed:
             self.is_sealed = True
             self._send_pending()
-            self._ack_if_due()
 
     def cancel(self) -> None:
         """End the call. What arrives for it from now on is dropped."""
@@ -284,14 +288,9 @@ class CallState:
 
     def _open_message(self) -> m.OpenCall:
         return m.OpenCall(
-            self.call_id,
-            self.function_id,
-            self.is_durable,
-            self.is_ordered,
-            self.parent,
-            self.is_resuming,
-            self.method,
-        )
+            self.call_id, self.function_id, self.is_durable, self.is_ordered, self.parent,
+            self.is_resuming, self.method,
+        )  # fmt: skip
 
     def _on_opened(self, message: m.CallOpened) -> None:
         self._set_window(message.window_count, message.window_bytes)
@@ -303,6 +302,8 @@ class CallState:
 
     def _set_window(self, count: int, size: int) -> None:
         self.window_count, self.window_bytes = count, size
+        #: So much of a window is told at a time; see `_ack_if_due`.
+        self._ack_count, self._ack_bytes = max(1, count // 4), max(1, size // 4)
 
     def _resend(self, present: Iterable[Sequence[int]]) -> None:
         """Tell what is done, then send what has no output and is not there."""
@@ -344,27 +345,7 @@ class CallState:
             self._send(chunk)
         if self.is_sealed and not self._is_seal_sent:
             self._is_seal_sent = True
-            self._say_seal()
-
-    def _say_seal(self) -> None:
-        """The seal; in one frame with the rest, if nothing of the call has left yet."""
-        match self.outgoing:
-            case [m.OpenCall(is_resumed=False) as opening, m.Inputs(start=0) as inputs]:
-                self.outgoing[:] = [
-                    m.SubmitCall(
-                        self.call_id,
-                        self.function_id,
-                        opening.is_durable,
-                        opening.is_ordered,
-                        opening.parent,
-                        opening.method,
-                        inputs.lengths,
-                        inputs.blobs,
-                        inputs.payload,
-                    )
-                ]
-            case _:
-                self.outgoing.append(m.SealCall(self.call_id, self._added_count))
+            self.outgoing.append(m.SealCall(self.call_id, self._added_count))
 
     def _fitting_count(self, chunk: Chunk) -> int:
         """How many inputs of the chunk the credit allows; at least one if nothing is in flight."""
@@ -386,10 +367,28 @@ class CallState:
         self._sent_count += chunk.count
         self._sent_bytes += chunk.size
         self._chunks.append(chunk)
-        self.outgoing.append(self._inputs_message(chunk))
         if self.is_generator:
             for index in range(chunk.start, chunk.stop):
                 self._streams[index] = ItemStream()
+        if self.is_sealed and chunk.count == self._added_count and self._is_unsaid:
+            self._is_seal_sent = True
+            self.outgoing[0] = self._submit_message(chunk)
+        else:
+            self.outgoing.append(self._inputs_message(chunk))
+
+    @property
+    def _is_unsaid(self) -> bool:
+        """The scheduler has not been told of the call."""
+        if len(self.outgoing) != 1:
+            return False
+        first = self.outgoing[0]
+        return isinstance(first, m.OpenCall) and not first.is_resumed
+
+    def _submit_message(self, chunk: Chunk) -> m.SubmitCall:
+        return m.SubmitCall(
+            self.call_id, self.function_id, self.is_durable, self.is_ordered, self.parent,
+            self.method, chunk.lengths, chunk.blobs, chunk.payload,
+        )  # fmt: skip
 
     def _inputs_message(self, chunk: Chunk) -> m.Inputs:
         return m.Inputs(self.call_id, chunk.start, chunk.lengths, chunk.blobs, chunk.payload)
@@ -403,14 +402,13 @@ class CallState:
             self._acked_count = self._consumed_count
             self._acked_input_bytes = self._consumed_input_bytes
             return
-        quarter = max(1, self.window_count // 4)
-        quarter_bytes = max(1, self.window_bytes // 4)
+        count, size = self._ack_count, self._ack_bytes
         if (
-            self._unacked.count >= quarter
-            or self.unacked_bytes >= quarter_bytes
-            or self._consumed_count - self._acked_count >= quarter
-            or self._consumed_bytes - self._acked_bytes >= quarter_bytes
-            or self._consumed_input_bytes - self._acked_input_bytes >= quarter_bytes
+            self._unacked.count >= count
+            or self.unacked_bytes >= size
+            or self._consumed_count - self._acked_count >= count
+            or self._consumed_bytes - self._acked_bytes >= size
+            or self._consumed_input_bytes - self._acked_input_bytes >= size
         ):
             self._ack()
 

@@ -17,6 +17,9 @@ from fanout.protocol import messages as m
 if TYPE_CHECKING:
     from fanout.client.session import Session
 
+#: What names blobs that the scheduler may not have.
+_NAMING = (m.Inputs, m.SubmitCall)
+
 #: Large buffers of a batch: by position in it.
 BufferTable = dict[int, list[memoryview]]
 
@@ -66,13 +69,12 @@ class LiveCall:
             outgoing.clear()
             return
         for message in outgoing:
-            if isinstance(message, m.Inputs | m.SubmitCall):
+            if isinstance(message, _NAMING):
                 for _, blob_ids in message.blobs:
                     for blob_id in blob_ids:
                         session.offer(blob_id)
-            session.queue(message)
+        session.send_all(outgoing)
         outgoing.clear()
-        session.flush()
 
     def receive(self, message: m.Message) -> bool:
         """Take a message, or keep it while its blobs are on their way. False if it waits."""

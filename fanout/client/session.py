@@ -25,7 +25,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fanout import config, context, output
@@ -515,18 +515,16 @@ class Session:
             self._queue_lazy()
         transport.send(message)
 
-    def queue(self, message: m.Message) -> None:
-        """Like `send`, for a caller that has more to say and calls `flush` when it is done."""
+    def send_all(self, messages: Iterable[m.Message]) -> None:
+        """Like `send`, in one write and without waiting for the loop's next turn."""
         transport = self.transport
-        if transport is not None and not transport.is_closed:
-            if self._lazy:
-                self._queue_lazy()
+        if transport is None or transport.is_closed:
+            return
+        if self._lazy:
+            self._queue_lazy()
+        for message in messages:
             transport.queue(message)
-
-    def flush(self) -> None:
-        """Write what was queued, without waiting for the loop's next turn."""
-        if self.transport is not None and not self.transport.is_closed:
-            self.transport.flush()
+        transport.flush()
 
     def send_lazily(self, message: m.Message) -> None:
         """Send with the next message, or alone in a moment.
@@ -540,7 +538,7 @@ class Session:
 
     def _send_lazy_alone(self) -> None:
         self._queue_lazy()
-        self.flush()
+        self.send_all(())
 
     def _queue_lazy(self) -> None:
         if self._lazy_timer is not None:

@@ -89,13 +89,13 @@ class Plan:
         return call
 
 
-def add_to(call: LiveCall, encoded: Encoded) -> None:
-    """Give encoded inputs to a call."""
+def add_to(call: LiveCall, encoded: Encoded, is_last: bool = False) -> None:
+    """Give encoded inputs to a call; with `is_last` none follows."""
     if call.is_closed:
         return
     for blob_id, content in encoded.pins:
         call.session.pin(blob_id, content)
-    call.state.add(encoded.inputs, encoded.blobs, encoded.blob_size)
+    call.state.add(encoded.inputs, encoded.blobs, encoded.blob_size, is_last)
 
 
 def failure_of(call: LiveCall) -> BaseException | None:
@@ -203,8 +203,7 @@ class BlockingCall(_Opener):
         return values[0]
 
     def opened(self, call: LiveCall) -> None:
-        add_to(call, self._encoded)
-        call.state.seal()
+        add_to(call, self._encoded, is_last=True)
         call.flush()
         if call.session.is_nested:
             self.begin_wait()
@@ -308,8 +307,8 @@ class BlockingStream(_Opener):
         assert self.call is not None
         self._added_size += encoded.size
         if encoded.inputs:
-            add_to(self.call, encoded)
-        if is_last:
+            add_to(self.call, encoded, is_last)
+        elif is_last:
             self.call.state.seal()
 
     def call_changed(self) -> None:

@@ -271,7 +271,8 @@ class Connection:
     def _queue(self, message: m.Message) -> None:
         buffers = m.encode(message)
         self._outgoing += buffers
-        self.outgoing_size += sum(map(len, buffers))
+        for buffer in buffers:
+            self.outgoing_size += len(buffer)
 
     def _move(self, cause: Cause) -> None:
         self.state = TRANSITIONS[self.state][cause]

@@ -89,20 +89,23 @@ class FrameReader:
             data = b"".join(self._parts)
             self._parts.clear()
             self._parts_size = 0
+        size = len(data)
+        if size > PREFIX_SIZE_BYTES:
+            # Without load a read is one frame.
+            header_size, payload_size = PREFIX.unpack_from(data)
+            start = PREFIX_SIZE_BYTES + header_size
+            if (
+                start + payload_size == size
+                and 0 < header_size <= self.header_size_max
+                and payload_size <= self.payload_size_max
+            ):
+                return [(data[PREFIX_SIZE_BYTES:start], data[start:])]
         return self._cut(data)
 
     def _cut(self, data: bytes) -> list[Frame]:
         frames: list[Frame] = []
         position, size = 0, len(data)
         self._needed = PREFIX_SIZE_BYTES
-        if size >= PREFIX_SIZE_BYTES:
-            # Without load a read is one frame.
-            header_size, payload_size = PREFIX.unpack_from(data)
-            payload_start = PREFIX_SIZE_BYTES + header_size
-            if payload_start + payload_size == size:
-                self._check(header_size, payload_size)
-                frames.append((data[PREFIX_SIZE_BYTES:payload_start], data[payload_start:]))
-                return frames
         while size - position >= PREFIX_SIZE_BYTES:
             header_size, payload_size = PREFIX.unpack_from(data, position)
             self._check(header_size, payload_size)

@@ -30,6 +30,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from functools import partial
 from operator import attrgetter
 from typing import (
     Annotated,
@@ -157,8 +158,8 @@ class Between:
     def __call__(self, value: Any) -> bool:
         return type(value) is int and self.low <= value <= self.high
 
-    def as_code(self, value: str) -> str:
-        """The same as an expression of Python; see `_compile_checks`."""
+    def as_code(self, value: str, own: str) -> str:
+        """The same as an expression of Python; see `_compile_reader`."""
         return f"type({value}) is int and {self.low} <= {value} <= {self.high}"
 
 
@@ -172,16 +173,37 @@ class Sized:
         is_kind = type(value) is self.kind
         return is_kind and self.low <= len(value) <= self.high
 
-    def as_code(self, value: str) -> str:
-        """The same as an expression of Python; see `_compile_checks`."""
+    def as_code(self, value: str, own: str) -> str:
+        """The same as an expression of Python; see `_compile_reader`."""
         kind = self.kind.__name__
         return f"type({value}) is {kind} and {self.low} <= len({value}) <= {self.high}"
+
+
+class Usually:
+    """A check that need not be called for the usual values.
+
+    Args:
+        usual: an expression of Python that is true for them; `{0}` stands for the value.
+        check: what holds for all values.
+    """
+
+    def __init__(self, usual: str, check: Check) -> None:
+        self.usual, self.check = usual, check
+
+    def __call__(self, value: Any) -> bool:
+        return self.check(value)
+
+    def as_code(self, value: str, own: str) -> str:
+        """The same as an expression of Python, where the name `own` is this check; see
+        `_compile_reader`."""
+        return f"{self.usual.format(value)} or {own}({value})"
 
 
 class Plain(Sized):
     """A `kind` of plain data, not nested deeper than code can walk through it."""
 
-    as_code = None  # type: ignore[assignment]
+    def as_code(self, value: str, own: str) -> str:
+        return f"{own}({value})"
 
     def __call__(self, value: Any) -> bool:
         return super().__call__(value) and _is_plain(value, NESTING_MAX)
@@ -215,8 +237,6 @@ def _is_pairs(value: Any) -> bool:
 
 def _is_blob_refs(value: Any) -> bool:
     """``[[index in this frame, [blob id, ...]], ...]``"""
-    if value == []:
-        return True
     return (
         type(value) is list
         and len(value) <= LIST_LENGTH_MAX
@@ -277,17 +297,17 @@ Index = Annotated[int, Between(0, INDEX_MAX)]
 Count = Annotated[int, Between(0, INDEX_MAX)]
 RequestId = Annotated[int, Between(0, ID_MAX)]
 SmallInt = Annotated[int, Between(0, 255)]
-Flag = Annotated[bool, lambda value: type(value) is bool]
+Flag = Annotated[bool, Usually("{0} is True or {0} is False", lambda value: type(value) is bool)]
 Number = Annotated[float, _is_number]
 MethodName = Annotated[str, Sized(str, 0, 255)]
 Text = Annotated[str, Sized(str, 0, TEXT_SIZE_MAX)]
 Map = Annotated[dict[str, Any], Plain(dict, 0, LIST_LENGTH_MAX)]
-Lengths = Annotated[bytes, _is_lengths]
+Lengths = Annotated[bytes, Usually("type({0}) is bytes and len({0}) == 4", _is_lengths)]
 Statuses = Annotated[bytes, Sized(bytes, 0, CHUNK_INPUTS_MAX)]
-BlobRefs = Annotated[list[tuple[int, list[bytes]]], _is_blob_refs]
+BlobRefs = Annotated[list[tuple[int, list[bytes]]], Usually("{0} == []", _is_blob_refs)]
 BlobIds = Annotated[list[bytes], _is_blob_ids]
 Pairs = Annotated[list[tuple[int, int]], _is_pairs]
-MaybePair = Annotated[tuple[int, int] | None, _is_pair_or_none]
+MaybePair = Annotated[tuple[int, int] | None, Usually("{0} is None", _is_pair_or_none)]
 Records = Annotated[list[Any], Plain(list, 0, 1 << 20)]
 InnerHeader = Annotated[bytes, Sized(bytes, 1, frames.HEADER_SIZE_BYTES_MAX)]
 
@@ -308,8 +328,8 @@ class Message:
     #: Gives the values of all fields but the payload.
     FIELDS: ClassVar[Callable[[Any], tuple[Any, ...]]]
     HAS_PAYLOAD: ClassVar[bool]
-    #: Whether all fields of a decoded header are valid; made when the first one is decoded.
-    ARE_VALID: ClassVar[Callable[[list[Any]], bool] | None] = None
+    #: Makes one of a decoded header and a payload; itself made when the first one is decoded.
+    READ: ClassVar[Callable[[list[Any], bytes], "Message"] | None] = None
     #: Whether there is a length table, and a status for each of its elements, to be checked.
     HAS_LENGTHS: ClassVar[bool]
     HAS_STATUSES: ClassVar[bool]
@@ -1387,6 +1407,7 @@ COPIED_SIZE_BYTES_MAX = 1024
 #: A length table of one element.
 _LENGTH = struct.Struct("=I")
 _pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+_unpack = partial(msgpack.unpackb, use_list=True, raw=False, strict_map_key=True, max_ext_len=0)
 
 
 def encode_header(message: Message) -> bytes:
@@ -1417,9 +1438,7 @@ def decode(header: bytes, payload: bytes) -> Message:
             Nothing else is raised, whatever the bytes are.
     """
     try:
-        values = msgpack.unpackb(
-            header, use_list=True, raw=False, strict_map_key=True, max_ext_len=0
-        )
+        values = _unpack(header)
     except Exception as error:
         raise ProtocolError(f"frame header is not msgpack: {error}") from error
     if type(values) is not list or not values or type(values[0]) is not int:
@@ -1427,38 +1446,68 @@ def decode(header: bytes, payload: bytes) -> Message:
     cls = KINDS.get(values[0])
     if cls is None:
         raise ProtocolError(f"unknown message kind {values[0]}")
-    are_valid = cls.ARE_VALID or _compile_checks(cls)
-    if len(values) != len(cls.CHECKS) + 1 or not are_valid(values):
-        raise _fault_of(cls, values)
-    if cls.HAS_PAYLOAD:
-        values.append(payload)
-    elif payload:
-        raise ProtocolError(f"{cls.__name__} carries no payload, the frame gave {len(payload)}")
-    message = cls(*values[1:])
-    if cls.HAS_LENGTHS:
-        _check_table(message)
-    return message
+    return (cls.READ or _compile_reader(cls))(values, payload)
 
 
-def _compile_checks(cls: type[Message]) -> Callable[[list[Any]], bool]:
-    """All checks of a kind as one expression, as `dataclasses` makes its methods: calling them one
-    by one would be half of what decoding a small frame costs."""
-    names: dict[str, Any] = {}
-    terms = ["True"]
-    for position, (_, check) in enumerate(cls.CHECKS, 1):
+#: What `_compile_reader` fills in. A frame of one element needs no look at a table.
+_READER = """
+def read(values, payload):
+    if len(values) != {count}:
+        raise fault_of(cls, values, payload)
+    _, {fields} = values
+    if not ({valid}):
+        raise fault_of(cls, values, payload)
+    return cls({arguments})
+"""
+_SINGLE = "len({lengths}) == 4 and int_of({lengths})[0] == len(payload)"
+_SINGLE_STATUS = "len({statuses}) == 1 and {statuses}[0] <= " + str(int(STATUS_MAX))
+
+
+def _compile_reader(cls: type[Message]) -> Callable[[list[Any], bytes], Message]:
+    """What reads a kind, as one function, as `dataclasses` makes its methods: calling the checks
+    one by one would be half of what decoding a small frame costs."""
+    names: dict[str, Any] = {
+        "cls": cls, "fault_of": _fault_of, "int_of": _LENGTH.unpack, "fits": _fits,
+    }  # fmt: skip
+    # A field may be called what the code calls something else.
+    own = {name: f"field_{name}" for name, _ in cls.CHECKS}
+    terms = []
+    for name, check in cls.CHECKS:
+        names[f"check_{name}"] = check
         as_code = getattr(check, "as_code", None)
-        if as_code is not None:
-            terms.append(f"({as_code(f'v[{position}]')})")
-        else:
-            names[f"check_{position}"] = check
-            terms.append(f"check_{position}(v[{position}])")
-    are_valid: Callable[[list[Any]], bool] = eval(f"lambda v: {' and '.join(terms)}", names)
-    cls.ARE_VALID = staticmethod(are_valid)
-    return are_valid
+        call = f"check_{name}({own[name]})"
+        terms.append(as_code(own[name], f"check_{name}") if as_code else call)
+    if not cls.HAS_PAYLOAD:
+        terms.append("not payload")
+    if cls.HAS_STATUSES:
+        fits = "fits({lengths}, payload, {statuses})"
+        terms.append(f"{_SINGLE} and {_SINGLE_STATUS} or {fits}".format(**own))
+    elif cls.HAS_LENGTHS:
+        terms.append((_SINGLE + " or fits({lengths}, payload)").format(**own))
+    code = _READER.format(
+        count=len(own) + 1,
+        fields="".join(f"{name}, " for name in own.values()),
+        valid=" and ".join(f"({term})" for term in terms) or "True",
+        arguments=", ".join([*own.values(), *(["payload"] if cls.HAS_PAYLOAD else [])]),
+    )
+    exec(code, names)
+    read: Callable[[list[Any], bytes], Message] = names["read"]
+    cls.READ = staticmethod(read)
+    return read
 
 
-def _fault_of(cls: type[Message], values: list[Any]) -> ProtocolError:
-    """What is wrong with the fields of a header."""
+def _fits(lengths: bytes, payload: bytes, statuses: bytes | None = None) -> bool:
+    """Whether a length table describes the payload exactly, and there is a status, and one that
+    exists, for each of its elements."""
+    if sum(memoryview(lengths).cast("I")) != len(payload):
+        return False
+    if statuses is None:
+        return True
+    return 4 * len(statuses) == len(lengths) and max(statuses, default=0) <= STATUS_MAX
+
+
+def _fault_of(cls: type[Message], values: list[Any], payload: bytes) -> ProtocolError:
+    """What is wrong with a frame."""
     name = cls.__name__
     if len(values) != len(cls.CHECKS) + 1:
         return ProtocolError(
@@ -1467,7 +1516,24 @@ def _fault_of(cls: type[Message], values: list[Any]) -> ProtocolError:
     for position, (field, is_valid) in enumerate(cls.CHECKS, 1):
         if not is_valid(values[position]):
             return ProtocolError(f"{name}.{field} is not valid: {_shown(values[position])}")
-    raise AssertionError(f"nothing is wrong with {name}")
+    if payload and not cls.HAS_PAYLOAD:
+        return ProtocolError(f"{name} carries no payload, the frame gave {len(payload)}")
+    fields = dict(zip((field for field, _ in cls.CHECKS), values[1:], strict=True))
+    return _fault_of_table(name, fields["lengths"], payload, fields.get("statuses"))
+
+
+def _fault_of_table(
+    name: str, lengths: bytes, payload: bytes, statuses: bytes | None
+) -> ProtocolError:
+    total = sum(memoryview(lengths).cast("I"))
+    if total != len(payload):
+        text = f"{name}.lengths add up to {total}, the payload has {len(payload)}"
+        return ProtocolError(text)
+    assert statuses is not None, f"nothing is wrong with {name}"
+    if 4 * len(statuses) != len(lengths):
+        text = f"{name} has {len(statuses)} statuses for {len(lengths) // 4} outputs"
+        return ProtocolError(text)
+    return ProtocolError(f"{name}.statuses holds the unknown status {max(statuses)}")
 
 
 def _shown(value: Any) -> str:
@@ -1476,24 +1542,6 @@ def _shown(value: Any) -> str:
     except RecursionError:
         text = f"a {type(value).__name__} nested too deep"
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _check_table(message: Message) -> None:
-    """The length table must describe the payload exactly; status bytes must fit it."""
-    table: bytes = message.lengths  # type: ignore[attr-defined]
-    name = type(message).__name__
-    payload: bytes = message.payload  # type: ignore[attr-defined]
-    is_single = len(table) == 4
-    total = _LENGTH.unpack(table)[0] if is_single else sum(memoryview(table).cast("I"))
-    if total != len(payload):
-        raise ProtocolError(f"{name}.lengths add up to {total}, the payload has {len(payload)}")
-    if not message.HAS_STATUSES:
-        return
-    statuses: bytes = message.statuses  # type: ignore[attr-defined]
-    if 4 * len(statuses) != len(table):
-        raise ProtocolError(f"{name} has {len(statuses)} statuses for {len(table) // 4} outputs")
-    if statuses and max(statuses) > STATUS_MAX:
-        raise ProtocolError(f"{name}.statuses holds the unknown status {max(statuses)}")
 
 
 def failure_payload(code: str, text: str, details: dict[str, Any] | None = None) -> bytes:

@@ -217,36 +217,37 @@ def on_open_call(state: State, peer: Peer, message: m.OpenCall) -> None:
 
 def on_submit_call(state: State, peer: Peer, message: m.SubmitCall) -> None:
     """A call with all its inputs."""
-    opening = m.OpenCall(
-        message.call_id,
-        message.function_id,
-        message.is_durable,
-        message.is_ordered,
-        message.parent,
-        method=message.method,
-    )
     if message.call_id in state.calls:
         state.note("duplicate call")
         return
     if message.is_durable and (why := spawned.refusal(state, message)):
-        _refuse_call(state, peer, opening, "store", why)
+        _refuse_call(state, peer, message, "store", why)
         return
-    call = _new_call(state, peer, opening)
+    call = _new_call(state, peer, message)
     if call is None:
         return
     inputs = m.Inputs(message.call_id, 0, message.lengths, message.blobs, message.payload)
     count = len(message.lengths) // 4
     if message.is_durable:
+        opening = m.OpenCall(
+            message.call_id,
+            message.function_id,
+            message.is_durable,
+            message.is_ordered,
+            message.parent,
+            method=message.method,
+        )
         durable.store_open(state, call, opening)
         durable.store_inputs(state, call, inputs)
         durable.store_seal(state, call, m.SealCall(message.call_id, count))
         return
-    blobs.keep(state, blobs.ids(message.blobs))
+    if message.blobs:
+        blobs.keep(state, blobs.ids(message.blobs))
     durable.queue_inputs(state, call, inputs)
     call.sealed_count = count
 
 
-def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
+def _new_call(state: State, peer: Peer, message: m.OpenCall | m.SubmitCall) -> Call | None:
     """The call that a client opens, or None if it is refused."""
     session = peer.session
     assert session is not None
@@ -279,7 +280,7 @@ def _new_call(state: State, peer: Peer, message: m.OpenCall) -> Call | None:
         depth=depth,
         ancestors=ancestors,
         service_s=state.service_clock_s,
-        is_from_before=message.is_resumed,
+        is_from_before=isinstance(message, m.OpenCall) and message.is_resumed,
     )
     add_call(state, call)
     session.calls[call.call_id] = call
@@ -298,7 +299,9 @@ def add_call(state: State, call: Call) -> None:
         state.spawned_bytes += spawned.CALL_SIZE_BYTES
 
 
-def _refuse_call(state: State, peer: Peer, message: m.OpenCall, code: str, why: str) -> None:
+def _refuse_call(
+    state: State, peer: Peer, message: m.OpenCall | m.SubmitCall, code: str, why: str
+) -> None:
     text = f"{REFUSED}{why}"
     payload = m.failure_payload(code, text)
     state.send(peer.peer_id, m.CallFailed(message.call_id, m.Status.FAILURE, payload))

@@ -28,6 +28,7 @@ ENTRIES_MAX = 4
 #: have a second lease, whether it lives, whether it works.
 Filed = tuple[int | None, bool, bool, bool]
 NOT_FILED: Filed = (None, False, False, False)
+_IDLE = (False, True, False)
 
 
 def can_hold(worker: Worker, function: Function) -> bool:
@@ -42,48 +43,61 @@ def file_container(container: Container, is_gone: bool = False) -> None:
     """Have its function know what it may be given, and its worker whether it could leave."""
     new = NOT_FILED if is_gone else _filed_of(container)
     old = container.filed
-    function, worker, number = container.function, container.worker, container.container_id
+    number = container.container_id
     if is_gone:
-        worker.leaving.pop(number, None)
+        container.worker.leaving.pop(number, None)
     if new == old:
         return
     container.filed = new
-    if new[2] and not new[3]:
+    function, worker = container.function, container.worker
+    room, is_single, is_living, is_busy = new
+    old_room, was_single, was_living, was_busy = old
+    if is_living and not is_busy:
         worker.idle[number] = container
     else:
         worker.idle.pop(number, None)
-    if old[2] and not new[2] and not is_gone:
-        worker.leaving[number] = container
-    if old[0] != new[0]:
-        if old[0] is not None:
-            del function.rooms[old[0]][number]
-            if not function.rooms[old[0]]:
-                del function.rooms[old[0]]
-        if new[0] is not None:
-            function.rooms.setdefault(new[0], {})[number] = container
-    if old[1] != new[1]:
-        if new[1]:
+    if old_room != room:
+        _move_room(function, container, old_room, room)
+    if was_single != is_single:
+        if is_single:
             function.singles[number] = container
         else:
             del function.singles[number]
-    function.living_count += new[2] - old[2]
-    function.busy_count += new[3] - old[3]
+    if was_busy != is_busy:
+        function.busy_count += is_busy - was_busy
+    if was_living != is_living:
+        function.living_count += is_living - was_living
+        if was_living and not is_gone:
+            worker.leaving[number] = container
+
+
+def _move_room(function: Function, container: Container, old: int | None, new: int | None) -> None:
+    rooms = function.rooms
+    if old is not None:
+        bucket = rooms[old]
+        del bucket[container.container_id]
+        if not bucket:
+            del rooms[old]
+    if new is not None:
+        rooms.setdefault(new, {})[container.container_id] = container
 
 
 def _filed_of(container: Container) -> Filed:
     if container.state == "stopping":
         return NOT_FILED
-    function = container.function
-    room = container.open_count if container.has_room(function.slots) else None
+    function, leases = container.function, container.leases
+    if not leases:
+        return (container.open_count if container.has_room(function.slots) else None), *_IDLE
     is_single = (
-        len(container.leases) == 1
+        len(leases) == 1
         and container.state == "ready"
         and not container.is_waiting
         and not container.is_exclusive
         and not function.is_concurrent
         and not function.is_single_use
     )
-    return room, is_single, True, bool(container.leases)
+    room = container.open_count if container.has_room(function.slots) else None
+    return room, is_single, True, True
 
 
 # --- leases ---------------------------------------------------------------------------------------
@@ -102,10 +116,10 @@ def file_lease(state: State, lease: Lease) -> None:
 def _has_tail(lease: Lease) -> bool:
     """Of the first lease of a container one input runs; nothing of a second one does. Of a
     concurrent container everything has begun."""
-    if not lease.open or lease.call.function.is_concurrent or lease.call.method.is_generator:
+    count = lease.open.count
+    if not count or lease.call.function.is_concurrent or lease.call.method.is_generator:
         return False
-    is_first = next(iter(lease.container.leases), None) == lease.lease_id
-    return not is_first or lease.open.count > 1
+    return count > 1 or next(iter(lease.container.leases), None) != lease.lease_id
 
 
 # --- cores ----------------------------------------------------------------------------------------

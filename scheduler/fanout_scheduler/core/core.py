@@ -100,6 +100,10 @@ LEASE_MESSAGES: dict[type[m.Message], Callable[[State, Any, Any], None]] = {
 }
 
 
+#: They name blobs that must be here.
+_REPORTS = (m.LeaseOutputs, m.LeaseItems)
+
+
 class Scheduler:
     """See the module's docstring.
 
@@ -248,7 +252,7 @@ class Scheduler:
             elif kind is not m.WorkerReady:
                 return
         if (about_lease := LEASE_MESSAGES.get(kind)) is not None:
-            if isinstance(message, m.LeaseOutputs | m.LeaseItems) and message.blobs:
+            if isinstance(message, _REPORTS) and message.blobs:
                 self._take_large_report(peer, message)
             else:
                 about_lease(state, event.peer_id, message)

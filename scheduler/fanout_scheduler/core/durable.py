@@ -317,10 +317,12 @@ def queue_inputs(state: State, call: Call, message: m.Inputs) -> None:
             continue
         call.add_chunk(chunk)
         spawned.grew(state, call, chunk)
-        blobs.keep(state, blobs.ids(chunk.blobs))
+        if chunk.blobs:
+            blobs.keep(state, blobs.ids(chunk.blobs))
         blobs.queue_chunk(state, call, chunk)
-    # The frame's own hold on its blobs ends; its chunks have theirs.
-    blobs.release(state, blobs.ids(message.blobs))
+    if message.blobs:
+        # The frame's own hold on its blobs ends; its chunks have theirs.
+        blobs.release(state, blobs.ids(message.blobs))
 
 
 # --- telling clients ------------------------------------------------------------------------------

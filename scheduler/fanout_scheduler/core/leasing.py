@@ -72,7 +72,7 @@ def grant(state: State, container: Container, call: Call, count: int) -> Lease:
         container=container,
         start=start,
         stop=stop,
-        open=IntervalSet([(start, stop)]),
+        open=IntervalSet.of(start, stop),
         heard_at=state.now,
     )
     state.leases[lease.lease_id] = lease
@@ -172,7 +172,10 @@ def end_lease(state: State, lease: Lease) -> None:
         file_container(container)
         return
     container.is_exclusive = False
-    end_wait(state, container)
+    if container.is_waiting or container.deferred:
+        end_wait(state, container)
+    else:
+        file_container(container)
     release_core(state, container)
     container.idle_since = state.now
     if container.function.is_single_use:

@@ -110,6 +110,8 @@ def _was_given(state: State, worker: Worker, call: Call, lease_id: int) -> bool:
 
 def _fresh(call: Call, start: int, stop: int) -> list[tuple[int, int]]:
     """The ranges of these inputs that have no output yet."""
+    if not call.finished and not call.storing and call.received.covers(start, stop):
+        return [(start, stop)]
     fresh = call.received.common(start, stop)
     for taken in (call.finished, call.storing):
         if taken:
@@ -270,14 +272,10 @@ def finish(state: State, call: Call, outputs: m.Outputs) -> None:
 
 def release_inputs(state: State, call: Call, start: int, stop: int) -> None:
     """Inputs with an output need not be kept; nor do their chunks and blobs, once all are so."""
-    while start < stop:
-        chunk = call.chunk_of(start)
-        end = min(stop, chunk.stop)
-        call.settle(start, end)
-        if chunk.open_count == 0:
-            spawned.shrank(state, call, chunk)
+    for chunk in call.settle(start, stop):
+        spawned.shrank(state, call, chunk)
+        if chunk.blobs:
             blobs.release(state, blobs.ids(chunk.blobs))
-        start = end
 
 
 def release_all_inputs(state: State, call: Call) -> None:

@@ -177,6 +177,13 @@ def _next_function(state: State, held: dict[bytes, str], offers: list[Offer]) ->
     only when `offers` is empty: at first, and in the end, to see that none was passed over.
     """
     if not offers:
+        if len(state.ready_functions) == 1:
+            # The usual thing, and no question of order.
+            (function,) = state.ready_functions.values()
+            if function.function_id in held:
+                return None
+            _drop_stale(state, function)
+            return function if function.ready else None
         for function in list(state.ready_functions.values()):
             if function.function_id not in held:
                 _drop_stale(state, function)
@@ -244,15 +251,15 @@ def _with_room(state: State, call: Call, limit: int) -> Container | None:
     """A container that may have another input and has a core for it: for batches the fullest one,
     else the emptiest; of equal ones the one that worked last, so that others can be spared."""
     function = call.function
-    if not function.rooms:
-        return None
-    if not function.is_concurrent and not state.free_cores.has(function.cpu):
-        return None
+    may_any_run = function.is_concurrent
     for count in sorted(function.rooms, reverse=function.is_batched):
         if count < limit:
             for container in reversed(function.rooms[count].values()):
                 if _may_run(state, container, call):
                     return container
+                if not may_any_run and not state.free_cores.has(function.cpu):
+                    return None
+                may_any_run = True
     return None
 
 

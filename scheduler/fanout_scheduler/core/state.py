@@ -254,8 +254,10 @@ class Call:
         """The chunk that holds an input without output."""
         return self.chunks[self.chunk_starts[bisect_right(self.chunk_starts, index) - 1]]
 
-    def settle(self, start: int, stop: int) -> None:
-        """Inputs `start` to `stop` have their output: drop chunks that are thereby done."""
+    def settle(self, start: int, stop: int) -> list[Chunk]:
+        """Inputs `start` to `stop` have their output: drop the chunks that are thereby done, and
+        return these."""
+        done: list[Chunk] = []
         while start < stop:
             chunk = self.chunk_of(start)
             end = min(stop, chunk.stop)
@@ -263,7 +265,9 @@ class Call:
             if chunk.open_count == 0:
                 del self.chunks[chunk.start]
                 self.chunk_starts.remove(chunk.start)
+                done.append(chunk)
             start = end
+        return done
 
     @property
     def told_failure(self) -> m.CallFailed | None:
@@ -284,8 +288,11 @@ class Call:
     def count_outputs(self, start: int, size_bytes: int) -> None:
         """Outputs from `start` on are finished."""
         self.output_bytes += size_bytes
-        heappush(self.ahead, (start, size_bytes))
         lowest = self.lowest_unfinished
+        if start < lowest and not self.ahead:
+            self.head_bytes += size_bytes
+            return
+        heappush(self.ahead, (start, size_bytes))
         while self.ahead and self.ahead[0][0] < lowest:
             self.head_bytes += heappop(self.ahead)[1]
 
