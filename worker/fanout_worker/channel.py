@@ -81,6 +81,7 @@ def prefix(*header: Any, payload_size: int = 0) -> bytes:
 
 
 BELL_FRAME = prefix(BELL)
+_BELL_HEADER = BELL_FRAME[frames.PREFIX_SIZE_BYTES :]
 CREDIT_FRAME = prefix(CREDIT)
 STOP_FRAME = prefix(STOP)
 STARTED_FRAME = prefix(STARTED)
@@ -98,6 +99,8 @@ def parse_checked(header: bytes) -> list[Any]:
     Raises:
         ProtocolError: it is not one of the kinds above with fields of the right types.
     """
+    if header == _BELL_HEADER:
+        return [BELL]
     try:
         fields = msgpack.unpackb(header, raw=False, max_ext_len=0)
     except Exception as error:

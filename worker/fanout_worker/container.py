@@ -277,7 +277,8 @@ class Container:
         if kind == ch.LOG:
             self._on_log(fields[1], fields[2], fields[3], payload)
             return
-        self.release_text()
+        if kind != ch.BELL:
+            self.release_text()
         if kind == ch.STARTED and not self.is_started:
             self.is_started = True
             _cancel(self._start_timer)

@@ -110,6 +110,7 @@ class Daemon:
         self._transport: Transport | None = None
         self._exchange: BlobExchange | None = None
         self._is_writable = True
+        self._is_paused = False
         self._is_acting = False
         self._is_leaving = False
         self._was_accepted = False
@@ -405,8 +406,10 @@ class Daemon:
         if self._transport is not None:
             self._transport.flush()
         is_paused = self.state.is_congested or not self._is_writable
-        for container in self._containers.values():
-            container.set_paused(is_paused)
+        if is_paused != self._is_paused:
+            self._is_paused = is_paused
+            for container in self._containers.values():
+                container.set_paused(is_paused)
 
     def _on_failed(self, command: ws.Command) -> None:
         """A command could not be carried out. Its container goes, so that its leases go back."""
@@ -467,6 +470,7 @@ class Daemon:
             )
             return
         self._containers[container_id] = container
+        container.set_paused(self._is_paused)
         task = asyncio.ensure_future(self._keep(container))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -44,6 +44,11 @@ class LeaseTable:
     def __bool__(self) -> bool:
         return bool(self._by_slot or self._queue)
 
+    @property
+    def has_queued(self) -> bool:
+        """Whether a lease waits for a slot."""
+        return bool(self._queue)
+
     def enqueue(self, lease: m.Lease) -> None:
         """A lease that is to be run after the others."""
         stop = lease.start + len(lease.lengths) // 4

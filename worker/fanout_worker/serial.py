@@ -73,7 +73,7 @@ class SerialWay:
 
     def give_queued(self) -> None:
         """Hand over the leases that wait, as long as there is a free slot for them."""
-        while not self._process.is_over and not self._process.is_broken:
+        while self._leases.has_queued and not (self._process.is_over or self._process.is_broken):
             try:
                 handed_out = self._leases.hand_out()
             except ProtocolError as error:

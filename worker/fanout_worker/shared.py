@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -84,6 +85,9 @@ _INDEX_MASK = (1 << 41) - 1
 _ENTRY_MASK = ENTRIES - 1
 _RING_MASK = RING_SIZE_BYTES - 1
 _MARK_WORDS = 4
+
+#: A length table of one element.
+_LENGTH = struct.Struct("=I")
 
 _WORDS_OFFSET = 0
 _DURATIONS_OFFSET = 4096
@@ -345,14 +349,12 @@ class Reader:
     def _take(self, end: int, slot: int, kind: int, index: int, number: int) -> Segment:
         memory, count = self._memory, end - self._tail
         low = self._tail & _ENTRY_MASK
-        high = low + count
-        lengths = _column(memory.lengths, low, high)
-        statuses = _column(memory.statuses, low, high)
-        if high <= ENTRIES:
-            busy_ns = sum(memory.durations[low:high])
+        if count == 1:
+            size, busy_ns = memory.lengths[low], memory.durations[low]
+            lengths, statuses = _LENGTH.pack(size), bytes((memory.statuses[low],))
         else:
-            busy_ns = sum(memory.durations[low:]) + sum(memory.durations[: high - ENTRIES])
-        size = sum(memoryview(lengths).cast("I"))
+            lengths, statuses, busy_ns = self._columns(low, low + count)
+            size = sum(memoryview(lengths).cast("I"))
         if size > RING_SIZE_BYTES:
             raise ProtocolError(f"output ring: {size} unread bytes, it holds {RING_SIZE_BYTES}")
         start = _RING_OFFSET + (self._tail_bytes & _RING_MASK)
@@ -366,6 +368,16 @@ class Reader:
         return Segment(
             slot, kind, index, number, count, busy_ns // 1000, lengths, statuses, payload
         )
+
+    def _columns(self, low: int, high: int) -> tuple[bytes, bytes, int]:
+        """Lengths and statuses of entries, and how long they took together."""
+        memory = self._memory
+        lengths = _column(memory.lengths, low, high)
+        statuses = _column(memory.statuses, low, high)
+        if high <= ENTRIES:
+            return lengths, statuses, sum(memory.durations[low:high])
+        busy_ns = sum(memory.durations[low:]) + sum(memory.durations[: high - ENTRIES])
+        return lengths, statuses, busy_ns
 
 
 def _column(column: memoryview, low: int, high: int) -> bytes:

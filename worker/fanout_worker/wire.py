@@ -57,8 +57,11 @@ class Wire:
         """Send in order; what the socket does not take waits for it."""
         if self._is_closed:
             return
-        is_waiting = bool(self._unsent)
-        self._unsent.extend(memoryview(buffer) for buffer in buffers if len(buffer))
+        unsent = self._unsent
+        is_waiting = bool(unsent)
+        for buffer in buffers:
+            if len(buffer):
+                unsent.append(memoryview(buffer))
         if self._is_open and not is_waiting:
             self._flush()
 
@@ -100,7 +103,13 @@ class Wire:
         try:
             while unsent:
                 # One call for header and payload; the kernel takes what it has room for.
-                taken = self._socket.sendmsg([unsent[0], unsent[1]] if len(unsent) > 1 else unsent)
+                if len(unsent) <= 2:
+                    taken = self._socket.sendmsg(unsent)
+                    if taken == sum(map(len, unsent)):
+                        unsent.clear()
+                        break
+                else:
+                    taken = self._socket.sendmsg([unsent[0], unsent[1]])
                 while unsent and taken >= len(unsent[0]):
                     taken -= len(unsent.popleft())
                 if taken:
