@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import AsyncIterable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 
+from fanout import context
 from fanout.call import FunctionCall
 from fanout.exceptions import InvalidError
 from fanout.function_surface import FunctionSurface
@@ -209,14 +210,12 @@ class Function(FunctionSurface, Generic[P, R, O]):
             SerializationError: an argument cannot be pickled.
             BaseException: what the function raised, as its own type.
         """
-        from fanout.client.inputs import encode_one
         from fanout.client.loop import forbid_in_loop
-        from fanout.client.stream import BlockingCall
+        from fanout.client.stream import call_blocking
 
         self._forbid_generator("remote", "remote_gen")
         forbid_in_loop(f"{self.name}.remote", f"await {self.name}.remote.aio(...)")
-        plan = self._plan("remote")
-        value: R = BlockingCall(plan, encode_one(args, kwargs)).result()
+        value: R = call_blocking(self._plan("remote"), args, kwargs)
         return value
 
     async def _remote_aio(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -266,14 +265,13 @@ class Function(FunctionSurface, Generic[P, R, O]):
             ExecutionError: no app is running.
             StorageError: the scheduler's disk is full.
         """
-        from fanout.client.inputs import encode_one
         from fanout.client.loop import forbid_in_loop
-        from fanout.client.stream import BlockingCall
+        from fanout.client.stream import call_blocking
 
         self._forbid_generator("spawn", "remote_gen")
         forbid_in_loop(f"{self.name}.spawn", f"await {self.name}.spawn.aio(...)")
         plan = self._plan("spawn", is_durable=True)
-        BlockingCall(plan, encode_one(args, kwargs)).result()
+        call_blocking(plan, args, kwargs)
         return FunctionCall(plan.call_id)
 
     async def _spawn_aio(self, /, *args: P.args, **kwargs: P.kwargs) -> FunctionCall[R]:
@@ -493,7 +491,6 @@ class Function(FunctionSurface, Generic[P, R, O]):
         return lambda: self._plan(method, is_ordered=is_ordered, is_durable=is_durable), rows
 
     def _plan(self, method: str, *, is_ordered: bool = True, is_durable: bool = False) -> Plan:
-        from fanout import context
         from fanout.client.stream import Plan
 
         run = self.app._current_run(f"{self.name}.{method}")

@@ -86,7 +86,8 @@ class CallState:
 
         self.is_resuming = False
         #: Messages for the scheduler, in order. The owner sends them and clears the list.
-        self.outgoing: list[m.Message] = [self._open_message()]
+        self.outgoing: list[m.Message] = []
+        self._is_opened = False
         #: Blobs that no input needs any more, once for each input that named them.
         self.released_blobs: list[bytes] = []
         #: The size of a blob that is here; what names blobs counts with them.
@@ -94,7 +95,11 @@ class CallState:
         #: Outputs and items that came again and were dropped.
         self.duplicate_count = 0
 
-        self._set_window(WINDOW_COUNT_MIN, WINDOW_BYTES)
+        self.window_count = WINDOW_COUNT_MIN
+        self.window_bytes = WINDOW_BYTES
+        #: So much of a window is told at a time; see `_ack_if_due`.
+        self._ack_count = WINDOW_COUNT_MIN // 4
+        self._ack_bytes = WINDOW_BYTES // 4
         self.is_cancelled = False
         #: The scheduler has all of a durable call on disk.
         self.is_stored = False
@@ -220,7 +225,8 @@ class CallState:
         self._ready.clear()
         self._ahead.clear()
         self._streams.clear()
-        self.outgoing.append(m.CancelCall(self.call_id))
+        if self._is_opened:
+            self.outgoing.append(m.CancelCall(self.call_id))
 
     # --- what the user takes ---------------------------------------------------------------------
 
@@ -284,13 +290,16 @@ class CallState:
             self.outgoing.append(m.CancelCall(self.call_id))
             return
         self.is_resuming = True
-        self.outgoing.append(self._open_message())
+        self._open()
 
-    def _open_message(self) -> m.OpenCall:
-        return m.OpenCall(
+    def _open(self) -> None:
+        """Tell of the call, before anything else that is said of it."""
+        self._is_opened = True
+        opening = m.OpenCall(
             self.call_id, self.function_id, self.is_durable, self.is_ordered, self.parent,
             self.is_resuming, self.method,
         )  # fmt: skip
+        self.outgoing.append(opening)
 
     def _on_opened(self, message: m.CallOpened) -> None:
         self._set_window(message.window_count, message.window_bytes)
@@ -302,7 +311,6 @@ class CallState:
 
     def _set_window(self, count: int, size: int) -> None:
         self.window_count, self.window_bytes = count, size
-        #: So much of a window is told at a time; see `_ack_if_due`.
         self._ack_count, self._ack_bytes = max(1, count // 4), max(1, size // 4)
 
     def _resend(self, present: Iterable[Sequence[int]]) -> None:
@@ -345,6 +353,8 @@ class CallState:
             self._send(chunk)
         if self.is_sealed and not self._is_seal_sent:
             self._is_seal_sent = True
+            if not self._is_opened:
+                self._open()
             self.outgoing.append(m.SealCall(self.call_id, self._added_count))
 
     def _fitting_count(self, chunk: Chunk) -> int:
@@ -370,19 +380,14 @@ class CallState:
         if self.is_generator:
             for index in range(chunk.start, chunk.stop):
                 self._streams[index] = ItemStream()
-        if self.is_sealed and chunk.count == self._added_count and self._is_unsaid:
-            self._is_seal_sent = True
-            self.outgoing[0] = self._submit_message(chunk)
-        else:
+        if self._is_opened:
             self.outgoing.append(self._inputs_message(chunk))
-
-    @property
-    def _is_unsaid(self) -> bool:
-        """The scheduler has not been told of the call."""
-        if len(self.outgoing) != 1:
-            return False
-        first = self.outgoing[0]
-        return isinstance(first, m.OpenCall) and not first.is_resumed
+        elif self.is_sealed and chunk.count == self._added_count:
+            self._is_opened = self._is_seal_sent = True
+            self.outgoing.append(self._submit_message(chunk))
+        else:
+            self._open()
+            self.outgoing.append(self._inputs_message(chunk))
 
     def _submit_message(self, chunk: Chunk) -> m.SubmitCall:
         return m.SubmitCall(

@@ -28,7 +28,7 @@ from fanout.client.call_state import CallState
 from fanout.client.calls import BufferTable, LiveCall
 from fanout.client.chunk import Batch, Ready
 from fanout.client.decode import decode, error_of
-from fanout.client.inputs import Encoded, Encoder, Puller, Rows
+from fanout.client.inputs import Encoded, Encoder, Puller, Rows, encode_one
 from fanout.client.loop import background_loop
 from fanout.client.session import Session
 from fanout.client.sessions import connected, session_here
@@ -233,6 +233,16 @@ class BlockingCall(_Opener):
         self._done.release()
         if self.call is not None:
             self.call.close()
+
+
+def call_blocking(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One input, one output, for a thread that blocks.
+
+    Raises:
+        SerializationError: an argument cannot be pickled.
+        BaseException: what the function raised, or why it could not run.
+    """
+    return BlockingCall(plan, encode_one(args, kwargs)).result()
 
 
 class BlockingStream(_Opener):

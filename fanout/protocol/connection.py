@@ -160,15 +160,14 @@ class Connection:
 
     def _receive_open(self, data: bytes) -> list[m.Message]:
         received: list[m.Message] = []
-        if not data:
-            return received
         allowed = self.handshake.allowed
-        for header, payload in self._reader.feed(data):
+        for header, payload in self._reader.feed(data) if data else ():
             message = m.decode(header, payload)
-            if type(message) not in allowed:
-                raise ProtocolError(f"{type(message).__name__} is not allowed to this peer")
+            kind = type(message)
+            if kind not in allowed:
+                raise ProtocolError(f"{kind.__name__} is not allowed to this peer")
             received.append(message)
-            if type(message) is m.Goodbye:
+            if isinstance(message, m.Goodbye):
                 self._receive_goodbye(message)
                 break
         return received

@@ -1422,12 +1422,14 @@ def encode(message: Message) -> list[Payload]:
     Raises:
         ProtocolError: the frame would be over a limit of `frames.py`.
     """
-    header = encode_header(message)
-    if not message.HAS_PAYLOAD:
+    cls = type(message)
+    header = _pack((cls.KIND, *cls.FIELDS(message)))
+    if not cls.HAS_PAYLOAD:
         return [frames.prefix(header, 0) + header]
     payload: Payload = message.payload  # type: ignore[attr-defined]
-    start = frames.prefix(header, len(payload)) + header
-    return [start + payload] if len(payload) <= COPIED_SIZE_BYTES_MAX else [start, payload]
+    size = len(payload)
+    start = frames.prefix(header, size) + header
+    return [start + payload] if size <= COPIED_SIZE_BYTES_MAX else [start, payload]
 
 
 def decode(header: bytes, payload: bytes) -> Message:

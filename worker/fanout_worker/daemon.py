@@ -56,6 +56,8 @@ SCHEDULER_GONE_S = 5.0
 SCHEDULER_KILLED_S = 30.0
 #: Between answers of a leaving worker to orders that it does not follow any more.
 REFUSE_INTERVAL_S = 0.2
+#: What a worker that leaves does not take.
+_WORK = (m.Lease, m.StartContainer)
 
 
 @dataclass(slots=True)
@@ -280,7 +282,7 @@ class Daemon:
                 self._on_blob_message(message)
             elif isinstance(message, m.Goodbye):
                 self._on_goodbye(message)
-            elif self._leave.is_set() and isinstance(message, m.Lease | m.StartContainer):
+            elif self._leave.is_set() and isinstance(message, _WORK):
                 self._refuse(message)
             elif not isinstance(message, m.Heartbeat) and not self._nested.handle(message):
                 self.state.handle(message)
