@@ -4,7 +4,6 @@ of each."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import itertools
 import json
@@ -26,8 +25,6 @@ import pytest
 import uvloop
 
 import fanout
-from fanout.client.loop import background_loop
-from fanout.client.sessions import session_of
 from fanout.config import WINDOW_COUNT_MIN
 from fanout.exceptions import (
     ContainerCrashedError,
@@ -37,7 +34,6 @@ from fanout.exceptions import (
     NotFoundError,
     SerializationError,
 )
-from fanout.protocol import messages as m
 from tests.conftest import Cluster, poll_until
 
 #: libuv keeps one pipe for signals in each process; made here, it is no leak of a test.
@@ -61,11 +57,6 @@ class Stubborn(Exception):
 @app.function()
 def square(x: int) -> int:
     return x * x
-
-
-@app.function()
-def size_of(data: bytes) -> int:
-    return len(data)
 
 
 @app.function()
@@ -407,72 +398,6 @@ def test_a_forked_child_has_a_connection_of_its_own(running: None) -> None:
     child.close()
     results.close()
     assert square.remote(4) == 16
-
-
-def descriptors_of(socket_name: str) -> list[int]:
-    """Which descriptors of this process are a socket, that is called like ``socket:[4711]``."""
-    found = []
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the one that lists
-            if os.readlink(f"/proc/self/fd/{number}") == socket_name:
-                found.append(int(number))
-    return found
-
-
-def test_a_forked_child_does_not_hold_the_connection_of_its_parent(running: None) -> None:
-    assert square.remote(2) == 4
-    session = session_of(background_loop())
-    assert session is not None
-    assert session.transport is not None
-    assert session.transport._socket is not None
-    number = session.transport._socket.get_extra_info("socket").fileno()
-    name = os.readlink(f"/proc/self/fd/{number}")
-    assert len(descriptors_of(name)) == 2, "the event loop's, and the one for other threads"
-    forked = multiprocessing.get_context("fork")
-    results = forked.SimpleQueue()
-    child = forked.Process(target=lambda: results.put(descriptors_of(name)))
-    child.start()
-    assert results.get() == []
-    child.join()
-    child.close()
-    results.close()
-    assert square.remote(3) == 9
-
-
-def test_blocking_calls_of_many_threads_survive_the_scheduler(cluster: Cluster) -> None:
-    """Each frame is written by the thread that makes the call, or by the loop."""
-
-    def call_often(first: int) -> list[int]:
-        return [square.remote(x) for x in range(first, first + 200)]
-
-    with app.run(), ThreadPoolExecutor(6) as pool:
-        running = [pool.submit(call_often, 1000 * number) for number in range(6)]
-        for done_count in (50, 50, 50):
-            for x in range(done_count):
-                assert square.remote(x) == x * x
-            os.kill(cluster.daemon_pids()["scheduler"], signal.SIGKILL)
-        for number, calls in enumerate(running):
-            assert calls.result() == [x * x for x in range(1000 * number, 1000 * number + 200)]
-
-
-def test_a_call_that_finds_the_connection_full_is_made_all_the_same(cluster: Cluster) -> None:
-    with app.run(), ThreadPoolExecutor(2) as pool:
-        assert size_of.remote(b"") == 0
-        scheduler = cluster.daemon_pids()["scheduler"]
-        os.kill(scheduler, signal.SIGSTOP)
-        try:
-            large = pool.submit(size_of.remote, bytes(200_000) * 4)
-            session = session_of(background_loop())
-            assert session is not None
-            assert session.transport is not None
-            transport = session.transport
-            poll_until(lambda: not transport.send_outside(m.Heartbeat(1)), "nothing more fits")
-            small = pool.submit(size_of.remote, b"abc")
-            poll_until(lambda: len(session._calls) == 2, "both calls are open")
-        finally:
-            os.kill(scheduler, signal.SIGCONT)
-        assert large.result() == 800_000
-        assert small.result() == 3
 
 
 def test_calls_survive_the_scheduler(cluster: Cluster) -> None:

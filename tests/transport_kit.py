@@ -91,19 +91,16 @@ class Site:
         self.dialled: list[Recorder] = []
         self.server: transport.Server
         self.fingerprint: bytes | None = None
-        #: Of the socket it listens at; "" for a port.
-        self.path = ""
         #: With this all are refused who come from now on.
         self.refusal: Error | None = None
         self.refused_count = 0
         self._came = asyncio.Event()
 
-    async def listen(self, identity: TlsIdentity | None = None, path: str = "") -> None:
-        self.path = path
+    async def listen(self, identity: TlsIdentity | None = None) -> None:
         self.fingerprint = None if identity is None else identity.fingerprint
         by_id = {token.token_id: token for token in self.tokens.values()}
         self.server = await transport.serve(
-            Address(path=path) if path else Address("127.0.0.1"),
+            Address("127.0.0.1"),
             tokens=by_id.get,
             welcome=self._welcome,
             handler=self._accept,
@@ -136,9 +133,9 @@ class Site:
                 await self._came.wait()
 
     def join_of(self, role: str) -> JoinString:
-        here = Address("127.0.0.1", self.server.port)
-        address = Address(path=self.path) if self.path else here
-        return JoinString.of(self.tokens[role], address, self.fingerprint)
+        return JoinString.of(
+            self.tokens[role], Address("127.0.0.1", self.server.port), self.fingerprint
+        )
 
     async def dial(self, role: str = "worker", join: JoinString | None = None) -> Recorder:
         made: list[Recorder] = []

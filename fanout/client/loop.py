@@ -2,8 +2,7 @@
 
 One daemon thread runs one event loop for the whole process, from the first blocking call on. The
 bridge is lean on purpose: a blocking call costs one `call_soon_threadsafe` and one wait on a lock,
-which is what separates a round trip of 100 us from one of 150. At a unix socket even the former is
-spared (`stream.BlockingCall`): to wake a thread takes longer than a small frame is on its way.
+which is what separates a round trip of 100 us from one of 150.
 
 After a fork the child has no such thread; the next blocking call starts a new loop. What it
 inherits of the old one is kept for ever and never touched, except that the sockets are replaced by

@@ -95,8 +95,6 @@ class Session:
 
         self._runs: dict[bytes, AppRun] = {}
         self._definitions: dict[bytes, m.DefineFunction] = {}
-        #: Functions that the scheduler was told of in this connection.
-        self.announced: set[bytes] = set()
         self._calls: dict[bytes, LiveCall] = {}
         self._fetches: dict[bytes, list[LiveFetch]] = {}
         self._requests: dict[int, tuple[m.Message, asyncio.Future[Any]]] = {}
@@ -315,8 +313,6 @@ class Session:
         """A new connection: say all that must be true over there."""
         last_words = self.last_words.again()
         self.transport = transport
-        if not self.is_nested:
-            transport.open_outlet()
         self.waiting.forget()
         epoch = transport.peer.epoch if isinstance(transport.peer, m.Welcome) else 0
         self.exchange = BlobExchange(
@@ -358,10 +354,9 @@ class Session:
         if self.exchange is not None:
             self.exchange.close()
         self.transport = self.exchange = None
-        self.announced.clear()
         # Calls that still run say it anew, and of the others the last words are repeated.
         self._lazy.clear()
-        for call in list(self._calls.values()):
+        for call in self._calls.values():
             call.drop_parked()
         self._parked_calls.clear()
         if isinstance(error, AuthError | VersionError) and self._task is not None:
@@ -447,7 +442,6 @@ class Session:
                 if self.store.has(blob_id):
                     self.exchange.offer(blob_id)
         self.send(definition)
-        self.announced.add(definition.function_id)
 
     # --- calls and questions ---------------------------------------------------------------------
 
@@ -456,15 +450,10 @@ class Session:
         if not self.is_nested:
             self.send(m.WatchProgress(is_on))
 
-    def register(self, call: LiveCall) -> None:
-        """Give a call what arrives for it. In any thread: a dictionary is changed in one step, and
-        the loop looks at copies of it."""
-        self._calls[call.state.call_id] = call
-
     def open_call(self, call: LiveCall) -> None:
         """Send a call's messages from its next flush on, and give it what arrives for it. So the
         call and its first inputs leave in one write."""
-        self.register(call)
+        self._calls[call.state.call_id] = call
         self._wanted.set()
         if (watcher := output.active) is not None:
             watcher.open_call(call, self._definitions[call.state.function_id].name)

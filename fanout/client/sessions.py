@@ -28,11 +28,6 @@ def session_here() -> Session:
     return session
 
 
-def session_of(loop: asyncio.AbstractEventLoop) -> Session | None:
-    """The session of a loop, asked in any thread; None if it has none yet."""
-    return _sessions.get(loop)
-
-
 def _forget(loop: asyncio.AbstractEventLoop) -> None:
     with _lock:
         _sessions.pop(loop, None)

@@ -2,8 +2,7 @@
 
 `Plan` says what is called. `BlockingStream` serves a thread that blocks: it lives on the background
 loop and hands whole batches over; pulling the user's iterators, pickling and unpickling happen on
-the user's thread, in `iterate`. `BlockingCall` is for one input; where that is possible its thread
-writes the frame itself. `async_stream.py` has what serves coroutines.
+the user's thread, in `iterate`. `async_stream.py` has what serves coroutines.
 
 The bridge of `BlockingStream` has three parts. Batches go to the user through a `SimpleQueue`.
 Chunks go to the loop by `call_soon_threadsafe`, with what was consumed since. And what may be sent
@@ -23,7 +22,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-from fanout import config, output
+from fanout import config
 from fanout.client.app_run import AppRun
 from fanout.client.call_state import CallState
 from fanout.client.calls import BufferTable, LiveCall
@@ -32,7 +31,7 @@ from fanout.client.decode import decode, error_of
 from fanout.client.inputs import Encoded, Encoder, Puller, Rows, encode_one
 from fanout.client.loop import background_loop
 from fanout.client.session import Session
-from fanout.client.sessions import connected, session_here, session_of
+from fanout.client.sessions import connected, session_here
 from fanout.context import InputContext
 from fanout.exceptions import InternalError
 from fanout.protocol import messages as m
@@ -42,10 +41,6 @@ from fanout.twin import shorten
 RESCUE_AFTER_S = 0.02
 #: How often that is looked at while nobody pulls.
 RESCUE_LOOK_S_MAX = 0.5
-
-#: The bytes of an input that is written by the thread that gives it. With a header around it, it is
-#: less than what `outlet.py` takes.
-OWN_FRAME_SIZE_BYTES_MAX = 8 << 10
 
 #: The call is over: nothing follows on the queue.
 _END = object()
@@ -76,15 +71,6 @@ class Plan:
         """Begin the call on a session."""
         session.use_app(self.run)
         session.define(self.definition, self.sources)
-        call = self.make(session, listener)
-        if self.is_durable:
-            self.run.spawned_ids.append(self.call_id)
-            self.run.spawned_count += 1
-        session.open_call(call)
-        return call
-
-    def make(self, session: Session, listener: Any) -> LiveCall:
-        """The call, of which the session does not know yet."""
         state = CallState(
             self.call_id,
             self.definition.function_id,
@@ -94,8 +80,12 @@ class Plan:
             parent=self.parent,
             method=self.method,
         )
+        if self.is_durable:
+            self.run.spawned_ids.append(self.call_id)
+            self.run.spawned_count += 1
         call = LiveCall(session, state, self.run.app_id, listener)
         call.count_hint = self.count_hint
+        session.open_call(call)
         return call
 
 
@@ -196,9 +186,8 @@ class BlockingCall(_Opener):
             BaseException: what the function raised, or why it could not run.
         """
         loop = background_loop()
+        loop.call_soon_threadsafe(self.open)
         try:
-            if not self._open_here(loop):
-                loop.call_soon_threadsafe(self.open)
             self._done.acquire()
         except BaseException:
             loop.call_soon_threadsafe(self.cancel)
@@ -212,46 +201,6 @@ class BlockingCall(_Opener):
         if error is not None:
             raise error
         return values[0]
-
-    def _open_here(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Open the call in this thread, with nobody to wake, if nothing of it needs the loop.
-
-        The loop goes on meanwhile. The output may come at once, so the session knows the call
-        before its frame leaves. From then on the call is the loop's: should the connection be lost,
-        the loop sends all of it again. A frame that cannot leave now is one that was lost.
-        """
-        plan, encoded, session = self.plan, self._encoded, session_of(loop)
-        if session is None or session.is_nested or plan.is_durable:
-            return False
-        if encoded.pins or encoded.size > OWN_FRAME_SIZE_BYTES_MAX:
-            return False
-        transport = session.transport
-        if transport is None or plan.definition.function_id not in session.announced:
-            return False
-        if output.active is not None:
-            return False
-        self.call = call = plan.make(session, self)
-        call.state.add(encoded.inputs, is_last=True)
-        frame = call.state.outgoing.pop()
-        session.register(call)
-        if not transport.send_outside(frame):
-            loop.call_soon_threadsafe(self._send_again)
-        return True
-
-    def _send_again(self) -> None:
-        """On the loop: the frame of `_open_here` has not left."""
-        call = self.call
-        if call is None or call.is_closed:
-            return
-        session = call.session
-        if session.is_up:
-            session.open_call(call)
-            call.resume()
-        else:
-            # Nobody looks after this session any more, so the call begins anew.
-            session.close_call(call)
-            self.call = None
-            self.open()
 
     def opened(self, call: LiveCall) -> None:
         add_to(call, self._encoded, is_last=True)

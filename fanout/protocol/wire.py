@@ -30,7 +30,6 @@ from typing import Protocol, cast
 from fanout.exceptions import ConnectionError, Error, InternalError, ProtocolError
 from fanout.protocol import messages as m
 from fanout.protocol.connection import Connection, State
-from fanout.protocol.outlet import Outlet
 
 logger = logging.getLogger("fanout.protocol")
 
@@ -145,8 +144,6 @@ class Transport(asyncio.Protocol):
         #: Open, or lost before it was: what `connect` waits for.
         self._settled = asyncio.Event()
         self._lost = asyncio.Event()
-        #: For other threads, if there is one; see `send_outside`.
-        self._outlet: Outlet | None = None
         #: False while so much is unsent that the sender should wait; see `PeerHandler`.
         self.is_writable = True
         #: Reads that completed no message: they tell that the peer lives, and nothing else.
@@ -198,23 +195,6 @@ class Transport(asyncio.Protocol):
         if connection.outgoing_size > PENDING_SIZE_BYTES_MAX:
             self._flush()
 
-    def open_outlet(self) -> None:
-        """Allow `send_outside`, if the connection can have that."""
-        if self._socket is not None and not self.is_closed and Outlet.fits(self._socket):
-            self._outlet = Outlet(self._socket)
-
-    def send_outside(self, message: m.Message) -> bool:
-        """Write a small message at once, in any thread. False: nothing was written, and the loop's
-        thread is to send it. See `outlet.py`."""
-        outlet, connection = self._outlet, self._connection
-        if outlet is None:
-            return False
-        data = b"".join(m.encode(message))
-        with outlet.lock:
-            if connection.outgoing_size or self.is_closed:
-                return False
-            return outlet.write(data)
-
     def flush(self) -> None:
         """Write what is queued. While a read is handled that happens at its end anyway."""
         if not self._is_receiving:
@@ -252,8 +232,6 @@ class Transport(asyncio.Protocol):
         number = sock.fileno() if sock is not None else -1
         if number < 0:
             return
-        if self._outlet is not None:
-            self._outlet.abandon()
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
             os.dup2(null, number, inheritable=False)
@@ -326,8 +304,6 @@ class Transport(asyncio.Protocol):
             self._closing_timer.cancel()
         if self._silence_timer is not None:
             self._silence_timer.cancel()
-        if self._outlet is not None:
-            self._outlet.close()
         connection = self._connection
         how = "went away without a goodbye" if exc is None else f"broke the connection: {exc}"
         if self._is_silent:
@@ -396,15 +372,9 @@ class Transport(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._is_flush_due = False
-        if self._socket is None:
+        sink = self._socket
+        if sink is None:
             return
-        if self._outlet is None:
-            self._write(self._socket)
-        else:
-            with self._outlet.lock:
-                self._write(self._socket)
-
-    def _write(self, sink: asyncio.Transport) -> None:
         size = self._connection.outgoing_size
         buffers = self._connection.data_to_send()
         if not buffers or sink.is_closing():
