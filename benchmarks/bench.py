@@ -82,7 +82,7 @@ class Plan:
     memory: tuple[MemoryCase, ...] = (
         MemoryCase("ints", FEW, MANY),
         # Fewer of the large values, to stay within the minute.
-        MemoryCase("10 KiB values", 8_000, 40_000, 10 << 10),
+        MemoryCase("10 KiB values", 20_000, 60_000, 10 << 10),
         # 80 MiB is already more than the credit of a call, so both fill every buffer there is.
         MemoryCase("10 KiB values, slow consumer", 8_000, 24_000, 10 << 10, 0.01),
     )

@@ -400,6 +400,20 @@ def test_a_forked_child_has_a_connection_of_its_own(running: None) -> None:
     assert square.remote(4) == 16
 
 
+def test_blocking_calls_of_many_threads_survive_the_scheduler(cluster: Cluster) -> None:
+    def call_often(first: int) -> list[int]:
+        return [square.remote(x) for x in range(first, first + 200)]
+
+    with app.run(), ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(call_often, 1000 * number) for number in range(6)]
+        for done_count in (50, 50, 50):
+            for x in range(done_count):
+                assert square.remote(x) == x * x
+            os.kill(cluster.daemon_pids()["scheduler"], signal.SIGKILL)
+        for number, calls in enumerate(running):
+            assert calls.result() == [x * x for x in range(1000 * number, 1000 * number + 200)]
+
+
 def test_calls_survive_the_scheduler(cluster: Cluster) -> None:
     with app.run():
         results = square.map(range(20_000))

@@ -621,6 +621,12 @@ async def test_a_container_reaches_its_daemon_with_its_secret_only(tmp_path: Pat
         await dial(b"s" * 32)
 
 
+async def test_a_socket_that_cannot_be_made_is_named_and_so_is_what_to_set(tmp_path: Path) -> None:
+    path = str(tmp_path / ("long " * 30) / "missing" / "socket")
+    with pytest.raises(InvalidError, match="missing/socket cannot be made.*FANOUT_HOME"):
+        await Site().listen(path=path)
+
+
 async def test_of_strangers_that_were_turned_away_nothing_is_kept(site: Site) -> None:
     for number in range(20):
         raw = await RawPeer(site.server.port).dial()

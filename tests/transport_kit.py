@@ -96,11 +96,11 @@ class Site:
         self.refused_count = 0
         self._came = asyncio.Event()
 
-    async def listen(self, identity: TlsIdentity | None = None) -> None:
+    async def listen(self, identity: TlsIdentity | None = None, path: str = "") -> None:
         self.fingerprint = None if identity is None else identity.fingerprint
         by_id = {token.token_id: token for token in self.tokens.values()}
         self.server = await transport.serve(
-            Address("127.0.0.1"),
+            Address(path=path) if path else Address("127.0.0.1"),
             tokens=by_id.get,
             welcome=self._welcome,
             handler=self._accept,

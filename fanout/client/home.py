@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 #: Layout of the state folder and of the scheduler's database. Another number is another folder, so
 #: that daemons of both can run side by side.
-STATE_SCHEMA = 2
+STATE_SCHEMA = 3
 
 POLL_INTERVAL_S = 0.002
 PROBE_TIMEOUT_S = 2.0
@@ -241,25 +241,16 @@ def is_alive(pid: Any, kind: str) -> bool:
 
 
 def answers(daemon: Daemon) -> bool:
-    """Whether somebody accepts connections at the scheduler's address."""
+    """Whether somebody accepts connections at the scheduler's socket."""
     from fanout.protocol.join import JoinString
 
     try:
-        address = JoinString.parse(daemon.client_join).address
-        if address.path:
-            return _accepts(address.path)
-        # One that an earlier version of fanout has started.
-        with socket.create_connection((address.host, address.port), PROBE_TIMEOUT_S):
-            return True
+        path = JoinString.parse(daemon.client_join).address.path
+        with socket.socket(socket.AF_UNIX) as probe, short_socket_path(path) as short:
+            probe.settimeout(PROBE_TIMEOUT_S)
+            probe.connect(short)
     except (InvalidError, OSError):
         return False
-
-
-def _accepts(path: str) -> bool:
-    """Raises OSError if nobody listens at the socket."""
-    with socket.socket(socket.AF_UNIX) as probe, short_socket_path(path) as short:
-        probe.settimeout(PROBE_TIMEOUT_S)
-        probe.connect(short)
     return True
 
 

@@ -406,7 +406,8 @@ async def serve(
 
     Args:
         address: of this machine; port 0 is any, see `Server.port`. A socket is made in a folder
-            that only this user may enter; one that nobody listens at any more is replaced.
+            that only this user may enter, in the place of one that is there: the caller knows that
+            nobody listens at it.
         tokens: the token of an id, None if there is none.
         welcome: the answer to a peer that has proved its role (second argument). May raise
             AuthError to refuse it for good, or ConnectionError to have it try again.
@@ -415,8 +416,8 @@ async def serve(
             only.
 
     Raises:
-        InvalidError: no TLS, and other machines can reach the host.
-        OSError: the address cannot be bound.
+        InvalidError: no TLS, and other machines can reach the host; or the socket cannot be made.
+        OSError: the port cannot be bound.
     """
     loop = asyncio.get_running_loop()
     if tls is None and not address.path and not await _is_loopback(address.host):
@@ -440,7 +441,13 @@ async def serve(
     server = Server(make_connection, make_handler)
     host, port = address.host, address.port
     if address.path:
-        await _listen_unix(server, address.path)
+        try:
+            await _listen_unix(server, address.path)
+        except OSError as error:
+            raise InvalidError(
+                f"the socket {address.path} cannot be made: {_reason(error)}. Set FANOUT_HOME (or "
+                f"--home) to a folder on a local disk of your own"
+            ) from error
     elif tls is None:
         server.attach(await loop.create_server(server.make_transport, host, port, backlog=BACKLOG))
     else:

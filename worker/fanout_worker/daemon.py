@@ -112,7 +112,6 @@ class Daemon:
         self._transport: Transport | None = None
         self._exchange: BlobExchange | None = None
         self._is_writable = True
-        self._is_paused = False
         self._is_acting = False
         self._is_leaving = False
         self._was_accepted = False
@@ -408,10 +407,10 @@ class Daemon:
         if self._transport is not None:
             self._transport.flush()
         is_paused = self.state.is_congested or not self._is_writable
-        if is_paused != self._is_paused:
-            self._is_paused = is_paused
-            for container in self._containers.values():
-                container.set_paused(is_paused)
+        # All are told, each time: one that goes on says what it has kept, which may be so much that
+        # all must wait again; then the next time makes it true.
+        for container in list(self._containers.values()):
+            container.set_paused(is_paused)
 
     def _on_failed(self, command: ws.Command) -> None:
         """A command could not be carried out. Its container goes, so that its leases go back."""
@@ -472,7 +471,6 @@ class Daemon:
             )
             return
         self._containers[container_id] = container
-        container.set_paused(self._is_paused)
         task = asyncio.ensure_future(self._keep(container))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
