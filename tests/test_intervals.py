@@ -50,3 +50,12 @@ def test_missing_and_common_split_a_range(
     assert shared == wanted & inside
     assert intervals.covers(*probe) == (wanted <= inside)
     assert all((i in intervals) == (i in inside) for i in range(60))
+
+
+@given(st.integers(0, 40), st.integers(1, 12))
+def test_one_range_makes_a_set(start: int, count: int) -> None:
+    made = IntervalSet.of(start, start + count)
+    assert made == IntervalSet([(start, start + count)])
+    assert made.count == count
+    made.add(start + count, start + count + 1)
+    assert IntervalSet.of(start, start + count).count == count, "nothing is shared"
