@@ -26,6 +26,7 @@ import io
 import os
 import pickle
 import sys
+import time
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
@@ -49,6 +50,9 @@ TAG_UNENCODABLE = b"\4"
 COMMON_INLINE_SIZE_BYTES_MAX = 1024
 #: Large buffers of common keyword arguments that stand beside their pickle.
 COMMON_BUFFER_COUNT_MAX = 100
+#: Copied at a time: no other thread of the process runs meanwhile, which for a gibibyte would be
+#: half a second.
+COPY_SIZE_BYTES_MAX = 1 << 20
 
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
 _dumps = pickle.dumps
@@ -77,8 +81,25 @@ class CommonKwargs:
         if not large and len(pickled) <= COMMON_INLINE_SIZE_BYTES_MAX:
             self.prefix = TAG_COMMON_INLINE + len(pickled).to_bytes(4, "little") + pickled
         else:
-            self.buffers = [memoryview(pickled), *(memoryview(bytes(view)) for view in large)]
+            self.buffers = [memoryview(pickled), *(memoryview(copy_of(view)) for view in large)]
             self.prefix = TAG_COMMON_BLOB + bytes([len(self.buffers)])
+
+
+def copy_of(buffer: memoryview) -> bytes | bytearray:
+    """The bytes of a large buffer of the user's, who may change them afterwards.
+
+    Args:
+        buffer: one-dimensional, of bytes, as pickling gives it.
+    """
+    size_bytes = buffer.nbytes
+    if size_bytes <= COPY_SIZE_BYTES_MAX:
+        return bytes(buffer)
+    copy = bytearray()
+    for start in range(0, size_bytes, COPY_SIZE_BYTES_MAX):
+        copy += buffer[start : start + COPY_SIZE_BYTES_MAX]
+        # Let others go first who wait; they would have to wait for milliseconds otherwise.
+        time.sleep(0)
+    return copy
 
 
 # --- arguments -----------------------------------------------------------------------------------

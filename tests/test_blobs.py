@@ -16,6 +16,7 @@ from fanout.exceptions import ProtocolError, StorageError
 from fanout.protocol import blobs, transport
 from fanout.protocol import messages as m
 from fanout.protocol.blob_store import (
+    LARGE_SIZE_BYTES,
     BlobStore,
     BlobWriter,
     Buffer,
@@ -131,6 +132,15 @@ def test_a_store_gives_back_what_was_put(store: BlobStore, size: int) -> None:
     assert store.size(blob_id) == size
     assert store.buffer(blob_id) == content
     assert store.buffer(blob_id).readonly
+
+
+def test_a_large_file_is_gone_at_once_though_it_is_freed_in_a_thread(tmp_path: Path) -> None:
+    store = FileBlobStore(tmp_path)
+    store.put(b"l" * 32, bytes(LARGE_SIZE_BYTES))
+    store.drop(b"l" * 32)
+    assert not store.has(b"l" * 32)
+    assert list(tmp_path.iterdir()) == []
+    store.drop(b"l" * 32)
 
 
 def test_a_buffer_outlives_the_drop_of_its_blob(store: BlobStore) -> None:

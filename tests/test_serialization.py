@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from fanout import exceptions
 from fanout.config import BLOB_SIZE_BYTES_MIN
 from fanout.serialization import (
     COMMON_INLINE_SIZE_BYTES_MAX,
+    COPY_SIZE_BYTES_MAX,
     CommonKwargs,
+    copy_of,
     decode_args,
     decode_value,
     encode_args,
@@ -211,3 +214,36 @@ def test_a_script_travels_by_reference_and_a_prompt_by_value(tmp_path: Path) -> 
             env={"PYTHONPATH": str(Path(__file__).parent.parent)},
         )
         assert done.stdout.splitlines()[1] == expected
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1, COPY_SIZE_BYTES_MAX + 7])
+def test_a_copy_of_a_large_buffer_is_whole_and_of_its_own(extra: int) -> None:
+    original = numpy.arange(COPY_SIZE_BYTES_MAX + extra, dtype=numpy.uint8)
+    copy = copy_of(original.data)
+    assert copy == original.tobytes()
+    original[:] = 0
+    assert copy[1] == 1
+
+
+def test_copying_a_large_buffer_lets_other_threads_run() -> None:
+    """As one piece it would hold them up for as long as it takes."""
+    original = memoryview(bytes(256 << 20))
+    waits_s: list[float] = []
+    is_over = threading.Event()
+
+    def tick() -> None:
+        last = time.perf_counter()
+        while not is_over.is_set():
+            time.sleep(0)
+            now = time.perf_counter()
+            waits_s.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    begin = time.perf_counter()
+    copy_of(original)
+    taken_s = time.perf_counter() - begin
+    is_over.set()
+    thread.join()
+    assert max(waits_s) < taken_s / 2

@@ -23,6 +23,7 @@ from fanout.exceptions import InvalidError, SerializationError
 from fanout.protocol.blob_store import blob_id_of
 from fanout.serialization import (
     CommonKwargs,
+    copy_of,
     encode_args,
     encode_plain_column,
     encode_unencodable,
@@ -75,7 +76,7 @@ class Encoder:
             for buffer in self._common.buffers:
                 self._common_pins[id(buffer)] = (blob_id_of(buffer), buffer)
         self._is_column = is_column
-        self._recent: deque[tuple[bytes, Pin]] = deque(maxlen=RECENT_COUNT)
+        self._recent: deque[tuple[bytes | bytearray, Pin]] = deque(maxlen=RECENT_COUNT)
 
     def extend(self, encoded: Encoded, rows: list[Any]) -> None:
         """Add the inputs of some rows."""
@@ -121,7 +122,7 @@ class Encoder:
         return None
 
     def _pin_new(self, buffer: memoryview) -> Pin:
-        content = bytes(buffer)
+        content = copy_of(buffer)
         pin = (blob_id_of(content), memoryview(content))
         self._recent.append((content, pin))
         return pin
@@ -130,7 +131,7 @@ class Encoder:
 def pin_copy(buffer: memoryview) -> Pin:
     """A copy of a user's buffer, under its id. A copy, because the user may change the original
     while it is on its way."""
-    content = memoryview(bytes(buffer))
+    content = memoryview(copy_of(buffer))
     return blob_id_of(content), content
 
 
