@@ -176,15 +176,13 @@ class FileBlobStore:
         return self._map(blob_id, mmap.ACCESS_COPY)
 
     def drop(self, blob_id: bytes) -> None:
-        path = self.path(blob_id)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
+        path, descriptor = self.path(blob_id), -1
+        # Without a descriptor, as when there are no more of them, it is freed here.
+        with contextlib.suppress(OSError):
+            if path.stat().st_size >= LARGE_SIZE_BYTES:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         path.unlink(missing_ok=True)
-        if os.fstat(descriptor).st_size < LARGE_SIZE_BYTES:
-            os.close(descriptor)
-        else:
+        if descriptor >= 0:
             # The name is gone; what it stood for goes with the last descriptor.
             threading.Thread(target=os.close, args=(descriptor,), name="fanout-free").start()
 
