@@ -25,9 +25,8 @@ class IntervalSet:
         self._stops = _NONE
         #: How many integers are in the set.
         self.count = 0
-        if ranges:
-            for start, stop in ranges:
-                self.add(start, stop)
+        for start, stop in ranges:
+            self.add(start, stop)
 
     @classmethod
     def of(cls, start: int, stop: int) -> IntervalSet:

@@ -147,7 +147,7 @@ def test_classes_of_a_script_keep_their_identity_across_processes(engine: Cluste
 
 @pytest.mark.slow
 def test_an_array_that_all_inputs_use_crosses_the_wire_once(engine: Cluster, running: None) -> None:
-    """Counted by the system calls of the daemons, since other programs use the loopback too."""
+    """Counted by the system calls of the daemons, since a unix socket has no counters."""
     size_bytes = 64 * MEBIBYTE
     array = numpy.full(size_bytes // 4, 5, dtype=numpy.uint32)
     assert kit.same.remote(1) == 1

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -85,9 +84,6 @@ _INDEX_MASK = (1 << 41) - 1
 _ENTRY_MASK = ENTRIES - 1
 _RING_MASK = RING_SIZE_BYTES - 1
 _MARK_WORDS = 4
-
-#: A length table of one element.
-_LENGTH = struct.Struct("=I")
 
 _WORDS_OFFSET = 0
 _DURATIONS_OFFSET = 4096
@@ -351,7 +347,7 @@ class Reader:
         low = self._tail & _ENTRY_MASK
         if count == 1:
             size, busy_ns = memory.lengths[low], memory.durations[low]
-            lengths, statuses = _LENGTH.pack(size), bytes((memory.statuses[low],))
+            lengths, statuses = size.to_bytes(4, "little"), bytes((memory.statuses[low],))
         else:
             lengths, statuses, busy_ns = self._columns(low, low + count)
             size = sum(memoryview(lengths).cast("I"))

@@ -28,7 +28,6 @@ ENTRIES_MAX = 4
 #: have a second lease, whether it lives, whether it works.
 Filed = tuple[int | None, bool, bool, bool]
 NOT_FILED: Filed = (None, False, False, False)
-_IDLE = (False, True, False)
 
 
 def can_hold(worker: Worker, function: Function) -> bool:
@@ -86,8 +85,7 @@ def _filed_of(container: Container) -> Filed:
     if container.state == "stopping":
         return NOT_FILED
     function, leases = container.function, container.leases
-    if not leases:
-        return (container.open_count if container.has_room(function.slots) else None), *_IDLE
+    room = container.open_count if container.has_room(function.slots) else None
     is_single = (
         len(leases) == 1
         and container.state == "ready"
@@ -96,8 +94,7 @@ def _filed_of(container: Container) -> Filed:
         and not function.is_concurrent
         and not function.is_single_use
     )
-    room = container.open_count if container.has_room(function.slots) else None
-    return room, is_single, True, True
+    return room, is_single, True, bool(leases)
 
 
 # --- leases ---------------------------------------------------------------------------------------

@@ -298,9 +298,8 @@ def on_idle_deadline(state: State, container: Container) -> None:
 def acknowledge(state: State) -> None:
     """Tell workers which reports are safe: when there are many, or after a moment. After each
     report it would cost a worker as much as the report did."""
-    if state.acknowledging_now:
-        for worker in list(state.acknowledging_now.values()):
-            _acknowledge(state, worker)
+    for worker in list(state.acknowledging_now.values()):
+        _acknowledge(state, worker)
     due = []
     for worker in state.acknowledging.values():
         if worker.acknowledge_at > state.now:
